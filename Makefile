@@ -1,0 +1,38 @@
+# From a fresh clone: `make quickstart` trains, stacks, compares and plots; `make test` runs every test this machine can run.
+# Both install what they need into .venv. An environment of your own: make test VENV= PYTHON=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(READY)
+	$(RUN) bench/quickstart.py
+
+test: $(READY)
+	$(RUN) -m pytest -q
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) data out
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nanostack needs Python 3.11 or newer, this is " + sys.version'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

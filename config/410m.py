@@ -1,0 +1,19 @@
+"""410M, the paper's protocol (arXiv 2405.15319): 6 layers for 10.5B tokens, stacked ×4 in place, 750B tokens as 24 layers."""
+
+from nanostack.config import Data, Stage, Train, grow
+from nanostack.model import LlamaConfig
+
+config = Train(
+    data=Data("data/slimpajama"),
+    model=LlamaConfig(n_layer=6, n_head=16, n_kv_head=16, d_model=1024, d_ff=2816, vocab_size=None, seq_len=2048),
+    stages=(
+        Stage(tokens=10_500_000_000, lr=1e-3, schedule="constant", warmup_tokens=6_291_456_000),
+        grow("stack", g=4, tokens=750_000_000_000, lr=6e-4, min_lr=6e-5, warmup_tokens=6_291_456_000),
+    ),
+    batch_tokens=2_097_152,
+    micro_batch=32,
+    log_interval=20_971_520,
+    eval_interval=1_048_576_000,
+    save_interval=2_097_152_000,
+    out="out/410m",
+)

@@ -1,0 +1,19 @@
+"""The fused operations of a Llama: each a pure function with a Triton kernel and a torch reference side by side."""
+
+from .dispatch import set_backend, unavailable_reason
+from .flash_attention import flash_attention
+from .linear_cross_entropy import linear_cross_entropy
+from .rms_norm import add_rms_norm, rms_norm
+from .rotary import rotary
+from .swiglu import swiglu
+
+__all__ = [
+    "add_rms_norm",
+    "flash_attention",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "set_backend",
+    "swiglu",
+    "unavailable_reason",
+]

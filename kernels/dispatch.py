@@ -1,0 +1,111 @@
+"""The one switch between Triton and torch, and the checks every operation shares.
+
+Each operation takes `backend=None | "torch" | "triton"`; None follows `set_backend`. "auto" means Triton for CUDA tensors it
+can serve and the torch reference for everything else. The choice reads only Python values and tensor metadata, so
+torch.compile makes it once, while tracing.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows: the kernels below are still defined, and never launched
+    triton, tl = (
+        SimpleNamespace(jit=lambda kernel: kernel, __version__=None),
+        SimpleNamespace(constexpr=lambda value: value),
+    )
+
+HAS_TRITON = triton.__version__ is not None
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton reads it when a kernel is defined, so later is too late
+BACKENDS = ("auto", "torch", "triton")
+
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose what `backend=None` means in this process: "auto", "torch" or "triton"."""
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def unavailable_reason(device: torch.device | str) -> str | None:
+    """One sentence on why the Triton kernels cannot run on `device`; None if they can."""
+    device = torch.device(device)
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton; it exists for Linux only)."
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to torch."
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the kernels need compute capability 8.0 or newer and {device} has {major}.{minor}."
+        return None
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"Triton needs a CUDA device and this is {device.type!r} (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)."
+
+
+def use_triton(backend: str | None, x: torch.Tensor) -> bool:
+    """Whether an operation on `x` runs in Triton. Raises ValueError where "triton" is asked for and cannot be had."""
+    name = _backend if backend is None else backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if name == "torch":
+        return False
+    # The interpreter multiplies the raw bits of bfloat16 in tl.dot, and truncates where hardware rounds: never silently wrong.
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if x.is_cuda else (torch.float32, torch.float16)
+    if name == "auto":
+        return x.is_cuda and x.dtype in dtypes and unavailable_reason(x.device) is None
+    reason = unavailable_reason(x.device)
+    if reason is not None:
+        raise ValueError(f'backend="triton" is impossible: {reason}')
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f'backend="triton" on {x.device.type} takes {names} only, not {x.dtype}')
+    return True
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype we compute in: fp32, or fp64 for fp64 inputs. May be `x` itself, so never write to the result."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` (..., D) as (rows, D) with unit stride along D: a view where the strides allow it, a copy elsewhere."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def program_count(device: torch.device) -> int:
+    """Programs of a persistent kernel: one per multiprocessor. The interpreter gets 3, an odd number to catch bad strides."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds. For checks before any launch."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_like(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor, dtype: bool = True) -> None:
+    """Raise ValueError unless both tensors are on one device and (with `dtype`) of one dtype."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device"
+        )
+    if dtype and tensor.dtype != like.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} and {like_name} is {like.dtype}; they must have the same dtype")
+
+
+def require_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the tensor holds real floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}; it must be a floating-point tensor")

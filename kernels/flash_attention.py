@@ -1,0 +1,437 @@
+"""Attention without the score matrix (FlashAttention-2, Dao, arXiv:2307.08691), with grouped heads and packed documents.
+
+    S = scale · Q Kᵀ (masked),   P = softmax(S),   out = P V,   lse = logsumexp(S)           for each query head
+    Δ = Σ_K dout · out,   dS = P ∘ (dout Vᵀ − Δ),   dV = Pᵀ dout,   dK = scale · dSᵀ Q,   dQ = scale · dS K
+
+A query head reads the kv head of its group, which is never repeated in memory; the gradient of a kv head is summed over its
+group by one program. No atomics: two runs give the same bits. S, lse and Δ are fp32; P and dS are rounded to the dtype of the
+input for the matrix units. With documents, row i attends to columns of [start_i, end_i), the bounds of its own document.
+
+FLOPs: forward 4·B·H·T·T_kv·K, backward 10 (14 are done, as dK/dV and dQ each form S and dP); a causal mask needs half of them.
+The FLOP counter is told 4 and 10 with any mask, torch's own convention for attention.
+Bytes at s per element: forward s·B·K·(2·H·T + 2·H_kv·T_kv) + 4·B·H·T; backward about 2.5 times that. The FLOPs are what counts.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .dispatch import require, require_floating, require_like, tl, triton, use_triton, wide
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
+LOWEST = tl.constexpr(-1e30)  # finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan
+
+
+@triton.jit
+def load_tile(x_ptr, stride_row, row, n_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a (n_row, D) matrix, zero outside it. Offsets in int64: 16k tokens × 131k columns overflow int32."""
+    dim = tl.arange(0, BLOCK_D)
+    mask = (row < n_row)[:, None] if D == BLOCK_D else (row < n_row)[:, None] & (dim < D)[None, :]
+    return tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_row + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x_ptr, stride_row, row, n_row, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    dim = tl.arange(0, BLOCK_D)
+    mask = (row < n_row)[:, None] if D == BLOCK_D else (row < n_row)[:, None] & (dim < D)[None, :]
+    tl.store(x_ptr + row.to(tl.int64)[:, None] * stride_row + dim[None, :], tile.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def visible(row, column, bounds_ptr, q_len, kv_len, CAUSAL: tl.constexpr):
+    """Which columns each row attends to. row and column broadcast, so it serves S and Sᵀ."""
+    seen = column < kv_len
+    if CAUSAL:
+        seen = seen & (column <= row)
+    if bounds_ptr is not None:
+        seen = seen & (tl.load(bounds_ptr + row, mask=row < q_len, other=0) <= column)
+        seen = seen & (tl.load(bounds_ptr + q_len + row, mask=row < q_len, other=2**31 - 1) > column)
+    return seen
+
+
+@triton.jit
+def column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, masked, last): a block of rows needs no mask in [first, masked) and one in [masked, last)."""
+    first_row = q_block * BLOCK_M
+    last = tl.minimum(first_row + BLOCK_M, kv_len) if CAUSAL else kv_len
+    if bounds_ptr is not None:
+        first = tl.load(bounds_ptr + first_row) // BLOCK_N * BLOCK_N
+        end = tl.load(bounds_ptr + q_len + tl.minimum(first_row + BLOCK_M, q_len) - 1)
+        return first, first, tl.minimum(last, end)
+    masked = first_row // BLOCK_N * BLOCK_N if CAUSAL else kv_len // BLOCK_N * BLOCK_N
+    return 0, masked, last
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
+    stride_v_batch, stride_v_seq, stride_v_head, n_head, group, q_len, kv_len,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_block = tl.cdiv(q_len, BLOCK_M)
+    q_block = n_block - 1 - tl.program_id(0) % n_block  # the longest rows of a causal mask start first
+    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
+    batch, head = batch_head // n_head, batch_head % n_head
+    k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
+    v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
+    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
+
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    first, masked, last = column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
+            column = tile + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
+            if MASKED:
+                seen = visible(row[:, None], column[None, :], bounds_ptr, q_len, kv_len, CAUSAL)
+                scores = tl.where(seen, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            p = tl.exp2(scores - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
+            row_max = new_max
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
+            out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+
+    out_ptr += (batch * q_len * n_head + head) * D
+    store_tile(out_ptr, n_head * D, row, q_len, out / row_sum[:, None], D, BLOCK_D)
+    lse = (row_max + tl.log2(row_sum)) / LOG2_E
+    tl.store(lse_ptr + batch_head * q_len + row, lse, mask=row < q_len)
+
+
+@triton.jit
+def attention_delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, q_len,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    n_block = tl.cdiv(q_len, BLOCK_M)
+    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
+    batch, head = batch_head // n_head, batch_head % n_head
+    row = tl.program_id(0) % n_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = load_tile(out_ptr + (batch * q_len * n_head + head) * D, n_head * D, row, q_len, D, BLOCK_D)
+    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + batch_head * q_len + row, delta, mask=row < q_len)
+
+
+@triton.jit
+def attention_dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
+    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
+    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_block, n_kv_head = tl.cdiv(kv_len, BLOCK_N), n_head // group
+    first_column = tl.program_id(0) % n_block * BLOCK_N
+    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
+    batch, kv_head = batch_head // n_kv_head, batch_head % n_kv_head
+    column = first_column + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr + batch * stride_k_batch + kv_head * stride_k_head, stride_k_seq, column, kv_len, D, BLOCK_D)
+    v = load_tile(v_ptr + batch * stride_v_batch + kv_head * stride_v_head, stride_v_seq, column, kv_len, D, BLOCK_D)
+
+    first, last = (first_column // BLOCK_M * BLOCK_M if CAUSAL else 0), q_len
+    if bounds_ptr is not None:
+        if not CAUSAL:
+            first = tl.load(bounds_ptr + first_column) // BLOCK_M * BLOCK_M
+        last = tl.load(bounds_ptr + q_len + tl.minimum(first_column + BLOCK_N, kv_len) - 1)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
+        dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
+        rows_before = (batch * n_head + head) * q_len
+        for tile in range(first, last, BLOCK_M):
+            row = tile + tl.arange(0, BLOCK_M)
+            q = load_tile(q_head_ptr, stride_q_seq, row, q_len, D, BLOCK_D)
+            # Sᵀ directly: transposing what a dot returned gives wrong gradients on Hopper [flash-linear-attention#826].
+            scores_t = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E)
+            lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf"))  # p = 0 past the end
+            p_t = tl.exp2(scores_t - (lse * LOG2_E)[None, :])
+            # Every tile is masked: with a second loop for those that need none, this kernel spills.
+            if CAUSAL or bounds_ptr is not None:
+                p_t = tl.where(visible(row[None, :], column[:, None], bounds_ptr, q_len, kv_len, CAUSAL), p_t, 0.0)
+            dout = load_tile(dout_head_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+            dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
+            dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            delta = tl.load(delta_ptr + rows_before + row, mask=row < q_len, other=0.0)
+            ds_t = p_t * (dp_t - delta[None, :])
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
+
+    offset = (batch * kv_len * n_kv_head + kv_head) * D
+    store_tile(dk_ptr + offset, n_kv_head * D, column, kv_len, dk * SCALE, D, BLOCK_D)
+    store_tile(dv_ptr + offset, n_kv_head * D, column, kv_len, dv, D, BLOCK_D)
+
+
+@triton.jit
+def attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
+    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
+    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_block = tl.cdiv(q_len, BLOCK_M)
+    q_block = n_block - 1 - tl.program_id(0) % n_block
+    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
+    batch, head = batch_head // n_head, batch_head % n_head
+    k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
+    v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
+    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
+    dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+    lse = tl.load(lse_ptr + batch_head * q_len + row, mask=row < q_len, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + batch_head * q_len + row, mask=row < q_len, other=0.0)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first, masked, last = column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
+            column = tile + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
+            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
+            p = tl.exp2(scores - lse[:, None])
+            if MASKED:
+                p = tl.where(visible(row[:, None], column[None, :], bounds_ptr, q_len, kv_len, CAUSAL), p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    store_tile(dq_ptr + (batch * q_len * n_head + head) * D, n_head * D, row, q_len, dq * SCALE, D, BLOCK_D)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dK/dV and dQ, by architecture and padded d_head. Unmeasured: chosen
+# so that next to nothing spills. sm_80 stands for every other architecture too, and fits into their 99 KiB of shared memory.
+LAUNCH = {
+    ("sm_90", 32): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", 256): ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 32): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_80", 64): ((128, 64, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
+    ("sm_80", 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+}
+# fp32 is for checking, not for speed, and small tiles of unlike height and width are what the interpreter should see.
+LAUNCH_FP32 = ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1))
+
+
+def launch_config(arch: str, d_head: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Tiles, warps and stages of the three kernels."""
+    block_d = max(32, triton.next_power_of_2(d_head))
+    small = dtype == torch.float32 or arch == "interpreter"
+    kernels = zip(("forward", "dk_dv", "dq"), LAUNCH_FP32 if small else LAUNCH[arch, block_d], strict=True)
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return {kernel: {"BLOCK_D": block_d, **dict(zip(names, values, strict=True))} for kernel, values in kernels}
+
+
+def _arch(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+
+
+def _unit_stride(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+@triton_op("nanostack::flash_attention", mutates_args=())
+def flash_attention_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _unit_stride(q, k, v)
+    batch, q_len, n_head, d_head = q.shape
+    kv_len, n_kv_head = k.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, n_head, q_len), dtype=torch.float32, device=q.device)
+    config = launch_config(_arch(q.device), d_head, q.dtype)["forward"]
+    wrap_triton(attention_forward_kernel)[(batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),)](
+        q, k, v, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], n_head, n_head // n_kv_head,
+        q_len, kv_len, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton_op("nanostack::flash_attention_backward", mutates_args=())
+def flash_attention_backward_op(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
+    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dout, q, k, v = _unit_stride(dout, q, k, v)
+    batch, q_len, n_head, d_head = q.shape
+    kv_len, n_kv_head = k.shape[1:3]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    config = launch_config(_arch(q.device), d_head, q.dtype)
+    wrap_triton(attention_delta_kernel)[(batch * n_head * triton.cdiv(q_len, 64),)](
+        out.contiguous(), dout, delta, *dout.stride()[:3], n_head, q_len, D=d_head, BLOCK_D=config["dq"]["BLOCK_D"], BLOCK_M=64,
+    )  # fmt: skip
+    inputs = (q, k, v, bounds, dout, lse, delta)
+    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
+    sizes = (n_head, n_head // n_kv_head, q_len, kv_len)
+    wrap_triton(attention_dk_dv_kernel)[(batch * n_kv_head * triton.cdiv(kv_len, config["dk_dv"]["BLOCK_N"]),)](
+        *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dk_dv"]
+    )
+    wrap_triton(attention_dq_kernel)[(batch * n_head * triton.cdiv(q_len, config["dq"]["BLOCK_M"]),)](
+        *inputs, dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dq"]
+    )
+    return dq, dk, dv
+
+
+@flash_attention_op.register_fake
+def _(q, k, v, bounds, causal, scale):
+    batch, q_len, n_head, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, n_head, q_len), dtype=torch.float32)
+
+
+@flash_attention_backward_op.register_fake
+def _(dout, q, k, v, bounds, out, lse, causal, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, bounds, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bounds, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, _):
+    return *flash_attention_backward_op(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
+
+
+flash_attention_op.register_autograd(_autograd, setup_context=_save)
+
+
+def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal: bool, backward: bool = False) -> int:
+    """FLOPs the formula needs: what a benchmark divides by its seconds. The counter's convention is causal=False."""
+    return (10 if backward else 4) * batch * n_head * q_len * kv_len * d_head // (2 if causal else 1)
+
+
+@register_flop_formula(torch.ops.nanostack.flash_attention)
+def _(q, k, *args, out_shape=None, **kwargs) -> int:
+    return flops(q[0], q[1], k[1], q[2], q[3], causal=False)
+
+
+@register_flop_formula(torch.ops.nanostack.flash_attention_backward)
+def _(dout, q, k, *args, out_shape=None, **kwargs) -> int:
+    return flops(q[0], q[1], k[1], q[2], q[3], causal=False, backward=True)
+
+
+def _count_reference_on_cpu() -> None:
+    # torch 2.13 counts the attention of every device but the CPU, whose FLOPs it silently takes for 0.
+    def forward(q, k, *args, out_shape=None, **kwargs) -> int:
+        return flops(q[0], q[2], k[2], q[1], q[3], causal=False)
+
+    def backward(dout, q, k, *args, out_shape=None, **kwargs) -> int:
+        return flops(q[0], q[2], k[2], q[1], q[3], causal=False, backward=True)
+
+    aten = torch.ops.aten
+    for op, formula in (
+        (aten._scaled_dot_product_flash_attention_for_cpu, forward),
+        (aten._scaled_dot_product_flash_attention_for_cpu_backward, backward),
+    ):
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)
+
+
+_count_reference_on_cpu()
+
+
+def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """(2, seq_len) int32: first position of each position's document, and one past its last."""
+    position = torch.arange(seq_len, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
+    return torch.stack((cu_seqlens[document], cu_seqlens[document + 1])).to(torch.int32)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale · q kᵀ) v for q (B, T, H, K) and k, v (B, T_kv, H_kv, K), H a multiple of H_kv → (B, T, H, K).
+
+    scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
+    documents of a batch of 1 (view (B, T) as (1, B·T) first). return_lse adds lse (B, H, T), natural log, fp32, no gradient.
+    """
+    on_triton = use_triton(backend, q)
+    _check(q, k, v, causal, cu_seqlens, on_triton)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if on_triton and q.numel():
+        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
+        out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
+        return (out, lse) if return_lse else out
+    if cu_seqlens is not None:
+        return _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)
+    out = _reference(q, k, v, causal, scale)
+    return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
+
+
+def _check(q, k, v, causal, cu_seqlens, on_triton):
+    require_floating("q", q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
+        require_like(name, x, "q", q)
+    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
+    require(v.shape == k.shape, f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
+    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
+    require(k.shape[1] > 0, f"k has shape {tuple(k.shape)}; there is nothing to attend to")
+    require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
+    require(not causal or q.shape[1] == k.shape[1], f"{shapes}; causal attention needs q and k of one length")
+    require(not on_triton or q.shape[3] <= 256, f"q has d_head {q.shape[3]}; the Triton kernel takes at most 256")
+    if cu_seqlens is None:
+        return
+    require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)
+    require(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2,
+        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)",
+    )
+    require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
+    require(q.shape[1] == k.shape[1], f"{shapes}; cu_seqlens needs q and k of one length")
+
+
+def _reference(q, k, v, causal, scale):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+@torch.no_grad()
+def _reference_lse(q, k, causal, scale):
+    group = q.shape[2] // k.shape[2]
+    scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(k).repeat_interleave(group, 2)) * scale
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    return scores.logsumexp(-1)
+
+
+@torch.compiler.disable  # the shapes depend on the values of cu_seqlens
+def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
+    edges = cu_seqlens.tolist()
+    require(
+        edges[0] == 0 and edges[-1] == q.shape[1] and edges == sorted(edges),
+        f"cu_seqlens goes from {edges[0]} to {edges[-1]}; it must rise from 0 to {q.shape[1]}, the length of q",
+    )
+    documents = [slice(start, end) for start, end in pairwise(edges) if start < end]
+    out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
+    if not return_lse:
+        return out
+    return out, torch.cat([_reference_lse(q[:, d], k[:, d], causal, scale) for d in documents], 2)

@@ -1,0 +1,1 @@
+"""nanostack: pre-train Llama models by stacking them while they train."""

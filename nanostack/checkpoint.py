@@ -1,0 +1,196 @@
+"""Checkpoints: one file that is always whole, and a reader that believes nothing.
+
+`ckpt-<samples>.pt` is written beside its place, synced and renamed; `ckpt.pt` is then made a hard link to it in one atomic
+step. A process killed at any moment leaves either the old checkpoint or the new one. The file is one dict of tensors and
+plain values, read with `weights_only=True`; it carries a SHA-256 per tensor and one of all plain values.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from nanostack.config import Train
+from nanostack.errors import UserError
+from nanostack.growth import plan_layers
+from nanostack.parallel import on_rank_0, rank
+from nanostack.state import State
+
+FORMAT = "nanostack-checkpoint-1"
+
+
+def save(state: State, path: str | Path, manifest_sha256: str | None = None, seed: int | None = None, keep: int = 2) -> None:
+    """Write `state` as `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
+
+    Every rank must call it. Raises `UserError` where the file cannot be written; what was there before is intact then.
+    """
+    contents = pack(state, manifest_sha256, seed)
+    on_rank_0(_write_and_link, contents, Path(path), keep)
+
+
+def write(contents: dict, path: Path) -> None:
+    """Write one checkpoint file: beside its place first, synced, then renamed into it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
+
+
+def load(path: str | Path) -> dict:
+    """Read and verify a checkpoint. Tensors are memory-mapped from the file, on the host.
+
+    Returns the dict of design.md: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, versions,
+    hashes. Raises `UserError` for a file that is missing, foreign, truncated or altered.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        ours = isinstance(saved, dict) and saved.get("format") == FORMAT
+    except Exception as error:  # a damaged zip or pickle fails in many ways
+        raise UserError(f"{path} is damaged or not a nanostack checkpoint ({type(error).__name__})") from error
+    if not ours:
+        found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+        raise UserError(f"{path} is not a nanostack checkpoint of format {FORMAT} (found {found!r})")
+    try:
+        _verify(saved, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    return saved
+
+
+def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str | None) -> None:
+    """Raise `UserError` unless the config can go on from a checkpoint.
+
+    To start from one, its model must have the config's shape. To resume, `resuming_on` is the SHA-256 of the manifest at hand:
+    going on exactly needs the same text in the same order, and the shape that the model has in the checkpoint's stage.
+    """
+    n_layer = config.model.n_layer
+    if resuming_on is not None:
+        stage = saved["cursor"]["stage"]
+        if stage >= len(config.stages):
+            raise UserError(f"{source} is in stage {stage}, but the config has only stages 0 to {len(config.stages) - 1}")
+        if saved["manifest_sha256"] != resuming_on:
+            raise UserError(f"{source} was trained on other data than {config.data.path} holds now (their manifests differ)")
+        if saved["seed"] != config.seed:
+            raise UserError(f"{source} was trained with seed {saved['seed']}, not {config.seed}: other text would come next")
+        for growth in (s.growth for s in config.stages[: stage + 1] if s.growth):
+            n_layer = len(plan_layers(n_layer, growth.op, growth.g, growth.layers))
+    wanted = dataclasses.asdict(config.model) | {"n_layer": n_layer}
+    differ = [
+        f"model.{k} is {saved['config'].get(k)} there, {v} here" for k, v in wanted.items() if saved["config"].get(k) != v
+    ]
+    if differ:
+        raise UserError(f"checkpoint {source} does not fit the config: {'; '.join(differ)}")
+
+
+def pack(state: State, manifest_sha256: str | None, seed: int | None) -> dict | None:
+    """The dict that a checkpoint is, on the host; every rank must call it, rank 0 gets it."""
+    model, optimizer = state.whole_tensors(keep=rank() == 0)
+    if rank() != 0:
+        return None
+    rng = {"cpu": torch.get_rng_state()}
+    if state.placement.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(state.placement.device)
+    contents = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(state.model.config),
+        "model": model,
+        "optimizer": optimizer,
+        "cursor": dataclasses.asdict(state.cursor),
+        "rng": rng,
+        "growth": state.growth,
+        "manifest_sha256": manifest_sha256,
+        "seed": seed,
+        "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
+    }
+    return contents | {"hashes": _hashes(contents)}
+
+
+def _write_and_link(contents: dict, path: Path, keep: int) -> None:
+    numbered = path.with_name(f"{path.stem}-{contents['cursor']['samples']}{path.suffix}")
+    write(contents, numbered)
+    link = path.with_name(path.name + ".partial")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(numbered, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(numbered, link)
+        os.replace(link, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
+    for old in numbered_checkpoints(path)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def numbered_checkpoints(path: Path) -> list[Path]:
+    """The files `ckpt-<samples>.pt` beside `ckpt.pt`, oldest first."""
+    pattern = f"{path.stem}-"
+    found = [file for file in path.parent.glob(f"{pattern}*{path.suffix}") if file.stem[len(pattern) :].isdigit()]
+    return sorted(found, key=lambda file: int(file.stem[len(pattern) :]))
+
+
+def _tensors(contents: dict) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in contents["model"].items()}
+    for name, state in contents["optimizer"].items():
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors | {f"rng.{name}": tensor for name, tensor in contents["rng"].items()}
+
+
+def _hashes(contents: dict) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, dtype and shape, and under "" that of all plain values."""
+    tensors = _tensors(contents)
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip(tensors, pool.map(_tensor_sha256, tensors.values()), strict=True))
+    plain = {k: v for k, v in contents.items() if k not in ("model", "optimizer", "rng", "hashes")}
+    return hashes | {"": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _verify(saved: dict, path: Path) -> None:
+    actual, recorded = _hashes(saved), saved["hashes"]
+    if actual != recorded:
+        wrong = [
+            name or "its plain values"
+            for name in sorted(actual.keys() | recorded.keys())
+            if actual.get(name) != recorded.get(name)
+        ]
+        raise UserError(f"{path} is damaged: {wrong[0]} is not what was saved; use an earlier checkpoint of the run")
+
+
+def _reason(error: Exception) -> str:
+    cause = error if isinstance(error, OSError) else error.__context__
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

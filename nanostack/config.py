@@ -1,0 +1,195 @@
+"""A run's configuration: typed values that a file in config/ builds and dotted command-line overrides change.
+
+Sizes of a run are in tokens. A run is a list of stages: the first trains the model as initialised (or as --init_from gives
+it), a later one usually grows the model of the stage before it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nanostack.errors import UserError
+from nanostack.growth import plan_layers
+from nanostack.model import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = "data/stdlib"
+    """Folder written by `python -m nanostack.prepare`."""
+    val_tokens: int = 131072
+    """Validation tokens: always the first ones of the validation split (all of it where it is shorter)."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a stage makes its model from the one before it; see nanostack/growth.py."""
+
+    op: Literal["stack"] = "stack"
+    g: int | None = None
+    layers: str | None = None
+    optimizer: Literal["reset", "copy"] = "reset"
+    """Adam's moments and steps after growth: all zero (the paper), or copied with the layers."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    tokens: int
+    lr: float
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    min_lr: float = 0.0
+    """Rate at the end of a cosine or WSD stage."""
+    warmup_tokens: int = 0
+    decay_tokens: int | None = None
+    """WSD only: length of the final decay."""
+    growth: Growth | None = None
+
+    def __post_init__(self):
+        if self.tokens <= 0 or self.warmup_tokens < 0 or self.warmup_tokens > self.tokens:
+            raise UserError(f"a stage needs tokens > 0 and warmup_tokens within them, not {self.tokens}, {self.warmup_tokens}")
+        if not (self.lr > 0 and 0 <= self.min_lr <= self.lr):
+            raise UserError(f"a stage needs lr > 0 and min_lr between 0 and lr, not lr {self.lr}, min_lr {self.min_lr}")
+        if (self.schedule == "wsd") != (self.decay_tokens is not None):
+            raise UserError("decay_tokens belongs to schedule wsd, which needs it")
+        if self.decay_tokens is not None and not 0 < self.decay_tokens <= self.tokens - self.warmup_tokens:
+            raise UserError(f"decay_tokens {self.decay_tokens} does not fit into the stage after its warm-up")
+
+
+def grow(op: str = "stack", g: int | None = None, *, layers=None, optimizer="reset", **stage) -> Stage:
+    """A stage that starts by growing the model: `grow("stack", g=4, tokens=..., lr=...)`."""
+    return Stage(growth=Growth(op, g, layers, optimizer), **stage)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW; weight decay reaches matrices only."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    decay: float = 0.1
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The device mesh: `replicate` groups of `shard` devices. None stands for all that the other leaves."""
+
+    replicate: int | None = None
+    shard: int | None = None
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+@dataclass(frozen=True)
+class Train:
+    data: Data
+    model: LlamaConfig
+    stages: tuple[Stage, ...]
+    batch_tokens: int
+    """Tokens of one optimizer step, all devices together."""
+    micro_batch: int
+    """Sequences that one device takes through the model at a time."""
+    out: str
+    optim: Optim = Optim()
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype over fp32 masters; auto is bfloat16 where the device has it."""
+    parallel: Parallel = Parallel()
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    compile: bool = False
+    """torch.compile each block; compiled once, shared by all."""
+    log_interval: int = 262144
+    eval_interval: int = 16777216
+    save_interval: int = 67108864
+    keep: int = 2
+    """How many of the last checkpoints stay."""
+    seed: int = 0
+    init_from: str | None = None
+    """A checkpoint to start from: weights, cursor, FLOPs ledger, and the optimizer if it is in there."""
+    resume: bool = False
+    """Go on with the run that is in `out`."""
+    overwrite: bool = False
+    """Delete the run that is in `out`."""
+    profile: int = 0
+    """Write a trace of that many steps to `out`."""
+
+    def __post_init__(self):
+        if not self.stages:
+            raise UserError("a run needs at least one stage")
+        if self.stages[0].growth and not self.init_from:
+            raise UserError("the first stage grows, but there is no model before it: set init_from to a checkpoint")
+        if self.batch_tokens <= 0 or self.batch_tokens % self.model.seq_len:
+            below = max(1, self.batch_tokens // self.model.seq_len) * self.model.seq_len
+            raise UserError(
+                f"batch_tokens {self.batch_tokens} is not a whole number of sequences of {self.model.seq_len} tokens; "
+                f"the nearest legal values are {below} and {below + self.model.seq_len}"
+            )
+        for name in ("micro_batch", "log_interval", "eval_interval", "save_interval", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        n_layer = self.model.n_layer
+        for number, stage in enumerate(self.stages):  # a bad list must not end a run that has trained for days
+            if stage.growth is None:
+                continue
+            try:
+                n_layer = len(plan_layers(n_layer, stage.growth.op, stage.growth.g, stage.growth.layers))
+            except UserError as error:
+                raise UserError(f"stages.{number}.growth: {error}") from None
+
+    def sha256(self) -> str:
+        """Hash of everything that shapes the result: not of where it is written or how often it is looked at."""
+        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval")
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str, overrides: list[str]) -> Train:
+    """The `config` of the file at `path`, changed by overrides such as `--stages.1.lr 1e-4`.
+
+    Raises `UserError` (a ValueError) for a missing or broken file, an unknown or misspelt name and a value that does not
+    parse. `--help` among the overrides prints all names and exits.
+    """
+    if not Path(path).is_file():
+        known = ", ".join(sorted(str(file) for file in Path("config").glob("*.py")))
+        raise UserError(f"there is no config file {path}" + (f"; there are {known}" if known else ""))
+    try:
+        config = runpy.run_path(path).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path} is not a valid config: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Train):
+        raise UserError(f"{path} has no variable `config` of type nanostack.config.Train")
+    if not overrides:
+        return config
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(Train, args=overrides, default=config, prog=f"train.py {path}", use_underscores=True)
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise UserError(f"{path} {' '.join(overrides)}: {_plain(message.getvalue())}") from None
+
+
+def _plain(box: str) -> str:
+    """The text of tyro's message box as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    return " ".join(re.sub(r"[─━│┃╭╮╰╯┌┐└┘]", " ", text).split())
+
+
+def describe_tokens(tokens: float) -> str:
+    """12_345_678 → '12.3M'."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(tokens) >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"

@@ -1,0 +1,26 @@
+"""A user's mistake: one message that names it, exit code 2, no traceback, from one rank."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what was wrong, where, and what to do."""
+
+
+@contextlib.contextmanager
+def exits_cleanly():
+    """Wrap a command line's main: a `UserError` ends the process with its message and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            # Nearly every mistake is seen by all ranks, and rank 0 tells it. Its exit makes torchrun end this process;
+            # a rank that is still alive after a moment was alone with its error and has to tell it itself.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # no waiting for a process group that will never answer

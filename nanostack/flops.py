@@ -1,0 +1,68 @@
+"""What training costs, counted in FLOPs; and what share of the device's peak a run reaches (MFU).
+
+Two counts per trained token, forward and backward together:
+  paper   6·N_total                                           (every parameter, no attention; arXiv 2405.15319 eq. 48)
+  exact   6·N_matmul + 6·n_layer·d_model·(seq_len + 1)        (matrix products and causal attention as computed)
+N_matmul is every parameter but the embedding look-up and the norm gains. A causal query sees (seq_len + 1)/2 keys on average;
+per key and layer, scores and values cost 4·d_model forward and twice that backward.
+"""
+
+import torch
+
+from nanostack.model import LlamaConfig
+
+# Dense bf16 peak, FLOP/s, from the vendors' datasheets (SXM parts where there are several).
+PEAK_BF16 = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def n_matmul(config: LlamaConfig) -> int:
+    """Parameters that take part in matrix products; a tied head counts once, as it computes once."""
+    qkv = config.d_model * (config.n_head + 2 * config.n_kv_head) * config.d_head
+    out = config.n_head * config.d_head * config.d_model
+    mlp = 3 * config.d_model * config.d_ff
+    return config.n_layer * (qkv + out + mlp) + config.vocab_size * config.d_model
+
+
+def n_params(config: LlamaConfig) -> int:
+    """All parameters of `Llama(config)`."""
+    norms = (2 * config.n_layer + 1) * config.d_model
+    embed = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    return n_matmul(config) + norms + embed
+
+
+def flops_per_token(config: LlamaConfig) -> int:
+    """The paper's count: 6·N_total."""
+    return 6 * n_params(config)
+
+
+def flops_exact_per_token(config: LlamaConfig) -> int:
+    """Matrix products and causal attention, forward and backward."""
+    return 6 * n_matmul(config) + 6 * config.n_layer * config.d_model * (config.seq_len + 1)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known or not what the run computes in."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [key for key in PEAK_BF16 if key in name]
+    return PEAK_BF16[max(matches, key=len)] if matches else None
+
+
+def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, "full" convention: (6·N_matmul + 12·n_layer·d_model·seq_len) · tokens/s / peak, a fraction.
+
+    `tokens_per_s` and `peak` are those of one device, or both of all devices.
+    """
+    if peak is None:
+        return None
+    return (6 * n_matmul(config) + 12 * config.n_layer * config.d_model * config.seq_len) * tokens_per_s / peak

@@ -1,0 +1,211 @@
+"""What a run says of itself: `metrics.jsonl`, one console line per log, a bar where there is a terminal.
+
+Numbers of a step stay on the device until they are asked for: `Late` hands them out when they have arrived.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+
+from nanostack.config import describe_tokens
+from nanostack.errors import UserError
+from nanostack.parallel import Placement
+
+
+class Late:
+    """Device values of past steps, read without making the loop wait for the step in flight."""
+
+    def __init__(self):
+        self._pending: deque = deque()
+
+    def push(self, tag, *values: Tensor) -> None:
+        stacked = torch.stack([value.detach().float() for value in values])
+        event = None
+        if stacked.is_cuda:
+            stacked = stacked.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((tag, stacked, event))
+
+    def pop(self, wait: bool = False):
+        """Yield (tag, *floats) of every step that has arrived; with `wait`, of every step."""
+        while self._pending:
+            tag, stacked, event = self._pending[0]
+            if event is not None:
+                if not wait and not event.query():
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            yield tag, *stacked.tolist()
+
+
+class Metrics:
+    """The file `metrics.jsonl` of a run: a header record, then one record per log. Only rank 0 `writes`."""
+
+    def __init__(self, path: Path, writes: bool):
+        self.path = path
+        self._file = None
+        self._writes = writes
+
+    def begin(self, header: dict) -> None:
+        if self._writes:
+            self._file = open(self.path, "w")  # noqa: SIM115
+            self.write(header)
+
+    def resume(self, stage: int, samples: int) -> float:
+        """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far."""
+        if not self._writes:
+            return 0.0
+        lines, seconds = [], 0.0
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the process died in the middle of this line
+            if "samples" in record and (record["stage"], record["samples"]) > (stage, samples):
+                break
+            seconds = record.get("seconds", seconds)
+            lines.append(line + "\n")
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, self.path)
+        self._file = open(self.path, "a")  # noqa: SIM115
+        return seconds
+
+    def write(self, record: dict) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
+
+
+def header(config_sha256: str, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
+    """The first record of metrics.jsonl: what is needed to tell whether two runs can be compared."""
+    return {
+        "config_sha256": config_sha256,
+        "manifest_sha256": manifest_sha256,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "device": device_name(placement.device),
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "world_size": world_size,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Display:
+    """The console of a run; silent on every rank but 0."""
+
+    def __init__(self, total_tokens: int, done_tokens: int, speak: bool):
+        self._console = Console(quiet=not speak, highlight=False, soft_wrap=True)
+        self._total = total_tokens
+        columns = (
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>4.1f} %  {task.fields[eta]}"),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not (speak and self._console.is_terminal))
+        self._task = self._bar.add_task("", total=total_tokens, completed=done_tokens, eta="")
+        self._speed = 0.0  # tokens/s, smoothed for the ETA only
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def advance(self, run_tokens: int, label: str) -> None:
+        self._bar.update(self._task, completed=run_tokens, description=label, eta=self._eta(run_tokens))
+
+    def log(self, record: dict, run_tokens: int) -> None:
+        """One aligned line per log record."""
+        if record["tokens_per_s"]:
+            speed = record["tokens_per_s"]
+            self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
+        cells = [
+            f"stage {record['stage']}",
+            f"step {record['step']:>6}",
+            f"{describe_tokens(record['tokens']):>6} tok",
+            f"epoch {record['epoch']:5.2f}",
+            _cell("loss", record["loss"], "7.4f"),
+            _cell("val", record["val_loss"], "7.4f"),
+            _cell("lr", record["lr"], "8.2e"),
+            _cell("grad", record["grad_norm"], "7.3f"),
+            _cell("tok/s", record["tokens_per_s"], "9,.0f"),
+            _cell("mfu", record["mfu"] and 100 * record["mfu"], "4.1f"),
+            f"eta {self._eta(run_tokens)}",
+        ]
+        self.say("  ".join(cells))
+
+    def _eta(self, run_tokens: int) -> str:
+        if not self._speed:
+            return "-"
+        return str(timedelta(seconds=round(max(0, self._total - run_tokens) / self._speed)))
+
+
+def _cell(name: str, value: float | None, form: str) -> str:
+    width = int(form.split(".")[0].rstrip(","))
+    return f"{name} {value:{form}}" if value is not None else f"{name} {'-':>{width}}"
+
+
+class Clock:
+    """Seconds spent training: evaluation, growth and saving are left out."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._zero = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._zero
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.perf_counter()
+        yield
+        self._zero += time.perf_counter() - began

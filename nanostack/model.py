@@ -1,0 +1,199 @@
+"""The Llama, in one file: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+It is the Llama of Hugging Face with q, k, v fused into one weight and gate, up into another. It knows nothing of growth,
+parallelism or training: those are applied to it from outside.
+
+Shape suffixes: B batch, T time, D d_model, H query heads, G key/value heads, K d_head, F d_ff, V vocabulary.
+Linear weights are (out, in). Rows of qkv: [all q heads; all k heads; all v heads]. Rows of gate_up: [gate; up].
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from nanostack.errors import UserError
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of the model. In a run's config a `vocab_size` of None stands for the data's, rounded up to 128."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    d_model: int
+    d_ff: int
+    vocab_size: int | None
+    seq_len: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "seq_len", "rope_theta", "norm_eps")
+        for name in sizes + (("vocab_size",) if self.vocab_size is not None else ()):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name} must be positive, not {getattr(self, name)}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"model.n_head {self.n_head} is not divisible by model.n_kv_head {self.n_kv_head}: every key/value head "
+                "serves the same number of query heads"
+            )
+        if self.d_model % (2 * self.n_head):
+            raise UserError(f"model.d_model {self.d_model} does not give {self.n_head} heads of an even size")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+class Linear(nn.Module):
+    """x @ weightᵀ in x's dtype: the weight is an fp32 master (or FSDP2's low-precision copy of it)."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and x + residual."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.d_head = config.d_head
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.d_head)
+        self.out = Linear(config.n_head * config.d_head, config.d_model)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
+        q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
+        q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
+        return self.out(kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=True).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(self.gate_up(x_BTD)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        attended = self.attn(self.attn_norm(x_BTD), cos, sin)
+        normed, x_BTD = self.mlp_norm.add(attended, x_BTD)
+        return x_BTD + self.mlp(normed)
+
+
+class Llama(nn.Module):
+    """`model(tokens_BT)` gives logits_BTV; `model(tokens_BT, targets_BT)` gives the mean loss in nats per target.
+
+    Parameters are fp32 masters. `compute_dtype` is what the embedding's output is cast to, and everything after follows
+    it. Built under `torch.device("meta")`, the model is left without values: `to_empty`, then `init_weights`.
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: whatever the embedding's weight is
+        self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = Linear(config.d_model, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        half = (config.seq_len, config.d_head // 2)
+        self.register_buffer("cos", torch.empty(half), persistent=False)
+        self.register_buffer("sin", torch.empty(half), persistent=False)
+        if not self.embed.weight.is_meta:
+            self.init_weights(seed)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        T = tokens_BT.shape[1]
+        if self.config.seq_len < T:
+            raise ValueError(f"{T} tokens are longer than seq_len {self.config.seq_len}")
+        x_BTD = self.embed(tokens_BT)
+        if self.compute_dtype is not None:
+            x_BTD = x_BTD.to(self.compute_dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, self.cos[:T], self.sin[:T])
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return self.head(x_BTD)
+        return kernels.linear_cross_entropy(x_BTD, self.head.weight, targets_BT)
+
+    def init_rope(self) -> None:
+        angles = rope_angles(self.config, self.cos.device)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Give every parameter and buffer its first value and check that none was left out.
+
+        `write(parameter, value)` puts a whole value into a parameter; a sharded model passes its own.
+        """
+        self.init_rope()
+        for name, parameter in self.named_parameters():
+            parameter.fill_(math.nan)  # what is not written below is found below
+            write(parameter, initial_value(name, parameter.shape, self.config, seed, parameter.device))
+        for name, parameter in self.named_parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not local.isfinite().all():
+                raise RuntimeError(f"parameter {name} was not initialised")
+
+
+def rope_angles(config: LlamaConfig, device: torch.device) -> Tensor:
+    """(seq_len, d_head/2) fp32: position times θ^(−2i/d_head). RoFormer, arXiv 2104.09864."""
+    exponents = torch.arange(0, config.d_head, 2, dtype=torch.float32, device=device) / config.d_head
+    positions = torch.arange(config.seq_len, dtype=torch.float32, device=device)
+    return torch.outer(positions, config.rope_theta**-exponents)
+
+
+def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int, device: torch.device) -> Tensor:
+    """The fp32 value of one whole parameter before training, a function of (name, shape, config, seed) alone.
+
+    Norm gains are 1. Matrices are N(0, 2/(5·fan_in)), the two that write to the residual stream N(0, 1/(fan_in·n_layer²))
+    ("Stacking Your Transformers", arXiv 2405.15319, released code). An embedding's fan-in is d_model.
+    A generator per name makes the values independent of the order of creation and of the number of devices.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    fan_in = shape[1]
+    writes_to_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+    std = 1 / (math.sqrt(fan_in) * config.n_layer) if writes_to_residual else math.sqrt(2 / (5 * fan_in))
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, device=device).normal_(0, std, generator=generator)

@@ -1,0 +1,37 @@
+"""AdamW over fp32 masters, gradient clipping, and a guard that keeps non-finite gradients away from the weights."""
+
+import torch
+from torch import Tensor, nn
+
+from nanostack.config import Optim
+from nanostack.parallel import whole
+
+
+def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """torch's fused AdamW. Weight decay on matrices only: norm gains have no reason to shrink."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+@torch.no_grad()
+def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, lr: float, clip: float) -> tuple[Tensor, Tensor]:
+    """Clip by global norm and step; where loss or norm is not finite, leave weights, moments and step counts as they are.
+
+    `loss` must be the same on all ranks. Returns (gradient norm before clipping, 1.0 if skipped else 0.0), both on the
+    device: nothing here waits for it. Gradients are freed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients)).float()
+    skipped = (~(norm.isfinite() & loss.isfinite())).float()
+    # The fused kernel divides gradients by grad_scale (clipping without a pass of its own) and obeys found_inf.
+    optimizer.grad_scale = torch.clamp((norm + 1e-6) / clip, min=1.0)
+    optimizer.found_inf = skipped
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, skipped

@@ -1,0 +1,200 @@
+"""Where a model lives: device, precision, mesh. The one parallel mechanism is FSDP2 on a (replicate, shard) mesh.
+
+A model is built without storage, each block is prepared (activation checkpointing, compile, sharding, in that order), then
+it gets storage and values. Nothing here changes what is computed; one device is simply a mesh that is not there.
+"""
+
+import functools
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from nanostack.config import Parallel
+from nanostack.errors import UserError
+from nanostack.model import Llama, LlamaConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    mesh: DeviceMesh | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def block(self, block: nn.Module) -> nn.Module:
+        """Prepare one block; it may be without storage still."""
+        if self.activation_checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if self.compile:
+            block.compile()
+        return self._shard(block)
+
+    def model(self, config: LlamaConfig) -> Llama:
+        """A prepared model with storage but no values: `initialise` it or `assign` all of its parameters."""
+        with torch.device("meta"):
+            model = Llama(config)
+        for block in model.blocks:
+            self.block(block)
+        self._shard(model).to_empty(device=self.device)
+        if config.tie_embeddings and model.head.weight is not model.embed.weight:  # to_empty gives each name its own storage
+            model.head.weight = model.embed.weight
+        model.compute_dtype = self.dtype
+        return model
+
+    def grown(self, model: Llama) -> None:
+        """Make a sharded model whole again after blocks were added to it.
+
+        FSDP2 decides at the first forward which module is the root, so a later block would become a root of its own: it
+        would keep its parameters unsharded and prefetch nothing. Forgetting the decision makes the next forward take it
+        anew. This is private API of torch, tested in tests/test_parallel.py.
+        """
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                state = module._get_fsdp_state()
+                state._is_root = None
+                state._state_ctx = type(state._state_ctx)()
+
+    def _shard(self, module: nn.Module) -> nn.Module:
+        if self.mesh is None:
+            return module
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        return fully_shard(module, mesh=self.mesh, mp_policy=policy)
+
+
+def initialise(model: Llama, seed: int) -> None:
+    """First values of a model, the same whatever the mesh."""
+    model.init_weights(seed, write=assign)
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a parameter, or what this rank holds of it into its shard."""
+    if isinstance(parameter, DTensor):
+        parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(parts.to_local())
+    else:
+        parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full value of a tensor on every rank (a collective where it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sync_gradients(model: Llama, now: bool) -> None:
+    """Whether the next backward reduces gradients over the mesh or only adds to this rank's."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def reshard(model: Llama) -> None:
+    """Free what a forward without backward leaves gathered, so that parameters are the sharded ones again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(parallel: Parallel, dtype: str, compile: bool) -> Placement:
+    """Join the process group that torchrun describes, if any, and choose device, dtype and mesh."""
+    world = world_size()
+    shape = mesh_shape(parallel, world)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    mesh = None
+    if world > 1:
+        # gloo stays beside nccl: flags and messages between ranks need no GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    compute = compute_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    return Placement(device, compute, mesh, parallel.activation_checkpointing, compile)
+
+
+def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
+    """(replicate, shard); what is not given takes all that is left, sharding first."""
+    replicate, shard = parallel.replicate, parallel.shard
+    if replicate is None:
+        replicate = 1 if shard is None else world // shard
+    if shard is None:
+        shard = world // replicate
+    if replicate < 1 or shard < 1 or replicate * shard != world:
+        raise UserError(f"parallel.replicate {replicate} × parallel.shard {shard} is not the number of processes, {world}")
+    return replicate, shard
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def on_rank_0(work, *args) -> Any:
+    """Call `work(*args)` on rank 0 only and give every rank its result, or its `UserError`."""
+    answer: list = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = work(*args)
+        except UserError as error:
+            answer[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over all ranks of a scalar, without waiting for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)  # gloo knows no average
+        value = value / dist.get_world_size()
+    return value
+
+
+class StopFlag:
+    """SIGTERM and Ctrl-C ask the run to end; the ranks agree on the step after which it does."""
+
+    def __init__(self):
+        self._asked = False
+        self._votes, self._pending = torch.zeros(1), None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)  # a second signal asks again, which changes nothing
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Called once per step by all ranks: whether any of them had been asked by its last call. Waits for no GPU."""
+        if not dist.is_initialized():
+            return self._asked
+        if self._pending is not None:
+            self._pending.wait()
+        stop = bool(self._votes.item())
+        self._votes.fill_(float(self._asked or stop))
+        self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        return stop

@@ -1,0 +1,144 @@
+"""What the kernel tests share: where they run, naive formulas to compare with, and the rule that says how close is close.
+
+Error rule: ‖kernel − exact‖ ≤ 2 · ‖torch in the same dtype − exact‖ + small, where exact is the naive formula in fp64 on the same
+inputs, and small is a few fp32 roundings of numbers of order 1: without it an exact torch would demand an exact kernel.
+"""
+
+import contextlib
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+
+
+def _target(device, backend, dtype):
+    marks = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")] if device == "cuda" else []
+    return pytest.param((device, backend, dtype), id=f"{device}-{backend}-{str(dtype)[6:]}", marks=marks)
+
+
+# The interpreter multiplies raw bits in a bf16 tl.dot, so it never sees bf16.
+INTERPRETER = [_target("cpu", "triton", dtype) for dtype in (torch.float32, torch.float16)]
+GPU = [_target("cuda", "triton", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+REFERENCE = [_target("cpu", "torch", dtype) for dtype in (torch.float32, torch.bfloat16)]
+TRITON = INTERPRETER if INTERPRETED else GPU
+TARGETS = INTERPRETER if INTERPRETED else REFERENCE + GPU
+
+
+def randn(*shape, target, seed=0, scale=1.0, grad=True):
+    device, _, dtype = target
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    return x.to(device, dtype).requires_grad_(grad)
+
+
+@contextlib.contextmanager
+def poisoned_memory(monkeypatch):
+    """Everything torch.empty and its kin return is full of NaN, so that what a kernel forgets to write shows."""
+
+    def poisoned(make):
+        def make_poisoned(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return make_poisoned
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+def outputs_and_gradients(function, inputs):
+    """The outputs of `function`, then the gradient of each input that wants one, for fixed upstream gradients."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(97 + i)).to(out.device, inputs[0].dtype).to(out.dtype)
+        for i, out in enumerate(outputs)
+    ]
+    wanted = [x for x in inputs if x.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+
+
+def in_double(x):
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+def assert_obeys_error_rule(kernel, plain, naive, inputs, monkeypatch):
+    """Check each output and gradient of `kernel` against `naive` in fp64, measured by `plain`, torch in the same dtype."""
+    with poisoned_memory(monkeypatch):
+        got = outputs_and_gradients(kernel, inputs)
+    torch_result = outputs_and_gradients(plain, inputs)
+    exact = outputs_and_gradients(naive, [in_double(x) for x in inputs])
+    for i, (ours, theirs, truth) in enumerate(zip(got, torch_result, exact, strict=True)):
+        assert ours.shape == truth.shape and ours.dtype == theirs.dtype, f"result {i}: {ours.dtype} {tuple(ours.shape)}"
+        error, yardstick = ((x.double() - truth).norm().item() for x in (ours, theirs))
+        small = 4 * torch.finfo(torch.float32).eps * (truth.norm().item() + truth.numel() ** 0.5)
+        assert error <= 2 * yardstick + small, f"result {i}: error {error:.3g}, torch's own {yardstick:.3g} + {small:.1g}"
+
+
+def naive_rms_norm(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def plain_rms_norm(x, weight, eps):
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def naive_rotary(q, k, cos, sin):
+    """Hugging Face's apply_rotary_pos_emb, for (batch, seq, head, d_head)."""
+    cos, sin = (torch.cat((table, table), -1)[:, None] for table in (cos, sin))
+
+    def rotated(x):
+        half = x.shape[-1] // 2
+        return (x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def naive_scores(q, k, causal, scale, cu_seqlens):
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None, :]
+    seen = (j <= i) if causal else torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    if cu_seqlens is not None:
+        document = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.cpu().diff())
+        seen = seen & (document[:, None] == document[None, :])
+    return scores.masked_fill(~seen.to(scores.device), float("-inf"))
+
+
+def naive_attention(q, k, v, causal=True, scale=None, cu_seqlens=None):
+    p = naive_scores(q, k, causal, scale, cu_seqlens).softmax(-1)
+    return torch.einsum("bhts,bshk->bthk", p, v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+
+
+def plain_attention(q, k, v, causal=True, scale=None, cu_seqlens=None):
+    group = q.shape[2] // k.shape[2]
+    mask = naive_scores(q, k, causal, scale, cu_seqlens).isneginf().logical_not()[:, :1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def naive_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def plain_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def naive_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", z_loss=0.0):
+    logits = torch.einsum("...d,vd->...v", x, weight.to(x.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    kept = targets != ignore_index
+    lse = logits.logsumexp(-1)
+    loss = lse - logits.gather(-1, targets.where(kept, 0)[..., None])[..., 0] + z_loss * lse.square()
+    loss = loss.where(kept, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)

@@ -1,0 +1,398 @@
+"""Preparing data: nothing lost, nothing twice, the same bytes every time, and nothing half-done that looks done."""
+
+import fcntl
+import gzip
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from nanostack import prepare as module
+from nanostack import tokenizer
+from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
+from nanostack.errors import UserError
+from nanostack.prepare import Args, prepare
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+FILES = sorted((STDLIB / "email").glob("*.py")) + sorted(STDLIB.glob("a*.py"))
+TEXTS = sorted({path.read_text("utf-8") for path in FILES} - {""})
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """A folder of forty files of real text."""
+    folder = tmp_path / "texts"
+    for i, text in enumerate(TEXTS):
+        (folder / f"sub{i % 3}").mkdir(parents=True, exist_ok=True)
+        (folder / f"sub{i % 3}" / f"{i:03d}.py").write_bytes(text.encode())
+    return folder
+
+
+def run(out: Path, *sources: Path | str, **options) -> dict:
+    options = {"tokenizer": "bytes", "workers": 1, "val_fraction": 0.2} | options
+    return prepare(Args(sources=[str(source) for source in sources], out=out, **options))
+
+
+def cli(*words: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nanostack.prepare", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def documents(out: Path) -> dict[str, list[str]]:
+    """The documents of each split, read back from the shards."""
+    manifest, bpe, found = load_manifest(out), tokenizer.load(out), {}
+    for split, entry in manifest["splits"].items():
+        shards = [np.fromfile(out / shard["file"], manifest["dtype"]) for shard in entry["shards"]]
+        tokens = np.concatenate([*shards, np.zeros(0, manifest["dtype"])])
+        assert len(tokens) == entry["tokens"]
+        ends = np.flatnonzero(tokens == bpe.eot)
+        found[split] = [bpe.decode(part[part != bpe.eot]) for part in np.split(tokens, ends + 1)[:-1]]
+        assert len(found[split]) == entry["documents"]
+        assert sum(len(text.encode()) for text in found[split]) == entry["bytes"]
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def everything(out: Path) -> list[str]:
+    found = documents(out)
+    return sorted(found["train"] + found["val"])
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe:500"])
+def test_the_tokens_decode_to_exactly_the_documents(tmp_path, texts, name):
+    manifest = run(tmp_path / "out", texts, tokenizer=name, shard_tokens=7001)
+    assert everything(tmp_path / "out") == TEXTS
+    for entry in manifest["splits"].values():
+        assert {shard["tokens"] for shard in entry["shards"][:-1]} == {7001} and len(entry["shards"]) > 1
+    verify(tmp_path / "out")
+
+
+def test_documents_stay_in_the_order_of_their_paths(tmp_path, texts):
+    run(tmp_path / "out", texts)
+    order = [path.read_text() for path in sorted(texts.rglob("*.py"))]
+    for found in documents(tmp_path / "out").values():
+        assert found == [text for text in order if text in found]
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 30_000)
+    for workers in (1, 2, 3):
+        run(tmp_path / f"{workers}", texts, workers=workers, tokenizer="bpe:300", shard_tokens=50_000)
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
+
+
+def test_the_same_text_elsewhere_gives_the_same_manifest(tmp_path, texts):
+    run(tmp_path / "a", texts, tokenizer="bpe:300")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(texts, tmp_path / "elsewhere" / "texts")
+    run(tmp_path / "b", tmp_path / "elsewhere" / "texts", tokenizer="bpe:300")
+    assert manifest_sha256(tmp_path / "a") == manifest_sha256(tmp_path / "b")
+    assert str(tmp_path) not in (tmp_path / "a" / "manifest.json").read_text()
+
+
+def test_a_text_is_on_the_same_side_whatever_comes_with_it(tmp_path, texts):
+    run(tmp_path / "a", texts)
+    (tmp_path / "more").mkdir()
+    for i, text in enumerate(reversed(TEXTS[::2])):
+        (tmp_path / "more" / f"{i}").write_text(text)
+    (tmp_path / "more" / "other").write_text("one more text")
+    run(tmp_path / "b", tmp_path / "more")
+    first, second = documents(tmp_path / "a"), documents(tmp_path / "b")
+    assert first["val"] and first["train"]
+    for split in first:
+        assert set(second[split]) - {"one more text"} == set(first[split]) & set(TEXTS[::2])
+
+
+def test_the_share_of_validation_is_the_one_asked_for(tmp_path):
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(20_000)))
+    splits = run(tmp_path / "out", tmp_path / "many.jsonl", val_fraction=0.1)["splits"]
+    assert abs(splits["val"]["documents"] - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5
+
+
+def test_a_corpus_of_two_documents_still_gets_validation(tmp_path):
+    for name, text in (("a", "the first text"), ("b", "the second text")):
+        (tmp_path / name).write_text(text)
+    run(tmp_path / "out", tmp_path / "a", tmp_path / "b", val_fraction=1e-9, shard_tokens=10)
+    run(tmp_path / "turned", tmp_path / "b", tmp_path / "a", val_fraction=1e-9)
+    first, second = documents(tmp_path / "out"), documents(tmp_path / "turned")
+    assert first == second and len(first["val"]) == len(first["train"]) == 1
+    verify(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.bin")} == {
+        shard["file"] for entry in load_manifest(tmp_path / "out")["splits"].values() for shard in entry["shards"]
+    }
+
+
+def test_repeated_documents_are_dropped_once_seen(tmp_path, texts):
+    shutil.copytree(texts, tmp_path / "again")
+    (tmp_path / "again" / "sub0" / "000.py").write_text(TEXTS[0] + " ")  # almost the same is not the same
+    manifest = run(tmp_path / "out", texts, tmp_path / "again")
+    assert manifest["dropped"] == {"duplicate": len(TEXTS) - 1}
+    assert everything(tmp_path / "out") == sorted([*TEXTS, TEXTS[0] + " "])
+
+
+def test_what_is_left_out_is_counted(tmp_path, texts):
+    (texts / ".git").mkdir()
+    (texts / ".git" / "config").write_text("hidden")
+    (texts / ".hidden").write_text("hidden")
+    (texts / "empty").write_text("")
+    (texts / "blank").write_text(" \n\t\n")
+    (texts / "latin1.txt").write_bytes("où ça ?".encode("latin-1"))
+    (texts / "image.bin").write_bytes(b"\0\1\2" * 200_000)
+    (texts / "broken").symlink_to(texts / "nowhere")
+    (texts / "loop").symlink_to(texts)
+    (texts / "half.jsonl").write_text('{"text": "\\ud83d"}\n{"text": null}\n')
+    run(texts / "tokens", texts / "sub0")
+    manifest = run(tmp_path / "out", texts)
+    assert manifest["dropped"] == {
+        "binary": 1,
+        "empty": 3,
+        "hidden": 2,
+        "linked_folder": 1,
+        "not_a_file": 1,
+        "not_utf8": 2,
+        "prepared_data": 1,
+    }
+    assert everything(tmp_path / "out") == TEXTS
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    lines = "".join(json.dumps({"id": i, "body": text}) + "\n\n" for i, text in enumerate(TEXTS)).encode()
+    packed = zstandard.ZstdCompressor().compress
+    kinds = {
+        "a.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]),
+        "c.jsonl.zst": packed(lines[:5000]) + packed(lines[5000:]),
+    }
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+    table = pyarrow.table({"id": range(len(TEXTS)), "body": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
+    for name in [*kinds, "d.parquet"]:
+        run(tmp_path / f"{name}.out", tmp_path / name, field="body")
+        assert documents(tmp_path / f"{name}.out") == documents(tmp_path / "a.jsonl.out")
+    assert everything(tmp_path / "a.jsonl.out") == TEXTS
+    (tmp_path / "folder").mkdir()
+    for name in [*kinds, "d.parquet"]:
+        (tmp_path / name).rename(tmp_path / "folder" / name)
+    assert run(tmp_path / "all", tmp_path / "folder", field="body")["dropped"] == {"duplicate": 3 * len(TEXTS)}
+
+
+@pytest.mark.parametrize("unit", ["a line of text number %d\n", "字符没有换行%d"], ids=["lines", "one long line"])
+def test_a_long_text_becomes_several_documents_that_join_to_it(tmp_path, unit):
+    whole = "".join(unit % i for i in range(60_000))
+    (tmp_path / "book.txt").write_bytes(whole.encode())
+    with gzip.open(tmp_path / "book.txt.gz", "wb") as file:
+        file.write(whole.encode())
+    reader = module.Reader(module.list_files(str(tmp_path / "book.txt"), module.Counter()), "text")
+    parts = list(reader)
+    assert "".join(parts) == whole and len(parts) > 4 and not reader.dropped
+    assert max(len(part.encode()) for part in parts) <= module.LONGEST
+    run(tmp_path / "out", tmp_path / "book.txt.gz")
+    assert everything(tmp_path / "out") == sorted(parts)
+
+
+def test_stdlib_is_real_text_without_tests_and_tables(tmp_path):
+    result = cli("stdlib", "--out", tmp_path / "out", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["manifest_sha256"] == manifest_sha256(tmp_path / "out") and summary["seconds"] > 0
+    splits = summary["splits"]
+    assert 5e6 < splits["train"]["bytes"] < 30e6 and splits["val"]["tokens"] > 50_000
+    assert Tokens(tmp_path / "out", "val", 256).n_blocks > 100
+    names = {file.name for file in module.list_files("stdlib", module.Counter())}
+    assert {"json/decoder.py", "typing.py"} <= names
+    parts = {part for name in names for part in name.split("/")}
+    assert not parts & {"test", "tests", "pydoc_data", "encodings", "site-packages", "cp1252.py"}
+
+
+def test_site_packages_are_the_installed_sources():
+    names = {file.name for file in module.list_files("site-packages", module.Counter())}
+    assert {"numpy/__init__.py", "tiktoken/core.py"} <= names
+    assert not [name for name in names if "/tests/" in name or not name.endswith(".py")]
+
+
+def test_bpe_is_trained_on_a_bounded_share_of_every_file(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE", 100_000)
+    trained = run(tmp_path / "out", texts, tokenizer="bpe:300")["tokenizer"]["trained_on"]
+    assert 50_000 < trained["bytes"] <= 100_000 and 0 < trained["documents"] < len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("bad.jsonl", b'{"text": "a"}\n\n{"text": \n', r"bad\.jsonl, line 3: not JSON"),
+        ("utf.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"utf\.jsonl, line 2: not JSON"),
+        ("field.jsonl", b'{"body": "a", "id": 1}\n', r"field\.jsonl, line 1: no field 'text' \(there is body, id\)"),
+        ("list.jsonl", b"[1]\n", r"list\.jsonl, line 1: no field 'text'"),
+        ("type.jsonl", b'{"text": 5}\n', r"type\.jsonl, line 1: 'text' is not text but a int"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-10], r"cut\.jsonl\.gz is damaged or cut short"),
+        ("no.txt.gz", b"no gzip", r"no\.txt\.gz is damaged or cut short"),
+        ("cut.txt.zst", zstandard.compress(TEXTS[0].encode())[:-100], r"cut\.txt\.zst is damaged or cut short"),
+        ("no.txt.zst", b"no zstd", r"no\.txt\.zst is damaged or cut short"),
+        ("no.parquet", b"no parquet", r"no\.parquet is damaged"),
+    ],
+)
+def test_a_damaged_source_is_named_and_nothing_is_written(tmp_path, texts, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", texts, tmp_path / name)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text' \(there is id, body\)"):
+        run(tmp_path / "out", tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'id' is not text but a int"):
+        run(tmp_path / "out", tmp_path / "a.parquet", field="id")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"pip install 'nanostack\[data\]'"):
+        run(tmp_path / "out", tmp_path / "a.parquet")
+
+
+def refused(result: subprocess.CompletedProcess, message: str):
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a source"),
+        (["nowhere"], "there is no source 'nowhere'"),
+        (["empty"], "there is no text in empty (left out: 1 empty)"),
+        (["one"], "is a single document"),
+        (["texts", "--tokenizer", "gpt3"], "known are gpt2, cl100k_base, o200k_base, bytes, bpe:N"),
+        (["texts", "--tokenizer", "bpe:many"], "as in bpe:1024, not 'many'"),
+        (["texts", "--tokenizer", "bpe:100"], "at least bpe:257"),
+        (["texts", "--tokenizer", "gpt2"], "TIKTOKEN_CACHE_DIR"),
+        (["texts", "--val_fraction", "2"], "--val_fraction"),
+        (["texts", "--workers", "0"], "--workers must be at least 1"),
+        (["texts", "--out", "texts"], "exists and is no prepared data"),
+        (["texts", "--out", "one/below"], "one"),
+        (["texts", "--out", "done"], "choose another --out, or replace it with --overwrite"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(tmp_path, words, message):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "one").write_text("a single document")
+    for name in "ab":
+        (tmp_path / "texts" / name).write_text(f"text {name}")
+    if "done" in words:
+        run(tmp_path / "done", tmp_path / "texts")
+    before = sorted(tmp_path.rglob("*"))
+    words = [
+        *words,
+        *([] if "--out" in words else ["--out", "out"]),
+        *([] if "--tokenizer" in words else ["--tokenizer", "bytes"]),
+    ]
+    dead_end = {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | dead_end | {"PYTHONPATH": str(Path(module.__file__).parents[1])}
+    refused(cli(*words, cwd=tmp_path, env=environment), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    def limit():  # the system's own refusal to write on, without filling a disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = cli("stdlib", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1, preexec_fn=limit)
+    refused(result, f"writing {tmp_path / 'out'}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_the_data_only_when_asked_and_only_at_the_end(tmp_path, texts):
+    out = tmp_path / "out"
+    run(out, texts)
+    old = content(out)
+    with pytest.raises(UserError, match="already holds prepared data"):
+        run(out, texts, tokenizer="bpe:300")
+    (texts / "zzz.jsonl").write_text("no json\n")
+    with pytest.raises(UserError, match="not JSON"):
+        run(out, texts, tokenizer="bpe:300", overwrite=True)
+    assert content(out) == old
+    (texts / "zzz.jsonl").unlink()
+    run(out, texts, tokenizer="bpe:300", overwrite=True)
+    assert load_manifest(out)["tokenizer"]["name"] == "bpe:300" and everything(out) == TEXTS
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_a_run_killed_between_the_two_renames_gives_the_old_data_back(tmp_path, texts):
+    out = tmp_path / "out"
+    run(out, texts)
+    old = content(out)
+    out.rename(tmp_path / "out.old")
+    with pytest.raises(UserError, match="already holds prepared data"):
+        run(out, texts)
+    assert content(out) == old
+
+
+def test_two_runs_for_one_folder_do_not_mix(tmp_path, texts):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "train_00000.bin").write_bytes(b"of the other run")
+    other = os.open(partial, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another prepare is writing"):
+        run(tmp_path / "out", texts)
+    assert content(partial) == {"train_00000.bin": b"of the other run"}
+    os.close(other)  # as when the other process ends
+    run(tmp_path / "out", texts)
+    assert everything(tmp_path / "out") == TEXTS
+
+
+def interrupted(out: Path, number: int, *words: str) -> tuple[int, str]:
+    """Run prepare until it has written some shards, then send `number` to all its processes (SIGKILL: only to the first)."""
+    command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "--out", str(out), "--tokenizer", "bytes"]
+    command += ["--shard_tokens", "20000", "--workers", "2", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    partial = out.with_name(out.name + ".partial")
+    until = time.monotonic() + 30
+    while len(list(partial.glob("*.bin"))) < 20:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.002)
+    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+    error = process.communicate(timeout=20)[1]  # returns when the workers, which share the pipe, have ended too
+    return process.returncode, error
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_works(tmp_path):
+    out = tmp_path / "out"
+    assert interrupted(out, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    for folder in (out, tmp_path / "out.partial"):
+        with pytest.raises(UserError, match="no prepared data"):
+            load_manifest(folder)
+    run(out, STDLIB / "email")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    verify(out)
+    run(tmp_path / "clean", STDLIB / "email")
+    assert content(tmp_path / "clean").items() <= content(out).items()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_overwrite_leaves_the_old_data_and_nothing_else(tmp_path, texts, number, code):
+    out = tmp_path / "out"
+    run(out, texts)
+    old = content(out)
+    returncode, error = interrupted(out, number, "--overwrite")
+    assert returncode == code
+    assert error == (f"interrupted; {out} is as it was before\n" if number == signal.SIGINT else "")
+    assert content(out) == old and not list(tmp_path.glob("out.*"))

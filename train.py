@@ -1,0 +1,336 @@
+"""Pre-train a Llama, stage by stage, and grow it in place between stages.
+
+    python train.py config/quickstart.py                               one device
+    torchrun --nproc_per_node 8 train.py config/1b.py --out out/1b     several; every field of the config can be overridden
+
+A run follows from (data, config, seed) alone: sample n is the same text whatever the batch, the number of devices, or how
+often the run was stopped. It writes metrics.jsonl and ckpt.pt to its `out` folder.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.profiler import profile, schedule
+
+import kernels
+from nanostack import checkpoint, parallel
+from nanostack.config import Train, describe_tokens, load
+from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, verify
+from nanostack.errors import UserError, exits_cleanly
+from nanostack.flops import flops_per_token, mfu, n_params, peak_flops
+from nanostack.metrics import Clock, Display, Late, Metrics, header
+from nanostack.optimizer import guarded_step
+from nanostack.schedule import learning_rate
+from nanostack.state import State
+
+MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
+
+
+class Run:
+    """What a run needs, set up in the order in which mistakes should be found; then its loop, top to bottom."""
+
+    def __init__(self, config: Train):
+        self.stop = parallel.StopFlag()
+        self.placement = parallel.start(config.parallel, config.dtype, config.compile)
+        self.kernels = choose_kernels(config.kernels, self.placement)
+        parallel.on_rank_0(verify, config.data.path)
+        self.manifest_sha256 = manifest_sha256(config.data.path)
+        config_sha256 = config.sha256()
+        self.config = config = with_vocabulary(config)
+        self.micro_steps = micro_steps(config)
+        self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
+        self.val = Tokens(config.data.path, "val", config.model.seq_len)
+        self.token_bytes = self.val.token_bytes
+
+        self.out = Path(config.out)
+        self.resuming = parallel.on_rank_0(claim, config)
+        source = self.out / "ckpt.pt" if self.resuming else config.init_from
+        if source:
+            saved = checkpoint.load(source)
+            checkpoint.check_fits(saved, source, config, self.manifest_sha256 if self.resuming else None)
+            self.state = State.restore(saved, config.optim, self.placement)
+        else:
+            self.state = State.create(config.model, config.optim, self.placement, config.seed)
+        self.cursor = self.state.cursor
+        if not self.resuming:
+            self.cursor.stage = self.cursor.stage_tokens = 0
+            parallel.on_rank_0(clear, config)
+
+        steps_before = sum(stage_steps(config, stage) for stage in config.stages[: self.cursor.stage])
+        self.step = steps_before + self.cursor.stage_tokens // config.batch_tokens
+        self.total_steps = sum(stage_steps(config, stage) for stage in config.stages)
+        self.speaks = parallel.rank() == 0
+        self.display = Display(self.total_steps * config.batch_tokens, self.step * config.batch_tokens, self.speaks)
+        self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks)
+        self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples) if self.resuming else 0.0)
+        if not self.resuming:
+            self.metrics.begin(header(config_sha256, self.manifest_sha256, parallel.world_size(), self.placement))
+        self.peak = peak_flops(self.placement.device, self.placement.dtype)
+        self.late = Late()
+        self.skipped_in_a_row: list[int] = []  # first sample of each
+        self.last_log = (self.cursor.tokens, self.clock.seconds())
+        self.display.say(self.describe(source))
+
+    @property
+    def stage(self):
+        return self.config.stages[self.cursor.stage]
+
+    def train(self) -> None:
+        """All stages that are left. Returns early, the state saved, when a signal asked for it."""
+        pin = self.placement.device.type == "cuda"
+        with self.display, Prefetcher(self.data, self.my_samples(), pin=pin) as batches, self.profiler() as profiler:
+            if not self.resuming:
+                self.enter_stage()
+            while True:
+                while self.cursor.stage_tokens < self.stage.tokens:
+                    self.train_step(batches)
+                    profiler.step()
+                    if self.stop.agreed():
+                        self.save()
+                        self.display.say(f"stopped by a signal after step {self.step}; --resume goes on from here")
+                        return
+                if self.cursor.stage + 1 == len(self.config.stages):
+                    return
+                self.cursor.stage += 1
+                self.cursor.stage_tokens = 0
+                self.enter_stage()
+
+    def enter_stage(self) -> None:
+        """Grow the model where the stage says so, and look at its loss before and after."""
+        if self.stage.growth is None:
+            return
+        with self.clock.paused():
+            before = self.evaluate()
+            receipt = self.state.grow(self.stage.growth)
+            after = self.evaluate()
+            receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
+        self.write_record({"loss": None, "lr": None, "grad_norm": None} | after | {"growth": receipt})
+        layers = self.state.model.config.n_layer
+        self.display.say(f"grown to {layers} layers: " + ", ".join(f"{k} {v}" for k, v in receipt.items() if k != "layers"))
+        self.last_log = (self.cursor.tokens, self.clock.seconds())
+
+    def train_step(self, batches: Prefetcher) -> None:
+        """One optimizer step on the next batch_tokens, then what is due after it."""
+        model, cursor, config = self.state.model, self.cursor, self.config
+        loss = torch.zeros((), device=self.placement.device)
+        for micro_step in range(self.micro_steps):
+            tokens_BT, targets_BT = (part.to(self.placement.device, non_blocking=True) for part in next(batches))
+            parallel.sync_gradients(model, now=micro_step + 1 == self.micro_steps)
+            # Micro-batches and ranks are of equal size, so this and FSDP2's mean over ranks divide the sum of all losses
+            # by the step's global number of targets.
+            part = model(tokens_BT, targets_BT) / self.micro_steps
+            part.backward()
+            loss += part.detach()
+        loss = parallel.mean(loss)
+        first_sample = cursor.samples
+        cursor.advance(config.batch_tokens // config.model.seq_len, model.config)
+        self.step += 1
+        lr = learning_rate(self.stage, cursor.stage_tokens)
+        norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip)
+
+        stage_ends = cursor.stage_tokens >= self.stage.tokens
+        evaluating = stage_ends or self.crossed(config.eval_interval)
+        logging = evaluating or self.crossed(config.log_interval)
+        self.late.push(first_sample, loss, norm, skipped)
+        measured = {}
+        for sample, loss, norm, skipped in self.late.pop(wait=logging):
+            self.count_skipped(sample, skipped)
+            measured = {"loss": loss, "lr": lr, "grad_norm": norm}
+        self.display.advance(self.step * config.batch_tokens, f"stage {cursor.stage}")
+        if logging:
+            self.log(measured, evaluating)
+        if stage_ends or self.crossed(config.save_interval):
+            self.save()
+
+    def crossed(self, interval: int) -> bool:
+        """Whether the last step took the token count over a multiple of `interval`."""
+        tokens = self.cursor.tokens
+        return tokens // interval > (tokens - self.config.batch_tokens) // interval
+
+    def count_skipped(self, first_sample: int, skipped: float) -> None:
+        """A step whose loss or gradient was not finite has changed nothing; several in a row end the run."""
+        if not skipped:
+            self.skipped_in_a_row.clear()
+            return
+        self.skipped_in_a_row.append(first_sample)
+        size = self.config.batch_tokens // self.config.model.seq_len
+        self.display.say(f"step skipped: loss or gradient not finite in samples {first_sample} to {first_sample + size - 1}")
+        if len(self.skipped_in_a_row) >= MAX_SKIPPED:
+            raise UserError(
+                f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite, in samples {self.skipped_in_a_row[0]} "
+                f"to {first_sample + size - 1}. They left the weights alone; look at those samples, or lower the learning rate"
+            )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
+        seq_len, device, ranks = self.config.model.seq_len, self.placement.device, parallel.world_size()
+        blocks = max(1, min(self.val.n_blocks, self.config.data.val_tokens // seq_len))
+        each = self.config.micro_batch
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
+        for first in range(0, blocks, each * ranks):
+            mine = min(first + parallel.rank() * each, blocks), min(first + (parallel.rank() + 1) * each, blocks)
+            none_left = mine[0] == mine[1]  # then go along for the collectives, but do not count
+            block = torch.from_numpy(self.val.blocks(*((0, 1) if none_left else mine))).to(device)
+            loss = self.state.model(block[:, :-1], block[:, 1:])
+            if not none_left:
+                n_bytes = int(self.token_bytes[block[:, 1:].cpu().numpy()].sum())
+                total += torch.stack([loss.double() * block[:, 1:].numel(), torch.tensor(n_bytes, device=device).double()])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        parallel.reshard(self.state.model)
+        nats, n_bytes = total.tolist()
+        return {"val_loss": nats / (blocks * seq_len), "val_bits_per_byte": nats / math.log(2) / max(1.0, n_bytes)}
+
+    def log(self, measured: dict, evaluating: bool) -> None:
+        """Write a record and a console line, with the speed since the last one."""
+        tokens, seconds = self.cursor.tokens - self.last_log[0], self.clock.seconds() - self.last_log[1]
+        speed = tokens / seconds if seconds > 0 else None
+        with self.clock.paused():
+            losses = self.evaluate() if evaluating else {"val_loss": None, "val_bits_per_byte": None}
+        self.write_record(measured | losses, speed)
+        self.last_log = (self.cursor.tokens, self.clock.seconds())
+
+    def write_record(self, values: dict, speed: float | None = None) -> None:
+        cursor = self.cursor
+        share = mfu(self.state.model.config, speed / parallel.world_size(), self.peak) if speed else None
+        position = {"stage": cursor.stage, "step": self.step, "samples": cursor.samples, "tokens": cursor.tokens}
+        ledger = {"flops": cursor.flops, "flops_exact": cursor.flops_exact, "epoch": self.data.epoch(cursor.samples)}
+        timing = {"tokens_per_s": speed, "mfu": share, "seconds": self.clock.seconds()}
+        record = position | ledger | values | timing
+        self.metrics.write(record)
+        self.display.log(record, self.step * self.config.batch_tokens)
+
+    def save(self) -> None:
+        with self.clock.paused():
+            checkpoint.save(self.state, self.out / "ckpt.pt", self.manifest_sha256, self.config.seed, self.config.keep)
+
+    def my_samples(self):
+        """The (start, stop) of every micro-batch that this rank trains on, to the end of the run.
+
+        A step takes the next batch of global sample numbers; micro-batches and ranks cut it into slices.
+        """
+        each, ranks = self.config.micro_batch, parallel.world_size()
+        first = self.cursor.samples + parallel.rank() * each
+        for number in range((self.total_steps - self.step) * self.micro_steps):
+            start = first + number * each * ranks
+            yield start, start + each
+
+    def profiler(self):
+        """A torch profiler of `profile` steps after two of warm-up, or one that does nothing."""
+        n = self.config.profile
+        if n < 1 or not self.speaks:
+            return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+        path = str(self.out / "trace.json")
+        return profile(
+            schedule=schedule(wait=1, warmup=1, active=n, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(path),
+        )
+
+    def describe(self, source) -> str:
+        """What is about to run, derived values included."""
+        config, model, placement = self.config, self.state.model.config, self.placement
+        start = f"from {source} at {describe_tokens(self.cursor.tokens)} tokens" if source else f"from seed {config.seed}"
+        steps, dtype = self.total_steps - self.step, str(placement.dtype).removeprefix("torch.")
+        return (
+            f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
+            f"{steps} steps of {config.batch_tokens} tokens ({describe_tokens(steps * config.batch_tokens)}) of {config.data.path}, "
+            f"{describe_tokens(self.data.n_tokens)} tokens an epoch; {flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
+            f"{parallel.world_size()} × {placement.device.type}, {dtype}, {self.kernels} kernels, "
+            f"{self.micro_steps} × {config.micro_batch} sequences per device and step"
+        )
+
+
+def choose_kernels(name: str, placement: parallel.Placement) -> str:
+    """Set the backend of all kernels. Returns the one that will run: torch or triton."""
+    reason = kernels.unavailable_reason(placement.device)
+    if reason is None and placement.device.type == "cpu" and placement.dtype != torch.float32:
+        reason = "Triton's interpreter is right in float32 only; add --dtype float32"
+    if name == "triton" and reason:
+        raise UserError(f"--kernels triton: {reason}")
+    kernels.set_backend(name)
+    return name if name != "auto" else "triton" if placement.device.type == "cuda" and not reason else "torch"
+
+
+def with_vocabulary(config: Train) -> Train:
+    """The config with the data's vocabulary, rounded up to 128, where it leaves it open."""
+    n_vocab = load_manifest(config.data.path)["tokenizer"]["n_vocab"]
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=-(-n_vocab // 128) * 128))
+    if wanted < n_vocab:
+        raise UserError(f"model.vocab_size {wanted} is too small: {config.data.path} holds token ids up to {n_vocab - 1}")
+    return config
+
+
+def micro_steps(config: Train) -> int:
+    """How many micro-batches of every rank make one step."""
+    sequences, together = config.batch_tokens // config.model.seq_len, config.micro_batch * parallel.world_size()
+    if sequences % together:
+        each = sequences // parallel.world_size() if sequences % parallel.world_size() == 0 else 0
+        fitting = [n for n in range(1, each + 1) if each % n == 0]
+        near = sorted(sorted(fitting, key=lambda n: abs(n - config.micro_batch))[:2])
+        below = sequences // together * together
+        legal = [n * config.model.seq_len for n in (below, below + together) if n]
+        raise UserError(
+            f"batch_tokens {config.batch_tokens} is {sequences} sequences, which {parallel.world_size()} device(s) × micro_batch "
+            f"{config.micro_batch} do not divide; nearest legal batch_tokens: {legal}"
+            + (f"; nearest legal micro_batch: {near}" if near else "")
+        )
+    return sequences // together
+
+
+def stage_steps(config: Train, stage) -> int:
+    """Steps of a stage; its last one is a whole one."""
+    return -(-stage.tokens // config.batch_tokens)
+
+
+def claim(config: Train) -> bool:
+    """Whether the run goes on with what is in its folder. Touches nothing that is there."""
+    out = Path(config.out)
+    if config.resume and config.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, which repeats the command line
+    if config.resume or restarted:
+        return (out / "ckpt.pt").exists()  # else the run died before its first checkpoint: it starts again
+    holds_run = (out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()
+    if holds_run and not config.overwrite:
+        raise UserError(
+            f"{out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
+        )
+    return False
+
+
+def clear(config: Train) -> None:
+    """Make the folder ready for a new run; by now everything else is known to be right."""
+    out = Path(config.out)
+    old = [out / "metrics.jsonl", out / "ckpt.pt", *checkpoint.numbered_checkpoints(out / "ckpt.pt")]
+    try:
+        if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
+            raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
+        out.mkdir(parents=True, exist_ok=True)
+        for file in old:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\nusage: train.py CONFIG.py [--field.name value ...]; train.py CONFIG.py --help lists all fields")
+        sys.exit(0 if arguments else 2)
+    Run(load(arguments[0], arguments[1:])).train()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with exits_cleanly():
+        main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The baseline of quickstart.py: the same 8 layers from scratch at the same FLOPs, the learning rate tuned and fully decayed."""
+"""The baseline of quickstart.py: the same 8 layers from scratch at the same FLOPs, learning rate tuned and fully decayed."""
 
 from nanostack.config import Data, Stage, Train
 from nanostack.model import LlamaConfig

@@ -14,15 +14,11 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS and Windows: the kernels below are still defined, and never launched
-    triton, tl = (
-        SimpleNamespace(jit=lambda kernel: kernel, __version__=None),
-        SimpleNamespace(constexpr=lambda value: value),
-    )
+    triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 HAS_TRITON = triton.__version__ is not None
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # Triton reads it when a kernel is defined, so later is too late
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so later is too late
 BACKENDS = ("auto", "torch", "triton")
 
 _backend = "auto"
@@ -50,7 +46,7 @@ def unavailable_reason(device: torch.device | str) -> str | None:
         return None
     if device.type == "cpu" and INTERPRETED:
         return None
-    return f"Triton needs a CUDA device and this is {device.type!r} (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)."
+    return f"Triton needs a CUDA device, not {device.type} (with TRITON_INTERPRET=1 the kernels are interpreted on the CPU)."
 
 
 def use_triton(backend: str | None, x: torch.Tensor) -> bool:
@@ -98,9 +94,7 @@ def require(condition: bool, message: str) -> None:
 def require_like(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor, dtype: bool = True) -> None:
     """Raise ValueError unless both tensors are on one device and (with `dtype`) of one dtype."""
     if tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device")
     if dtype and tensor.dtype != like.dtype:
         raise ValueError(f"{name} is {tensor.dtype} and {like_name} is {like.dtype}; they must have the same dtype")
 

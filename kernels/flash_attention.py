@@ -41,6 +41,14 @@ def store_tile(x_ptr, stride_row, row, n_row, tile, D: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def locate(n_row, n_head, BLOCK: tl.constexpr):
+    """This program's block of rows, and its batch and head in int64: (n_row / BLOCK) programs per head, one after another."""
+    n_block = tl.cdiv(n_row, BLOCK)
+    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
+    return tl.program_id(0) % n_block, batch_head // n_head, batch_head % n_head
+
+
+@triton.jit
 def visible(row, column, bounds_ptr, q_len, kv_len, CAUSAL: tl.constexpr):
     """Which columns each row attends to. row and column broadcast, so it serves S and Sᵀ."""
     seen = column < kv_len
@@ -73,10 +81,8 @@ def attention_forward_kernel(
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n_block = tl.cdiv(q_len, BLOCK_M)
-    q_block = n_block - 1 - tl.program_id(0) % n_block  # the longest rows of a causal mask start first
-    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
-    batch, head = batch_head // n_head, batch_head % n_head
+    q_block, batch, head = locate(q_len, n_head, BLOCK_M)
+    q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block  # the longest rows of a causal mask start first
     k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
     row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,8 +110,8 @@ def attention_forward_kernel(
 
     out_ptr += (batch * q_len * n_head + head) * D
     store_tile(out_ptr, n_head * D, row, q_len, out / row_sum[:, None], D, BLOCK_D)
-    lse = (row_max + tl.log2(row_sum)) / LOG2_E
-    tl.store(lse_ptr + batch_head * q_len + row, lse, mask=row < q_len)
+    lse_ptr += (batch * n_head + head) * q_len
+    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) / LOG2_E, mask=row < q_len)
 
 
 @triton.jit
@@ -113,15 +119,13 @@ def attention_delta_kernel(
     out_ptr, dout_ptr, delta_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, q_len,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    n_block = tl.cdiv(q_len, BLOCK_M)
-    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
-    batch, head = batch_head // n_head, batch_head % n_head
-    row = tl.program_id(0) % n_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_block, batch, head = locate(q_len, n_head, BLOCK_M)
+    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
     out = load_tile(out_ptr + (batch * q_len * n_head + head) * D, n_head * D, row, q_len, D, BLOCK_D)
     dout_ptr += batch * stride_dout_batch + head * stride_dout_head
     dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + batch_head * q_len + row, delta, mask=row < q_len)
+    tl.store(delta_ptr + (batch * n_head + head) * q_len + row, delta, mask=row < q_len)
 
 
 @triton.jit
@@ -132,10 +136,9 @@ def attention_dk_dv_kernel(
     n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n_block, n_kv_head = tl.cdiv(kv_len, BLOCK_N), n_head // group
-    first_column = tl.program_id(0) % n_block * BLOCK_N
-    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
-    batch, kv_head = batch_head // n_kv_head, batch_head % n_kv_head
+    n_kv_head = n_head // group
+    kv_block, batch, kv_head = locate(kv_len, n_kv_head, BLOCK_N)
+    first_column = kv_block * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
     k = load_tile(k_ptr + batch * stride_k_batch + kv_head * stride_k_head, stride_k_seq, column, kv_len, D, BLOCK_D)
     v = load_tile(v_ptr + batch * stride_v_batch + kv_head * stride_v_head, stride_v_seq, column, kv_len, D, BLOCK_D)
@@ -182,18 +185,16 @@ def attention_dq_kernel(
     n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n_block = tl.cdiv(q_len, BLOCK_M)
-    q_block = n_block - 1 - tl.program_id(0) % n_block
-    batch_head = (tl.program_id(0) // n_block).to(tl.int64)
-    batch, head = batch_head // n_head, batch_head % n_head
+    q_block, batch, head = locate(q_len, n_head, BLOCK_M)
+    q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block
     k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
     dout_ptr += batch * stride_dout_batch + head * stride_dout_head
     row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
     dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
-    lse = tl.load(lse_ptr + batch_head * q_len + row, mask=row < q_len, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + batch_head * q_len + row, mask=row < q_len, other=0.0)
+    lse = tl.load(lse_ptr + (batch * n_head + head) * q_len + row, mask=row < q_len, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + (batch * n_head + head) * q_len + row, mask=row < q_len, other=0.0)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first, masked, last = column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL, BLOCK_M, BLOCK_N)
@@ -275,9 +276,11 @@ def flash_attention_backward_op(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     config = launch_config(_arch(q.device), d_head, q.dtype)
-    wrap_triton(attention_delta_kernel)[(batch * n_head * triton.cdiv(q_len, 64),)](
-        out.contiguous(), dout, delta, *dout.stride()[:3], n_head, q_len, D=d_head, BLOCK_D=config["dq"]["BLOCK_D"], BLOCK_M=64,
-    )  # fmt: skip
+    block_d = config["dq"]["BLOCK_D"]
+    block_m = 8192 // block_d
+    wrap_triton(attention_delta_kernel)[(batch * n_head * triton.cdiv(q_len, block_m),)](
+        out.contiguous(), dout, delta, *dout.stride()[:3], n_head, q_len, D=d_head, BLOCK_D=block_d, BLOCK_M=block_m
+    )
     inputs = (q, k, v, bounds, dout, lse, delta)
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     sizes = (n_head, n_head // n_kv_head, q_len, kv_len)
@@ -320,34 +323,22 @@ def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal:
     return (10 if backward else 4) * batch * n_head * q_len * kv_len * d_head // (2 if causal else 1)
 
 
-@register_flop_formula(torch.ops.nanostack.flash_attention)
-def _(q, k, *args, out_shape=None, **kwargs) -> int:
-    return flops(q[0], q[1], k[1], q[2], q[3], causal=False)
+def _count_flops(op, seq: int, head: int, backward: bool) -> None:
+    """Tell the FLOP counter about an attention op whose shapes hold lengths and heads in these dimensions."""
+
+    def formula(*shapes, out_shape=None, **kwargs) -> int:
+        q, k = shapes[1:3] if backward else shapes[:2]
+        return flops(q[0], q[seq], k[seq], q[head], q[3], causal=False, backward=backward)
+
+    if op not in flop_registry:
+        register_flop_formula(op)(formula)
 
 
-@register_flop_formula(torch.ops.nanostack.flash_attention_backward)
-def _(dout, q, k, *args, out_shape=None, **kwargs) -> int:
-    return flops(q[0], q[1], k[1], q[2], q[3], causal=False, backward=True)
-
-
-def _count_reference_on_cpu() -> None:
-    # torch 2.13 counts the attention of every device but the CPU, whose FLOPs it silently takes for 0.
-    def forward(q, k, *args, out_shape=None, **kwargs) -> int:
-        return flops(q[0], q[2], k[2], q[1], q[3], causal=False)
-
-    def backward(dout, q, k, *args, out_shape=None, **kwargs) -> int:
-        return flops(q[0], q[2], k[2], q[1], q[3], causal=False, backward=True)
-
-    aten = torch.ops.aten
-    for op, formula in (
-        (aten._scaled_dot_product_flash_attention_for_cpu, forward),
-        (aten._scaled_dot_product_flash_attention_for_cpu_backward, backward),
-    ):
-        if op not in flop_registry:
-            register_flop_formula(op)(formula)
-
-
-_count_reference_on_cpu()
+_count_flops(torch.ops.nanostack.flash_attention, 1, 2, backward=False)
+_count_flops(torch.ops.nanostack.flash_attention_backward, 1, 2, backward=True)
+# torch 2.13 counts attention on every device but the CPU, where its own op would silently cost nothing.
+_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, backward=False)
+_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
 
 
 def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:

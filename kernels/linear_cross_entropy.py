@@ -19,9 +19,8 @@ import torch
 
 from .dispatch import require, require_like, use_triton, wide
 
-CHUNK_BYTES = (
-    64 * 2**20
-)  # of float32 logits; small chunks starve the matmuls, and one of this size still fits beside a model
+CHUNK_BYTES = 64 * 2**20  # of float32 logits
+CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 12·V·D bytes for the 6·V·D FLOPs of each of its rows
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -45,7 +44,7 @@ def _loss_and_gradients(x, weight, targets, ignore_index, z_loss, row_scale=None
     loss = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.empty_like(x) if gradients else None
     dweight = torch.zeros(weight.shape, dtype=loss.dtype, device=x.device) if gradients else None
-    chunk = max(1, CHUNK_BYTES // (4 * vocab))
+    chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab))
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         kept = (targets[part] != ignore_index).unsqueeze(1)
@@ -77,9 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast = weight.to(x.dtype)
         eager = gradients and reduction != "none"
         loss, dx, dweight = _loss_and_gradients(x, cast, targets, ignore_index, z_loss, gradients=eager)
-        if (
-            reduction == "none"
-        ):  # each row's weight is known only in the backward pass, which starts again from the inputs
+        if reduction == "none":  # each row's weight is known only in the backward pass, which starts again from the inputs
             ctx.save_for_backward(x, weight, targets)
             return loss
         factor = torch.ones_like(loss[:0].sum())
@@ -111,8 +108,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross entropy in nats of `x @ weight.T` against `targets`, in float32.
 
-    x (..., D), weight (V, D), targets (...) of int64. Rows whose target is ignore_index count for nothing; "mean" divides by the
-    number of the others (0 if there is none), "none" returns (...). weight may be a float32 master of a bfloat16 x: it is
+    x (..., D), weight (V, D), targets (...) of int64. Rows whose target is ignore_index count for nothing; "mean" divides by
+    the number of the others (0 if there is none), "none" returns (...). weight may be a float32 master of a bfloat16 x: it is
     rounded once for the matmuls, and its gradient comes back in float32. One code serves both backends: its time is matmuls.
     """
     require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")

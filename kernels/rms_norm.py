@@ -6,9 +6,9 @@
 add_rms_norm first forms residual_out = x + residual (rounded to x's dtype) and normalises that; its backward adds the gradient
 that arrives at residual_out in the same pass. Arithmetic is fp32 whatever the dtype; weight is multiplied before rounding.
 
-Bytes per row at s bytes per element: forward 2·s·D, fused 4·s·D; backward 3·s·D, fused 4·s·D. FLOPs: about 4·D and 11·D, nothing
-beside the bytes. The backward recomputes rstd, as it holds the whole row anyway, so nothing is saved but x. dweight: one
-persistent program per multiprocessor sums its rows in registers, then torch sums (programs, D): deterministic, no atomics.
+Bytes per row at s bytes per element: forward 2·s·D, fused 4·s·D; backward 3·s·D, fused 4·s·D. FLOPs: about 4·D and 11·D,
+nothing beside the bytes. The backward recomputes rstd, as it holds the whole row anyway, so nothing is saved but x. dweight:
+one persistent program per multiprocessor sums its rows in registers, then torch sums (programs, D): deterministic, no atomics.
 """
 
 import torch
@@ -41,7 +41,8 @@ def rms_norm_forward_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dy_ptr, dresidual_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, stride_dy_row, stride_dresidual_row, stride_x_row, rows, width,
+    dy_ptr, dresidual_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr,
+    stride_dy_row, stride_dresidual_row, stride_x_row, rows, width,
     EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_D)[None, :]

@@ -5,7 +5,7 @@
 
 cos and sin stay fp32, and so does the arithmetic: bf16 angles change the loss curve [TransformerEngine#1245].
 
-Bytes per token: 2·s·(H + H_kv)·K at s bytes per element, and 4·K of cos and sin. FLOPs: 3·(H + H_kv)·K, nothing beside the bytes.
+Bytes per token: 2·s·(H + H_kv)·K at s bytes per element, and 4·K of cos and sin. FLOPs: 3·(H + H_kv)·K, nothing beside that.
 One launch rotates both q and k; they may be slices of one fused projection, the outputs are contiguous.
 """
 

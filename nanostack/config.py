@@ -146,9 +146,10 @@ class Train:
                 raise UserError(f"stages.{number}.growth: {error}") from None
 
     def sha256(self) -> str:
-        """Hash of everything that shapes the result: not of where it is written or how often it is looked at."""
+        """Hash of everything that shapes the records of a run: not of where its files are, nor of what they hold."""
         ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        del values["data"]["path"]  # the manifest's hash stands for the text
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

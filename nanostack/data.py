@@ -49,9 +49,7 @@ def load_manifest(path: str | Path) -> dict:
     try:
         manifest = json.loads(file.read_bytes())
         if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{file} is of format {manifest['format']!r}, this version reads {FORMAT!r}; prepare it again"
-            )
+            raise UserError(f"{file} is of format {manifest['format']!r}, this version reads {FORMAT!r}; prepare it again")
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 str(shard["file"]), int(shard["tokens"]), str(shard["sha256"])
@@ -122,9 +120,7 @@ def _check_content(file: Path, shard: dict, dtype: np.dtype, n_vocab: int):
             digest.update(chunk)
             highest = max(highest, int(np.frombuffer(chunk, dtype).max()))
     if digest.hexdigest() != shard["sha256"]:
-        raise UserError(
-            f"shard {file} does not have the SHA-256 of its manifest: it was changed; prepare the data again"
-        )
+        raise UserError(f"shard {file} does not have the SHA-256 of its manifest: it was changed; prepare the data again")
     if highest >= n_vocab:
         raise UserError(f"shard {file} holds token id {highest}, outside the vocabulary of {n_vocab}")
 
@@ -199,9 +195,7 @@ class Tokens:
     def _gather(self, blocks: np.ndarray) -> np.ndarray:
         out = np.empty((len(blocks), self.seq_len + 1), np.int64)
         starts = blocks.astype(np.int64) * self.seq_len
-        for row, start, shard in zip(
-            out, starts.tolist(), np.searchsorted(self._ends, starts, "right").tolist(), strict=True
-        ):
+        for row, start, shard in zip(out, starts.tolist(), np.searchsorted(self._ends, starts, "right").tolist(), strict=True):
             place = start - int(self._ends[shard]) + len(self._shards[shard])
             filled = 0
             while filled < len(row):  # once, unless the block goes on in the next shard

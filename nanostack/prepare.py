@@ -28,20 +28,20 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -83,9 +83,7 @@ def list_files(source: str, dropped: Counter) -> list[File]:
         path = Path(source).resolve()
         paths = [(path.parent, path)]
     else:
-        raise UserError(
-            f"there is no source {source!r}: it is no file, no folder, and not the word stdlib or site-packages"
-        )
+        raise UserError(f"there is no source {source!r}: it is no file, no folder, and not the word stdlib or site-packages")
     files = [File(path, path.relative_to(root).as_posix(), path.stat().st_size) for root, path in paths]
     return sorted(files, key=lambda file: file.name)
 
@@ -166,9 +164,7 @@ class Reader:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict) or self.field not in record:
                 there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise UserError(
-                    f"{path}, line {number}: no field {self.field!r} (there is {there}); choose it with --field"
-                )
+                raise UserError(f"{path}, line {number}: no field {self.field!r} (there is {there}); choose it with --field")
             yield self._text(record[self.field], f"{path}, line {number}")
 
     def _parquet(self, path: Path) -> Iterator[str]:
@@ -240,7 +236,7 @@ class Shards:
 
     def __init__(self, folder: Path, split: str, size: int, dtype: np.dtype):
         self.folder, self.split, self.size, self.dtype = folder, split, size, dtype
-        self.documents = self.tokens = self.bytes = 0
+        self.tokens = 0
         self.done: list[dict] = []
         self._file: BinaryIO | None = None
 
@@ -258,18 +254,19 @@ class Shards:
                 self._end_file()
 
     def _end_file(self):
-        _sync(self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         count = self.size - self._room
         entry = {"file": Path(self._file.name).name, "tokens": count, "bytes": count * self.dtype.itemsize}
         self.done.append(entry | {"sha256": self._hash.hexdigest()})
         self._file = None
 
-    def close(self) -> dict:
-        """The manifest's entry; `bytes` of a split are of text, `bytes` of a shard are of the file."""
+    def close(self) -> list[dict]:
+        """The manifest's entries of the files."""
         if self._file is not None:
             self._end_file()
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self.done}
+        return self.done
 
 
 class Split:
@@ -278,6 +275,7 @@ class Split:
     def __init__(self, reader: Reader, bound: int, seen: set[bytes] | None = None):
         self.reader, self.bound, self.lowest = reader, bound, 1 << 64
         self.seen = set() if seen is None else seen
+        self.documents, self.bytes = Counter(), Counter()
 
     def __iter__(self) -> Iterator[tuple[str, str, int]]:
         seen, dropped = self.seen, self.reader.dropped
@@ -296,90 +294,97 @@ class Split:
                 seen.add(digest)
                 place = int.from_bytes(digest[:8], "big")
                 self.lowest = min(self.lowest, place)
-                yield ("val" if place < self.bound else "train"), text, len(data)
+                split = "val" if place < self.bound else "train"
+                self.documents[split] += 1
+                self.bytes[split] += len(data)
+                yield split, text, len(data)
 
 
-def write_shards(
-    args: "Args", files: list[File], encoder: Tokenizer, folder: Path, bound: int
-) -> tuple[dict, Counter, int]:
+def _batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[str, list[str]]]:
+    """Documents of one split each, BATCH bytes or a little more at a time."""
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for split, text, size in documents:
+        texts[split].append(text)
+        sizes[split] += size
+        if sizes[split] >= BATCH:
+            yield split, texts[split]
+            texts[split], sizes[split] = [], 0
+    yield from texts.items()
+
+
+def _encode(batches: Iterable[tuple[str, list[str]]], encoder: Tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, its documents) to (split, their tokens), in order; in `workers` processes, or here if that is one.
+
+    Each worker has a pipe of its own and one batch at a time, so memory is bounded, and the end of a process at either
+    end of the pipe is seen at the other: no worker outlives a killed parent, no parent waits for a killed worker.
+    """
+    if workers == 1:
+        yield from ((split, encoder.encode_documents(texts)) for split, texts in batches)
+        return
+    started: list[Process] = []
+    busy: deque[tuple[Connection, str]] = deque()
+
+    def oldest() -> tuple[Connection, str, np.ndarray]:
+        pipe, split = busy.popleft()
+        return pipe, split, np.frombuffer(pipe.recv_bytes(), encoder.dtype)
+
+    try:
+        for split, texts in batches:
+            if len(busy) < workers:
+                pipe = _start_worker(encoder, started)
+            else:
+                pipe, *result = oldest()
+                yield tuple(result)
+            pipe.send(texts)
+            busy.append((pipe, split))
+        while busy:
+            yield oldest()[1:]
+    except (EOFError, ConnectionError):
+        raise UserError("a worker process was killed, perhaps for want of memory; try fewer --workers") from None
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _start_worker(encoder: Tokenizer, started: list[Process]) -> Connection:
+    ours, theirs = multiprocessing.Pipe()
+    resource_tracker.ensure_running()  # of multiprocessing itself; its start unblocks the signals blocked below
+    # Spawned, for a fork would copy rustbpe's threads half alive; and with the signals blocked, which it inherits, since
+    # Ctrl-C in a terminal goes to every process and is for this one to answer.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(encoder, theirs), daemon=True)
+        started.append(process)
+        process.start()
+        theirs.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return ours
+
+
+def _work(encoder: Tokenizer, pipe: Connection):
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is done, or gone
+        while True:
+            pipe.send_bytes(encoder.encode_documents(pipe.recv()))
+
+
+def write_shards(args: "Args", files: list[File], encoder: Tokenizer, folder: Path, bound: int) -> tuple[dict, Counter, int]:
     """Encode and write every document; returns (entry per split, what was dropped, the lowest hash of a document)."""
     reader = Reader(files, args.field)
     documents = Split(reader, bound)
     shards = {split: Shards(folder, split, args.shard_tokens, encoder.dtype) for split in SPLITS}
-    batches: dict[str, list[str]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    running: deque[tuple[str, Future]] = deque()
-
-    def finish(limit: int):
-        while len(running) > limit:
-            split, future = running.popleft()
-            shards[split].write(future.result())
-
-    with _pool(args.workers, encoder) as submit, _progress(reader, sum(file.size for file in files)) as show:
-        for split, text, size in documents:
-            shards[split].documents += 1
-            shards[split].bytes += size
-            batches[split].append(text)
-            sizes[split] += size
-            if sizes[split] >= BATCH:
-                running.append((split, submit(batches[split])))
-                batches[split], sizes[split] = [], 0
-                finish(2 * args.workers)  # so many batches are in memory at most
-                show()
-        for split in SPLITS:
-            running.append((split, submit(batches[split])))
-        finish(0)
-    return {split: shards[split].close() for split in SPLITS}, reader.dropped, documents.lowest
-
-
-_encoder: Tokenizer | None = None  # of a worker process
-
-
-def _start_worker(encoder: Tokenizer):
-    global _encoder
-    _encoder = encoder
-    parent = multiprocessing.parent_process().sentinel
-
-    def follow():  # a killed parent cannot end its workers, which would wait for it for ever
-        multiprocessing.connection.wait([parent])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _encode(texts: list[str]) -> np.ndarray:
-    return _encoder.encode_documents(texts)
-
-
-@contextlib.contextmanager
-def _pool(workers: int, encoder: Tokenizer) -> Iterator[Callable[[list[str]], Future]]:
-    """A function that starts the encoding of a batch: in `workers` processes, or here and now if that is one."""
-    if workers == 1:
-
-        def here(texts: list[str]) -> Future:
-            future = Future()
-            future.set_result(encoder.encode_documents(texts))
-            return future
-
-        yield here
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy rustbpe's threads half alive
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
-
-    def submit(texts: list[str]) -> Future:
-        # A worker inherits the mask, so that Ctrl-C, which a terminal sends to all, is for this process to answer.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.submit(_encode, texts)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    try:
-        yield submit
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps for want of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    encoded = _encode(_batches(documents), encoder, args.workers)
+    with contextlib.closing(encoded), _progress(reader, sum(file.size for file in files)) as show:
+        for split, tokens in encoded:
+            shards[split].write(tokens)
+            show()
+    splits = {}
+    for split, writer in shards.items():
+        count = {"documents": documents.documents[split], "tokens": writer.tokens, "bytes": documents.bytes[split]}
+        splits[split] = count | {"shards": writer.close()}  # bytes of text here, bytes of the file in each shard
+    return splits, reader.dropped, documents.lowest
 
 
 @contextlib.contextmanager
@@ -431,9 +436,7 @@ def prepare(args: Args) -> dict:
     trained = args.tokenizer.startswith("bpe:")
     if trained:
         if not args.tokenizer[4:].isdecimal():
-            raise UserError(
-                f"in --tokenizer bpe:N, N is a number of entries, as in bpe:1024, not {args.tokenizer[4:]!r}"
-            )
+            raise UserError(f"in --tokenizer bpe:N, N is a number of entries, as in bpe:1024, not {args.tokenizer[4:]!r}")
         check_size(int(args.tokenizer[4:]))
     with _folder(args.out.resolve(), args.overwrite) as folder:
         skipped: Counter = Counter()
@@ -541,11 +544,6 @@ def _clear(folder: Path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sync(file: BinaryIO):
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _sync_path(path: Path):
     """Make a small file, or the names in a folder, outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -558,11 +556,7 @@ def _sync_path(path: Path):
 def _report(args: Args, manifest: dict, seconds: float):
     splits = manifest["splits"]
     if args.json:
-        print(
-            json.dumps(
-                {"out": str(args.out), "manifest_sha256": manifest_sha256(args.out), "seconds": seconds} | manifest
-            )
-        )
+        print(json.dumps({"out": str(args.out), "manifest_sha256": manifest_sha256(args.out), "seconds": seconds} | manifest))
         return
     for split, entry in splits.items():
         print(

@@ -43,6 +43,7 @@ class State:
     @classmethod
     def create(cls, config: LlamaConfig, optim: Optim, placement: Placement, seed: int) -> "State":
         """The state before the first token."""
+        torch.manual_seed(seed)
         model = placement.model(config)
         initialise(model, seed)
         return cls(model, make_optimizer(model, optim), placement)

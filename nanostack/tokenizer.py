@@ -28,9 +28,7 @@ NAMES = "gpt2, cl100k_base, o200k_base, bytes, bpe:N (as in bpe:1024), a file of
 
 # The pieces of cl100k_base (GPT-4): words take the space or sign before them, numbers come in threes, indentation stays
 # together. Written as in rustbpe, so that training and encoding cut alike.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 BYTES_PATTERN = r"[\s\S]{1,64}"  # nothing merges, so any piece will do, and long ones are five times as fast
 
 # tiktoken's regular expressions panic after a million backtracking steps, which a run of a million spaces takes. Longer

@@ -1,7 +1,7 @@
 """What the kernel tests share: where they run, naive formulas to compare with, and the rule that says how close is close.
 
-Error rule: ‖kernel − exact‖ ≤ 2 · ‖torch in the same dtype − exact‖ + small, where exact is the naive formula in fp64 on the same
-inputs, and small is a few fp32 roundings of numbers of order 1: without it an exact torch would demand an exact kernel.
+Error rule: ‖kernel − exact‖ ≤ 2 · ‖torch in the same dtype − exact‖ + small, where exact is the naive formula in fp64 on the
+same inputs, and small is a few fp32 roundings of numbers of order 1: without it an exact torch would demand an exact kernel.
 """
 
 import contextlib
@@ -55,10 +55,8 @@ def outputs_and_gradients(function, inputs):
     """The outputs of `function`, then the gradient of each input that wants one, for fixed upstream gradients."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [
-        torch.randn(out.shape, generator=torch.Generator().manual_seed(97 + i)).to(out.device, inputs[0].dtype).to(out.dtype)
-        for i, out in enumerate(outputs)
-    ]
+    noise = [torch.randn(out.shape, generator=torch.Generator().manual_seed(97 + i)) for i, out in enumerate(outputs)]
+    upstream = [x.bfloat16().to(out.device, out.dtype) for x, out in zip(noise, outputs, strict=True)]  # exact in all dtypes
     wanted = [x for x in inputs if x.requires_grad]
     return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
 

@@ -265,6 +265,23 @@ def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monke
         run(tmp_path / "out", tmp_path / "a.parquet")
 
 
+def test_a_killed_worker_ends_the_run_with_an_error(tmp_path, texts, monkeypatch):
+    """As the system does when memory runs out; in the middle of sending its result, too."""
+    monkeypatch.setattr(module, "BATCH", 30_000)
+    monkeypatch.setattr(module, "_start_worker", lambda encoder, started: killed(start(encoder, started), started))
+    with pytest.raises(UserError, match="a worker process was killed"):
+        run(tmp_path / "out", texts, workers=2)
+    assert not list(tmp_path.glob("out*"))
+
+
+start = module._start_worker
+
+
+def killed(pipe, started):
+    started[-1].kill()
+    return pipe
+
+
 def refused(result: subprocess.CompletedProcess, message: str):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and result.stderr.startswith("error: ")
@@ -362,7 +379,9 @@ def interrupted(out: Path, number: int, *words: str) -> tuple[int, str]:
     """Run prepare until it has written some shards, then send `number` to all its processes (SIGKILL: only to the first)."""
     command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "--out", str(out), "--tokenizer", "bytes"]
     command += ["--shard_tokens", "20000", "--workers", "2", *words]
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits "ignore"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, usual)
     partial = out.with_name(out.name + ".partial")
     until = time.monotonic() + 30
     while len(list(partial.glob("*.bin"))) < 20:
@@ -375,7 +394,7 @@ def interrupted(out: Path, number: int, *words: str) -> tuple[int, str]:
 
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_works(tmp_path):
     out = tmp_path / "out"
-    assert interrupted(out, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert interrupted(out, signal.SIGKILL) == (-signal.SIGKILL, "")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     for folder in (out, tmp_path / "out.partial"):
         with pytest.raises(UserError, match="no prepared data"):

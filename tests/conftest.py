@@ -1,0 +1,119 @@
+"""What several test files share: one small prepared corpus of real text, and ways to run the real train.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests/tiny.py")
+sys.path.insert(0, str(ROOT))  # train.py and grow.py are scripts, not modules of the package
+
+# One thread per process: many small processes share two cores, and sums must be taken in the same order everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Some modules of the standard library, prepared by the real command."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = [Path(os.__file__).with_name(name) for name in ("argparse.py", "ast.py", "bdb.py", "cgi.py", "cmd.py", "code.py")]
+    sources += [Path(os.__file__).with_name("json"), Path(os.__file__).with_name("email")]
+    sources = [str(source) for source in sources if source.exists()]
+    command = [sys.executable, "-m", "nanostack.prepare", *sources, "--out", str(folder / "data"), "--tokenizer", "bpe:300"]
+    subprocess.run([*command, "--val_fraction", "0.2"], check=True, capture_output=True, cwd=ROOT)
+    return folder / "data"
+
+
+class Trainer:
+    """Runs the real train.py on tests/tiny.py."""
+
+    def __init__(self, corpus: Path, folder: Path):
+        self.corpus, self.folder = corpus, folder
+
+    def command(self, out: str, *overrides: str, processes: int = 0) -> list[str]:
+        script = ["train.py", TINY, "--data.path", str(self.corpus), "--out", str(self.folder / out), *overrides]
+        if processes:
+            return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *script]
+        return [sys.executable, *script]
+
+    def __call__(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(out, *overrides, processes=processes),
+            cwd=ROOT,
+            env=os.environ | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    def good(self, out: str, *overrides: str, **options) -> Path:
+        done = self(out, *overrides, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.folder / out
+
+    def refused(self, out: str, *overrides: str, **options) -> str:
+        """The one message of a run that ends because of a user's mistake."""
+        done = self(out, *overrides, **options)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+        return done.stderr
+
+    def start(self, out: str, *overrides: str, processes: int = 0) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(out, *overrides, processes=processes),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill_when(self, process: subprocess.Popen, reached, number: int = signal.SIGKILL) -> bool:
+        """Signal a run as soon as `reached()` holds. False if the run ended before."""
+        while process.poll() is None:
+            if reached():
+                os.kill(process.pid, number)
+                process.wait()
+                return True
+            time.sleep(0.001)
+        return False
+
+
+@pytest.fixture
+def trainer(corpus, tmp_path) -> Trainer:
+    return Trainer(corpus, tmp_path)
+
+
+def records(out: Path) -> list[dict]:
+    """Records of a run without what differs from run to run: times and speeds."""
+    _, *lines = (out / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for record in found:
+        for name in ("seconds", "tokens_per_s", "mfu"):
+            del record[name]
+        if "growth" in record:
+            del record["growth"]["seconds"]
+    return found
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    """Two loaded checkpoints hold the same run, bit for bit."""
+    hashes = {k: v for k, v in a["hashes"].items() if k}
+    assert hashes == {k: v for k, v in b["hashes"].items() if k}
+    assert a["cursor"] == b["cursor"] and a["config"] == b["config"]
+    assert len(hashes) > 10

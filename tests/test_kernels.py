@@ -1,0 +1,360 @@
+"""Numbers: each operation, its outputs and all its gradients, against naive formulas in fp64.
+
+This file runs three times: here on the torch references, in test_kernels_interpreted.py on the interpreted Triton kernels, and
+with a CUDA device on the compiled ones.
+"""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import (
+    INTERPRETED,
+    TARGETS,
+    TRITON,
+    assert_obeys_error_rule,
+    naive_attention,
+    naive_cross_entropy,
+    naive_rms_norm,
+    naive_rotary,
+    naive_scores,
+    naive_swiglu,
+    outputs_and_gradients,
+    plain_attention,
+    plain_rms_norm,
+    plain_swiglu,
+    randn,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+
+EPS = 1e-5
+on_every_target = pytest.mark.parametrize("target", TARGETS)
+on_triton = pytest.mark.parametrize("target", TRITON)
+few_examples = settings(
+    max_examples=4 if INTERPRETED else 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def check_rms_norm(x, weight, target, monkeypatch):
+    assert_obeys_error_rule(
+        lambda x, w: kernels.rms_norm(x, w, EPS, backend=target[1]),
+        lambda x, w: plain_rms_norm(x, w, EPS),
+        lambda x, w: naive_rms_norm(x, w, EPS),
+        (x, weight),
+        monkeypatch,
+    )
+
+
+def check_add_rms_norm(x, residual, weight, target, monkeypatch):
+    def added(norm):
+        return lambda x, r, w: (norm(x + r, w, EPS), x + r)
+
+    assert_obeys_error_rule(
+        lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS, backend=target[1]),
+        added(plain_rms_norm),
+        added(naive_rms_norm),
+        (x, residual, weight),
+        monkeypatch,
+    )
+
+
+def check_attention(q, k, v, target, monkeypatch, **options):
+    assert_obeys_error_rule(
+        lambda *qkv: kernels.flash_attention(*qkv, backend=target[1], **options),
+        lambda *qkv: plain_attention(*qkv, **options),
+        lambda *qkv: naive_attention(*qkv, **options),
+        (q, k, v),
+        monkeypatch,
+    )
+
+
+def attention_inputs(batch, q_len, kv_len, n_head, n_kv_head, d_head, target):
+    shapes = ((batch, q_len, n_head, d_head), *[(batch, kv_len, n_kv_head, d_head)] * 2)
+    return [randn(*shape, seed=seed, target=target) for seed, shape in enumerate(shapes)]
+
+
+@on_every_target
+@pytest.mark.parametrize("shape", [(1, 1), (192,), (127, 192), (3, 5, 781), (2, 3, 4, 64), (3, 4096)], ids=str)
+def test_rms_norm_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
+    weight = randn(shape[-1], target=target, seed=1)
+    check_rms_norm(randn(*shape, target=target), weight, target, monkeypatch)
+    residual = randn(*shape, target=target, seed=2)
+    check_add_rms_norm(randn(*shape, target=target), residual, weight, target, monkeypatch)
+
+
+@on_every_target
+def test_rms_norm_takes_strided_inputs_and_fp32_weight(target, monkeypatch):
+    weight = randn(96, target=target, seed=1).detach().float().requires_grad_()
+    for view in (lambda x: x.transpose(0, 1), lambda x: x[:, ::2, :96], lambda x: x.transpose(1, 2)[..., :96]):
+        x, residual = (view(randn(4, 100, 100, target=target, seed=seed, grad=False)) for seed in (0, 1))
+        x, residual = x[:, :5, :96].requires_grad_(), residual[:, :5, :96].requires_grad_()
+        assert not x.is_contiguous()
+        check_rms_norm(x, weight, target, monkeypatch)
+        check_add_rms_norm(x, residual, weight, target, monkeypatch)
+
+
+@on_every_target
+def test_add_rms_norm_normalises_the_rounded_sum_it_returns(target):
+    """The backward pass sees that sum only: normalising the unrounded one would make it the gradient of another function."""
+    x, residual, weight = randn(50, 64, target=target), randn(50, 64, target=target, seed=1), randn(64, target=target)
+    y, residual_out = kernels.add_rms_norm(x, residual, weight, EPS, backend=target[1])
+    assert torch.equal(residual_out, x + residual)
+    assert torch.equal(y, kernels.rms_norm(residual_out, weight, EPS, backend=target[1]))
+
+
+@on_every_target
+def test_rms_norm_takes_the_gradient_of_a_sum(target):
+    """sum() sends back an expanded tensor of strides 0, which has no unit stride to walk along."""
+    x, weight = randn(3, 40, target=target), randn(40, target=target)
+    dx = torch.autograd.grad(kernels.rms_norm(x, weight, EPS, backend=target[1]).sum(), x)
+    torch.testing.assert_close(dx, torch.autograd.grad(plain_rms_norm(x, weight, EPS).sum(), x))
+
+
+@on_every_target
+@given(rows=st.integers(1, 40), width=st.integers(1, 300))
+@few_examples
+def test_rms_norm_obeys_error_rule_in_any_shape(rows, width, target, monkeypatch):
+    check_rms_norm(randn(rows, width, target=target), randn(width, target=target, seed=1), target, monkeypatch)
+
+
+@on_every_target
+@pytest.mark.parametrize(
+    ("batch", "seq", "n_head", "n_kv_head", "d_head", "offset"),
+    [(2, 1, 1, 1, 2, 0), (1, 37, 8, 1, 32, 3), (2, 5, 4, 2, 80, 0), (1, 3, 6, 6, 128, 7), (1, 2, 40, 5, 256, 1)],
+)
+def test_rotary_obeys_error_rule_on_slices_of_a_fused_projection(
+    batch, seq, n_head, n_kv_head, d_head, offset, target, monkeypatch
+):
+    fused = randn(batch, seq, n_head + 2 * n_kv_head, d_head, target=target, grad=False)
+    q, k, _ = (x.requires_grad_() for x in fused.split([n_head, n_kv_head, n_kv_head], 2))
+    angle = torch.outer(torch.arange(offset + seq + 2.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
+    cos, sin = angle.cos(), angle.sin()
+
+    def naive(q, k):
+        rows = slice(offset, offset + seq)
+        return naive_rotary(q, k, cos[rows].to(q.dtype) if q.dtype == torch.float64 else cos[rows], sin[rows])
+
+    def kernel(q, k):
+        return kernels.rotary(q, k, cos, sin, offset, backend=target[1])
+
+    assert_obeys_error_rule(kernel, naive, naive, (q, k), monkeypatch)
+
+
+@on_every_target
+def test_rotary_turns_by_relative_position_only(target):
+    """The scalar product of a rotated q and k depends on the distance of their positions, not on the positions."""
+    q, k = (randn(1, 1, 1, 64, target=(target[0], target[1], torch.float32), seed=seed) for seed in (0, 1))
+    angle = torch.outer(torch.arange(50.0), 1e4 ** -torch.linspace(0, 1, 32)).to(target[0])
+
+    def product(q_position, k_position):
+        rotated = [kernels.rotary(q, k, angle.cos(), angle.sin(), p, backend=target[1]) for p in (q_position, k_position)]
+        return (rotated[0][0] * rotated[1][1]).sum()
+
+    torch.testing.assert_close(product(3, 9), product(41, 47))
+
+
+@on_every_target
+@pytest.mark.parametrize("shape", [(2,), (3, 74), (2, 5, 384), (1, 2, 3, 2050)], ids=str)
+def test_swiglu_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
+    gate_up = randn(*shape, target=target, scale=3)
+    swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
+    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (gate_up,), monkeypatch)
+    strided = randn(4, 6, 2 * shape[-1], target=target, grad=False).transpose(0, 1)[..., : shape[-1]].requires_grad_()
+    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (strided,), monkeypatch)
+
+
+ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
+    (2, 1, 1, 2, 1, 64, True),
+    (1, 127, 127, 4, 1, 32, True),
+    (2, 33, 33, 8, 1, 32, True),
+    (1, 64, 64, 2, 2, 64, True),
+    (1, 41, 41, 4, 2, 80, True),
+    (1, 50, 50, 2, 1, 128, True),
+    (1, 35, 35, 1, 1, 256, True),
+    (1, 261, 261, 1, 1, 32, True),
+    (1, 32, 64, 2, 1, 32, False),
+    (2, 1, 70, 4, 2, 48, False),
+    (1, 70, 19, 3, 3, 32, False),
+]
+
+
+@on_every_target
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention_obeys_error_rule(shape, target, monkeypatch):
+    check_attention(*attention_inputs(*shape[:-1], target), target, monkeypatch, causal=shape[-1])
+
+
+@on_every_target
+def test_attention_takes_slices_of_a_fused_projection_and_a_scale(target, monkeypatch):
+    fused = randn(2, 8, 21, 32, target=target, grad=False).transpose(1, 2)
+    q, k, v = (x.requires_grad_() for x in fused.split([4, 2, 2], 2))
+    assert not q.is_contiguous()
+    check_attention(q, k, v, target, monkeypatch, scale=0.3)
+
+
+@on_every_target
+def test_attention_survives_scores_far_below_zero(target):
+    """exp of a masked or padded score minus such an lse overflows, and inf · 0 would poison the gradients."""
+    q, k, v = attention_inputs(1, 37, 37, 1, 1, 32, target)
+    k = (-100 * q.detach().mean(1, keepdim=True) + 0.01 * k).detach().requires_grad_()
+    q = (q.detach().mean(1, keepdim=True) * 10 + 0.01 * q).detach().requires_grad_()
+    for causal in (True, False):
+        for result in outputs_and_gradients(
+            lambda q, k, v, c=causal: kernels.flash_attention(q, k, v, causal=c, backend=target[1]), (q, k, v)
+        ):
+            assert result.isfinite().all()
+
+
+@on_every_target
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("edges", [[0, 50], [0, 1, 1, 17, 18, 75], [0, 40, 64, 65]], ids=str)
+def test_attention_stays_inside_documents(edges, causal, target, monkeypatch):
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=target[0])
+    q, k, v = attention_inputs(1, edges[-1], edges[-1], 4, 2, 32, target)
+    check_attention(q, k, v, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
+
+
+@on_every_target
+@pytest.mark.parametrize("edges", [None, [0, 20, 45]], ids=str)
+def test_attention_returns_the_natural_logsumexp(edges, target):
+    q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
+    cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=target[0])
+    out, lse = kernels.flash_attention(q, k, v, cu_seqlens=cu_seqlens, return_lse=True, backend=target[1])
+    exact = naive_scores(q.double(), k.double(), True, None, cu_seqlens).logsumexp(-1)
+    assert out.requires_grad and not lse.requires_grad and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), exact, rtol=0, atol=4e-6)
+
+
+@on_every_target
+@given(
+    seq=st.integers(1, 70),
+    n_kv_head=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 3]),
+    d_head=st.sampled_from([32, 40]),
+    causal=st.booleans(),
+)
+@few_examples
+def test_attention_obeys_error_rule_in_any_shape(seq, n_kv_head, group, d_head, causal, target, monkeypatch):
+    inputs = attention_inputs(1, seq, seq, group * n_kv_head, n_kv_head, d_head, target)
+    check_attention(*inputs, target, monkeypatch, causal=causal)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tile shapes are varied in the interpreter, where they cost nothing to compile")
+@pytest.mark.parametrize("tiles", [(16, 32), (32, 32), (16, 64), (64, 16)], ids=str)
+def test_attention_does_not_depend_on_its_tiles(tiles, monkeypatch):
+    target = ("cpu", "triton", torch.float32)
+    module = importlib.import_module("kernels.flash_attention")
+    monkeypatch.setattr(module, "LAUNCH_FP32", ((*tiles, 4, 1),) * 3)
+    check_attention(*attention_inputs(1, 101, 101, 2, 1, 32, target), target, monkeypatch)
+    check_attention(*attention_inputs(1, 30, 75, 2, 1, 32, target), target, monkeypatch, causal=False)
+    cu_seqlens = torch.tensor([0, 9, 71, 90], dtype=torch.int32)
+    check_attention(*attention_inputs(1, 90, 90, 1, 1, 32, target), target, monkeypatch, cu_seqlens=cu_seqlens)
+
+
+def all_operations(target):
+    """Each operation as (function, inputs), on small odd shapes."""
+    backend = target[1]
+    x, residual, weight = (randn(*shape, target=target, seed=3) for shape in ((2, 9, 40), (2, 9, 40), (40,)))
+    q, k, v = attention_inputs(1, 40, 40, 2, 1, 32, target)
+    angle = torch.arange(40 * 16.0, device=target[0]).view(40, 16)
+    vocab, targets = randn(50, 40, target=target), torch.arange(18, device=target[0]).view(2, 9)
+    return {
+        "rms_norm": (lambda *t: kernels.rms_norm(*t, EPS, backend=backend), (x, weight)),
+        "add_rms_norm": (lambda *t: kernels.add_rms_norm(*t, EPS, backend=backend), (x, residual, weight)),
+        "rotary": (lambda q, k: kernels.rotary(q, k, angle.cos(), angle.sin(), backend=backend), (q, k)),
+        "flash_attention": (lambda *t: kernels.flash_attention(*t, backend=backend), (q, k, v)),
+        "swiglu": (lambda x: kernels.swiglu(x, backend=backend), (x,)),
+        "linear_cross_entropy": (
+            lambda x, w: kernels.linear_cross_entropy(x, w, targets, backend=backend),
+            (x, vocab),
+        ),
+    }
+
+
+@on_every_target
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(target):
+    for name, (function, inputs) in all_operations(target).items():
+        before = [x.detach().clone() for x in inputs]
+        runs = [outputs_and_gradients(function, inputs) for _ in range(2)]
+        assert all(map(torch.equal, *runs)), name
+        assert all(map(torch.equal, before, inputs)), name
+
+
+@on_triton
+def test_triton_operations_pass_opcheck(target):
+    """Schema, autograd registration and fake tensors; tracing needs a kernel that is compiled, not interpreted."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    tests = tests if INTERPRETED else (*tests, "test_aot_dispatch_dynamic")
+    x, weight = randn(5, 40, target=target), randn(40, target=target)
+    q, k, v = attention_inputs(1, 20, 20, 2, 1, 32, target)
+    angle = torch.arange(20 * 16.0, device=target[0]).view(20, 16)
+    bounds = torch.stack((torch.zeros(20), torch.full((20,), 20))).to(target[0], torch.int32)
+    lse = torch.zeros(1, 2, 20, device=target[0])
+    nanostack = torch.ops.nanostack
+    for op, args in (
+        (nanostack.rms_norm, (x, weight, EPS)),
+        (nanostack.add_rms_norm, (x, x.detach() + 1, weight, EPS)),
+        (nanostack.rms_norm_backward, (x.detach(), None, x.detach(), weight.detach(), EPS)),
+        (nanostack.rotary, (q, k, angle, angle, 0, False)),
+        (nanostack.swiglu, (x,)),
+        (nanostack.swiglu_backward, (x.detach()[:, :20], x.detach())),
+        (nanostack.flash_attention, (q, k, v, None, True, 0.2)),
+        (nanostack.flash_attention, (q, k, v, bounds, False, 0.2)),
+        (nanostack.flash_attention_backward, (*(t.detach() for t in (q, q, k, v)), None, q.detach(), lse, True, 0.2)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=tests)
+
+
+@on_every_target
+def test_flop_counter_sees_attention_forward_and_backward(target):
+    q, k, v = attention_inputs(2, 24, 24, 4, 2, 32, target)
+    with FlopCounterMode(display=False) as counter:
+        out = kernels.flash_attention(q, k, v, backend=target[1])
+    assert counter.get_total_flops() == 4 * 2 * 4 * 24 * 24 * 32
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * 2 * 4 * 24 * 24 * 32
+
+
+CROSS_ENTROPY_OPTIONS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"z_loss": 0.1},
+    {"z_loss": 0.1, "reduction": "none"},
+    {"ignore_index": 3},
+]
+
+
+@on_every_target
+@pytest.mark.parametrize("options", CROSS_ENTROPY_OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
+def test_cross_entropy_obeys_error_rule_in_any_chunks(chunk_rows, options, target, monkeypatch):
+    module = importlib.import_module("kernels.linear_cross_entropy")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 61 * chunk_rows)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)
+    x, weight = randn(3, 7, 40, target=target), randn(61, 40, target=target, seed=1, scale=0.3)
+    targets = (torch.arange(21, device=target[0]) * 5 % 61).view(3, 7)
+    targets[0, 1:4] = options.get("ignore_index", -100)
+
+    def fused(x, weight):
+        return kernels.linear_cross_entropy(x, weight, targets, backend=target[1], **options)
+
+    def naive(x, weight):
+        return naive_cross_entropy(x, weight, targets, **options)
+
+    assert_obeys_error_rule(fused, naive, naive, (x, weight), monkeypatch)
+    master = weight.detach().float().requires_grad_()
+    assert_obeys_error_rule(fused, naive, naive, (x, master), monkeypatch)
+
+
+@on_every_target
+def test_cross_entropy_of_nothing_is_zero(target):
+    x, weight = randn(4, 40, target=target), randn(61, 40, target=target)
+    targets = torch.full((4,), -100, device=target[0])
+    for result in outputs_and_gradients(lambda *t: kernels.linear_cross_entropy(*t, targets, backend=target[1]), (x, weight)):
+        assert torch.equal(result, torch.zeros_like(result))

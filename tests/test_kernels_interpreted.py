@@ -1,0 +1,23 @@
+"""Runs test_kernels.py on the Triton kernels with no GPU: in a process of its own, as Triton reads TRITON_INTERPRET once."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels.dispatch
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not kernels.dispatch.HAS_TRITON, reason="needs triton")
+def test_triton_kernels_pass_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / "test_kernels.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # more threads only get into the way
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert result.returncode == 0 and passed and int(passed[1]) > 100, result.stdout[-8000:] + result.stderr[-2000:]

@@ -1,0 +1,43 @@
+"""Learning rates against hand-computed ones."""
+
+import pytest
+
+from nanostack.config import Stage
+from nanostack.schedule import learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_warmup_is_linear_from_zero(schedule):
+    stage = Stage(1000, 4e-3, schedule, warmup_tokens=100, decay_tokens=200 if schedule == "wsd" else None)
+    assert [learning_rate(stage, tokens) for tokens in (10, 50, 100)] == pytest.approx([4e-4, 2e-3, 4e-3])
+
+
+def test_cosine_passes_the_middle_and_ends_at_min_lr():
+    stage = Stage(1100, 1.0, "cosine", min_lr=0.2, warmup_tokens=100)
+    assert [learning_rate(stage, tokens) for tokens in (100, 600, 1100, 1150)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+
+
+def test_wsd_is_stable_then_decays_linearly():
+    stage = Stage(1000, 1.0, "wsd", min_lr=0.5, decay_tokens=400)
+    assert [learning_rate(stage, tokens) for tokens in (10, 600, 800, 1000, 1050)] == pytest.approx([1, 1, 0.75, 0.5, 0.5])
+
+
+def test_constant_stays():
+    assert learning_rate(Stage(1000, 0.3, "constant"), 990) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0, "lr": 1.0}, "tokens > 0"),
+        ({"tokens": 10, "lr": 1.0, "warmup_tokens": 11}, "warmup_tokens within"),
+        ({"tokens": 10, "lr": 0.0}, "lr > 0"),
+        ({"tokens": 10, "lr": 1.0, "min_lr": 2.0}, "min_lr between"),
+        ({"tokens": 10, "lr": 1.0, "schedule": "wsd"}, "decay_tokens"),
+        ({"tokens": 10, "lr": 1.0, "decay_tokens": 5}, "decay_tokens"),
+        ({"tokens": 10, "lr": 1.0, "schedule": "wsd", "decay_tokens": 11}, "does not fit"),
+    ],
+)
+def test_stages_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**arguments)

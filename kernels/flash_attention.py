@@ -78,8 +78,8 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
     stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
     stride_v_batch, stride_v_seq, stride_v_head, n_head, group, q_len, kv_len,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
     q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block  # the longest rows of a causal mask start first
@@ -115,17 +115,43 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def attention_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, q_len,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+def attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, out_ptr, dq_ptr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
+    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
+    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
-    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    out = load_tile(out_ptr + (batch * q_len * n_head + head) * D, n_head * D, row, q_len, D, BLOCK_D)
+    q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block
+    k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
+    v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
     dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
     dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+    rows_before = (batch * n_head + head) * q_len
+    lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf")) * LOG2_E
+    offset = (batch * q_len * n_head + head) * D
+    out = load_tile(out_ptr + offset, n_head * D, row, q_len, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + (batch * n_head + head) * q_len + row, delta, mask=row < q_len)
+    tl.store(delta_ptr + rows_before + row, delta, mask=row < q_len)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first, masked, last = column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
+            column = tile + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
+            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
+            p = tl.exp2(scores - lse[:, None])
+            if MASKED:
+                p = tl.where(visible(row[:, None], column[None, :], bounds_ptr, q_len, kv_len, CAUSAL), p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    store_tile(dq_ptr + offset, n_head * D, row, q_len, dq * SCALE, D, BLOCK_D)
 
 
 @triton.jit
@@ -175,42 +201,6 @@ def attention_dk_dv_kernel(
     offset = (batch * kv_len * n_kv_head + kv_head) * D
     store_tile(dk_ptr + offset, n_kv_head * D, column, kv_len, dk * SCALE, D, BLOCK_D)
     store_tile(dv_ptr + offset, n_kv_head * D, column, kv_len, dv, D, BLOCK_D)
-
-
-@triton.jit
-def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
-    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
-    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    q_block, batch, head = locate(q_len, n_head, BLOCK_M)
-    q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block
-    k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
-    v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
-    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
-    row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
-    dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
-    lse = tl.load(lse_ptr + (batch * n_head + head) * q_len + row, mask=row < q_len, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + (batch * n_head + head) * q_len + row, mask=row < q_len, other=0.0)
-
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    first, masked, last = column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):
-        for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
-            column = tile + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
-            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
-            p = tl.exp2(scores - lse[:, None])
-            if MASKED:
-                p = tl.where(visible(row[:, None], column[None, :], bounds_ptr, q_len, kv_len, CAUSAL), p, 0.0)
-            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_tile(dq_ptr + (batch * q_len * n_head + head) * D, n_head * D, row, q_len, dq * SCALE, D, BLOCK_D)
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dK/dV and dQ, by architecture and padded d_head. Unmeasured: chosen
@@ -276,19 +266,15 @@ def flash_attention_backward_op(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     config = launch_config(_arch(q.device), d_head, q.dtype)
-    block_d = config["dq"]["BLOCK_D"]
-    block_m = 8192 // block_d
-    wrap_triton(attention_delta_kernel)[(batch * n_head * triton.cdiv(q_len, block_m),)](
-        out.contiguous(), dout, delta, *dout.stride()[:3], n_head, q_len, D=d_head, BLOCK_D=block_d, BLOCK_M=block_m
-    )
     inputs = (q, k, v, bounds, dout, lse, delta)
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     sizes = (n_head, n_head // n_kv_head, q_len, kv_len)
+    # dQ first: it leaves Δ to dK/dV.
+    wrap_triton(attention_dq_kernel)[(batch * n_head * triton.cdiv(q_len, config["dq"]["BLOCK_M"]),)](
+        *inputs, out.contiguous(), dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dq"]
+    )
     wrap_triton(attention_dk_dv_kernel)[(batch * n_kv_head * triton.cdiv(kv_len, config["dk_dv"]["BLOCK_N"]),)](
         *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dk_dv"]
-    )
-    wrap_triton(attention_dq_kernel)[(batch * n_head * triton.cdiv(q_len, config["dq"]["BLOCK_M"]),)](
-        *inputs, dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dq"]
     )
     return dq, dk, dv
 

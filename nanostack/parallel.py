@@ -134,13 +134,11 @@ def start(parallel: Parallel, dtype: str, compile: bool) -> Placement:
 
 def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     """(replicate, shard); what is not given takes all that is left, sharding first."""
-    replicate, shard = parallel.replicate, parallel.shard
-    if replicate is None:
-        replicate = 1 if shard is None else world // shard
-    if shard is None:
-        shard = world // replicate
-    if replicate < 1 or shard < 1 or replicate * shard != world:
-        raise UserError(f"parallel.replicate {replicate} × parallel.shard {shard} is not the number of processes, {world}")
+    replicate = parallel.replicate or (world // parallel.shard if parallel.shard else 1)
+    shard = parallel.shard or world // replicate
+    if replicate < 1 or shard < 1 or replicate * shard != world or 0 in (parallel.replicate, parallel.shard):
+        asked = f"parallel.replicate {parallel.replicate} × parallel.shard {parallel.shard}"
+        raise UserError(f"{asked} does not make the number of processes, {world}")
     return replicate, shard
 
 

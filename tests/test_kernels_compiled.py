@@ -71,7 +71,6 @@ def test_attention_with_documents_fits_for_the_widest_heads(name, arch, tmp_path
 @pytest.mark.parametrize("arch", [90, 80])
 def test_memory_bound_kernels_fit_the_registers_and_move_16_bytes_at_a_time(arch, tmp_path):
     builds = {
-        "delta": (attention.attention_delta_kernel, {"BLOCK_D": 128, "BLOCK_M": 64}, {"D": 128}),
         "rotary": (rotary.rotary_kernel, rotary.launch_config(32, 64), {"HALF": 64, "INVERSE": False}),
         "swiglu forward": (swiglu.swiglu_forward_kernel, swiglu.LAUNCH, {}),
         "swiglu backward": (swiglu.swiglu_backward_kernel, swiglu.LAUNCH, {}),

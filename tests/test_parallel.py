@@ -1,0 +1,125 @@
+"""One process against two: the same losses, the same growth. gloo stands for nccl."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, records
+
+from nanostack import checkpoint
+from nanostack.config import Parallel
+from nanostack.parallel import mesh_shape
+
+MESHES = {"data_parallel": ("--parallel.shard", "1"), "fully_sharded": ("--parallel.replicate", "1")}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_give_the_losses_of_one_growth_included(trainer, mesh):
+    one, two = trainer.good("one"), trainer.good("two", *MESHES[mesh], processes=2)
+    a, b = records(one), records(two)
+    for name in ("loss", "val_loss", "val_bits_per_byte", "grad_norm"):
+        expected = [r[name] and pytest.approx(r[name], rel=1e-5) for r in a]
+        assert [r[name] for r in b] == expected
+    assert [(r["samples"], r["flops"], r["stage"]) for r in a] == [(r["samples"], r["flops"], r["stage"]) for r in b]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_run_of_two_processes_goes_on_as_one(trainer):
+    trainer.good("whole")
+    out = trainer.good("parts", "--stages.1.tokens", "256", "--stages.1.warmup_tokens", "0", processes=2)
+    first, second = records(trainer.folder / "whole"), records(out)
+    assert len(second) < len(first)
+    # The first stage was whole; go on from its end on one process, where the growth still lies ahead.
+    saved = {file.stem: file for file in checkpoint.numbered_checkpoints(out / "ckpt.pt")}
+    os.replace(saved["ckpt-96"], out / "ckpt.pt")
+    trainer.good("parts", "--resume")
+    expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-5) for r in first]
+    assert [r["loss"] for r in records(out)] == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "moments"), [(2, "copy"), (2, "reset"), (1, "copy")])
+def test_sharded_growth_equals_growth_in_one_process(tmp_path, shard, moments):
+    """Also, inside the worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
+    script = [str(ROOT / "tests/sharded_growth.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        n_shard = "1" if name == "one" else str(shard)
+        done = subprocess.run([*command, *script, str(tmp_path / name), n_shard, moments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = ({stage: checkpoint.load(tmp_path / n / f"{stage}.pt") for stage in ("base", "grown")} for n in ("one", "two"))
+    for stage in ("base", "grown"):
+        assert one[stage]["model"].keys() == two[stage]["model"].keys()
+        for name, value in one[stage]["model"].items():
+            torch.testing.assert_close(two[stage]["model"][name], value, rtol=1e-4, atol=1e-6)
+    # Growth itself is exact: what two ranks grew is bit for bit what one process grows from their base.
+    for name, value in two["grown"]["model"].items():
+        source = name if ".2." not in name and ".3." not in name else name.replace(".2.", ".0.").replace(".3.", ".1.")
+        assert torch.equal(value, two["base"]["model"][source])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_initial_weights_do_not_depend_on_the_mesh(trainer):
+    few = ("--stages.0.tokens", "256", "--stages.0.lr", "1e-30", "--stages.0.warmup_tokens", "0")
+    rest = ("--stages.1.tokens", "256", "--stages.1.lr", "1e-30", "--stages.1.min_lr", "0", "--stages.1.warmup_tokens", "0")
+    states = [trainer.good(f"p{n}", *few, *rest, "--optim.decay", "0", processes=n) for n in (0, 2)]
+    a, b = (checkpoint.load(out / "ckpt.pt") for out in states)
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_signal_to_one_rank_stops_all_and_resume_goes_on(trainer):
+    """Only one of the ranks is told; a second signal follows and does no harm."""
+    out = trainer.folder / "run"
+    long = ("--stages.0.tokens", "2560000")
+    process = trainer.start("run", *long, processes=2)
+
+    def ranks() -> list[int]:
+        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        return [int(pid) for pid in children.split()]
+
+    def training() -> bool:
+        return (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 3
+
+    while not training():
+        assert process.poll() is None, process.stdout.read()
+    victim = ranks()[-1]
+    os.kill(victim, signal.SIGTERM)
+    os.kill(victim, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal" in said, said
+    stopped_at = checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"]
+    assert 0 < stopped_at < 2560000
+    trainer.good("run", "--stages.0.tokens", str(stopped_at + 512), "--resume", processes=2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_mistake_is_told_once_by_rank_0(trainer):
+    done = trainer("run", "--micro_batch", "3", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "nearest legal micro_batch: [2, 4]" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world", "shape"),
+    [(None, None, 8, (1, 8)), (2, None, 8, (2, 4)), (None, 2, 8, (4, 2)), (8, 1, 8, (8, 1)), (None, None, 1, (1, 1))],
+)
+def test_mesh_takes_what_is_left(replicate, shard, world, shape):
+    assert mesh_shape(Parallel(replicate, shard), world) == shape
+
+
+@pytest.mark.parametrize(("replicate", "shard", "world"), [(3, None, 8), (2, 2, 8), (None, 16, 8), (0, None, 8)])
+def test_mesh_that_does_not_fit_is_refused(replicate, shard, world):
+    with pytest.raises(ValueError, match="number of processes"):
+        mesh_shape(Parallel(replicate, shard), world)

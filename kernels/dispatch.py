@@ -74,10 +74,14 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unit_stride(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors, copied where their last dimension is not contiguous."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` (..., D) as (rows, D) with unit stride along D: a view where the strides allow it, a copy elsewhere."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return unit_stride(x.reshape(-1, x.shape[-1]))[0]
 
 
 def program_count(device: torch.device) -> int:

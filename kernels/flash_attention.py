@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .dispatch import require, require_floating, require_like, tl, triton, use_triton, wide
+from .dispatch import require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
 LOWEST = tl.constexpr(-1e30)  # finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan
@@ -75,11 +75,10 @@ def column_range(q_block, bounds_ptr, q_len, kv_len, CAUSAL: tl.constexpr, BLOCK
 
 @triton.jit
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr,
-    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
-    stride_v_batch, stride_v_seq, stride_v_head, n_head, group, q_len, kv_len,
-    SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr, stride_q_batch, stride_q_seq, stride_q_head,
+    stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq, stride_v_head, n_head, group, q_len, kv_len,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
     q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block  # the longest rows of a causal mask start first
@@ -117,10 +116,9 @@ def attention_forward_kernel(
 @triton.jit
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, out_ptr, dq_ptr,
-    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
-    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
-    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq,
+    stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, group, q_len, kv_len, SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
     q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block
@@ -131,7 +129,7 @@ def attention_dq_kernel(
     q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
     dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
     rows_before = (batch * n_head + head) * q_len
-    lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf")) * LOG2_E
+    lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf")) * LOG2_E  # p = 0 past the end
     offset = (batch * q_len * n_head + head) * D
     out = load_tile(out_ptr + offset, n_head * D, row, q_len, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -157,10 +155,9 @@ def attention_dq_kernel(
 @triton.jit
 def attention_dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head,
-    stride_v_batch, stride_v_seq, stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head,
-    n_head, group, q_len, kv_len, SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq,
+    stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, group, q_len, kv_len, SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_kv_head = n_head // group
     kv_block, batch, kv_head = locate(kv_len, n_kv_head, BLOCK_N)
@@ -171,8 +168,7 @@ def attention_dk_dv_kernel(
 
     first, last = (first_column // BLOCK_M * BLOCK_M if CAUSAL else 0), q_len
     if bounds_ptr is not None:
-        if not CAUSAL:
-            first = tl.load(bounds_ptr + first_column) // BLOCK_M * BLOCK_M
+        first = first if CAUSAL else tl.load(bounds_ptr + first_column) // BLOCK_M * BLOCK_M
         last = tl.load(bounds_ptr + q_len + tl.minimum(first_column + BLOCK_N, kv_len) - 1)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -211,7 +207,7 @@ LAUNCH = {
     ("sm_90", 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
     ("sm_90", 256): ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
     ("sm_80", 32): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_80", 64): ((128, 64, 8, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
+    ("sm_80", 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
     ("sm_80", 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
     ("sm_80", 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
 }
@@ -222,27 +218,22 @@ LAUNCH_FP32 = ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1))
 def launch_config(arch: str, d_head: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Tiles, warps and stages of the three kernels."""
     block_d = max(32, triton.next_power_of_2(d_head))
-    small = dtype == torch.float32 or arch == "interpreter"
-    kernels = zip(("forward", "dk_dv", "dq"), LAUNCH_FP32 if small else LAUNCH[arch, block_d], strict=True)
+    configs = LAUNCH_FP32 if dtype == torch.float32 or arch == "interpreter" else LAUNCH[arch, block_d]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return {kernel: {"BLOCK_D": block_d, **dict(zip(names, values, strict=True))} for kernel, values in kernels}
+    configs = [{"BLOCK_D": block_d, **dict(zip(names, config, strict=True))} for config in configs]
+    return dict(zip(("forward", "dk_dv", "dq"), configs, strict=True))
 
 
 def _arch(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "interpreter"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
-
-
-def _unit_stride(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return {0: "interpreter", 9: "sm_90", 10: "sm_90"}.get(major, "sm_80")
 
 
 @triton_op("nanostack::flash_attention", mutates_args=())
 def flash_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     batch, q_len, n_head, d_head = q.shape
     kv_len, n_kv_head = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -260,7 +251,7 @@ def flash_attention_backward_op(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
     out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    dout, q, k, v = _unit_stride(dout, q, k, v)
+    dout, q, k, v = unit_stride(dout, q, k, v)
     batch, q_len, n_head, d_head = q.shape
     kv_len, n_kv_head = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -281,8 +272,7 @@ def flash_attention_backward_op(
 
 @flash_attention_op.register_fake
 def _(q, k, v, bounds, causal, scale):
-    batch, q_len, n_head, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, n_head, q_len), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 @flash_attention_backward_op.register_fake
@@ -372,23 +362,21 @@ def _check(q, k, v, causal, cu_seqlens, on_triton):
     require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
     require(k.shape[1] > 0, f"k has shape {tuple(k.shape)}; there is nothing to attend to")
     require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
-    require(not causal or q.shape[1] == k.shape[1], f"{shapes}; causal attention needs q and k of one length")
+    one_length = q.shape[1] == k.shape[1] or not (causal or cu_seqlens is not None)
+    require(one_length, f"{shapes}; causal attention and cu_seqlens need q and k of one length")
     require(not on_triton or q.shape[3] <= 256, f"q has d_head {q.shape[3]}; the Triton kernel takes at most 256")
     if cu_seqlens is None:
         return
     require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)
-    require(
-        cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2,
-        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)",
-    )
+    offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
+    require(offsets, f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
     require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
-    require(q.shape[1] == k.shape[1], f"{shapes}; cu_seqlens needs q and k of one length")
 
 
 def _reference(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -403,10 +391,8 @@ def _reference_lse(q, k, causal, scale):
 @torch.compiler.disable  # the shapes depend on the values of cu_seqlens
 def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
     edges = cu_seqlens.tolist()
-    require(
-        edges[0] == 0 and edges[-1] == q.shape[1] and edges == sorted(edges),
-        f"cu_seqlens goes from {edges[0]} to {edges[-1]}; it must rise from 0 to {q.shape[1]}, the length of q",
-    )
+    rising = edges[0] == 0 and edges[-1] == q.shape[1] and edges == sorted(edges)
+    require(rising, f"cu_seqlens is {edges}; it must rise from 0 to {q.shape[1]}, the length of q")
     documents = [slice(start, end) for start, end in pairwise(edges) if start < end]
     out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
     if not return_lse:

@@ -12,7 +12,7 @@ One launch rotates both q and k; they may be slices of one fused projection, the
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .dispatch import require, require_floating, require_like, tl, triton, use_triton, wide
+from .dispatch import require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def launch_config(n_head: int, half: int) -> dict[str, int]:
 def rotary_op(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    q, k, cos, sin = unit_stride(q, k, cos, sin)
     batch, seq_len, n_head, d_head = q.shape
     n_kv_head = k.shape[2]
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))

@@ -175,17 +175,25 @@ def load(path: str, overrides: list[str]) -> Train:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(Train, args=overrides, default=config, prog=f"train.py {path}", use_underscores=True)
+            return tyro.cli(
+                Train,
+                args=overrides,
+                default=config,
+                prog=f"train.py {path}",
+                use_underscores=True,
+                config=(tyro.conf.AvoidSubcommands,),  # a stage's growth is overridden like any other field
+            )
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise UserError(f"{path} {' '.join(overrides)}: {_plain(message.getvalue())}") from None
+        raise UserError(f"{path}: {_plain(message.getvalue())}") from None
 
 
 def _plain(box: str) -> str:
-    """The text of tyro's message box as one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    return " ".join(re.sub(r"[─━│┃╭╮╰╯┌┐└┘]", " ", text).split())
+    """The text of tyro's message box as one line, without its title and its pointers to the help."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰", "├"))]
+    text = " ".join(" ".join(lines).replace("│", " ").replace("─", " ").split())
+    return re.sub(r"( in train\.py( \S+)? --help)| For full helptext.*", "", text)
 
 
 def describe_tokens(tokens: float) -> str:

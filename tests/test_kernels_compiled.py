@@ -5,9 +5,14 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kernels
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -83,3 +88,46 @@ def test_memory_bound_kernels_fit_the_registers_and_move_16_bytes_at_a_time(arch
         shared, stack, sass = build(kernel, arch, config, tmp_path, **constants)
         assert stack == 0 and shared <= 48 * 1024, name
         assert re.search(r"LDG\.E\.(\w+\.)*128", sass), f"{name} loads too few bytes at a time"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")
+def test_torch_compile_sees_each_kernel_and_what_it_writes(monkeypatch):
+    """One graph, no copies of inputs for fear that a kernel might write them: traced with fake tensors on a fake Hopper."""
+    hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(importlib.import_module("kernels.dispatch"), "unavailable_reason", lambda device: None)
+    nanostack = torch.ops.nanostack
+    written = []
+
+    def note(graph, _):
+        launches = (node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target))
+        written.extend(node.kwargs["tensors_to_clone"] for node in launches)
+        return graph
+
+    def block(x, weight, q, k, angle):
+        y, x = kernels.add_rms_norm(x, kernels.rms_norm(x, weight, 1e-5), weight, 1e-5)
+        q, k = kernels.rotary(q, k, angle, angle)
+        out, lse = kernels.flash_attention(q, k, k, return_lse=True)
+        dq = nanostack.flash_attention_backward(out, q, k, k, None, out, lse, True, 0.125)
+        dx = nanostack.rms_norm_backward(y, None, x, weight, 1e-5)
+        return *dq, *dx, nanostack.swiglu_backward(kernels.swiglu(x), x)
+
+    with FakeTensorMode():
+        x, q, k = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((99, 64), (2, 99, 4, 64), (2, 99, 2, 64))
+        )
+        weight, angle = torch.empty(64, device="cuda"), torch.empty(99, 32, device="cuda")
+        torch.compile(block, backend=aot_autograd(fw_compiler=note), fullgraph=True)(x, weight, q, k, angle)
+    assert written == [
+        ["y_ptr"],
+        ["y_ptr", "residual_out_ptr"],
+        ["q_out_ptr", "k_out_ptr"],
+        ["out_ptr", "lse_ptr"],
+        ["delta_ptr", "dq_ptr"],
+        ["dk_ptr", "dv_ptr"],
+        ["dx_ptr", "dweight_ptr"],
+        ["y_ptr"],
+        ["dgate_up_ptr"],
+    ]

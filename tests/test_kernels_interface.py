@@ -36,7 +36,7 @@ MISTAKES = [
     (lambda: kernels.flash_attention(Q, K.to("meta"), K), "k is on meta and q on cpu"),
     (lambda: kernels.flash_attention(Q, K, K[:, :5]), "v has shape"),
     (lambda: kernels.flash_attention(Q[:, :, :3], K, K), "the heads of q must be a multiple"),
-    (lambda: kernels.flash_attention(Q, K[:, :5], K[:, :5]), "causal attention needs q and k of one length"),
+    (lambda: kernels.flash_attention(Q, K[:, :5], K[:, :5]), "causal attention and cu_seqlens need q and k of one length"),
     (lambda: kernels.flash_attention(Q, K[:, :0], K[:, :0], causal=False), "nothing to attend to"),
     (lambda: kernels.flash_attention(Q, K, K, cu_seqlens=ints(0, 6)), "q has batch 2; cu_seqlens needs batch 1"),
     (lambda: kernels.flash_attention(PACKED, PACKED, PACKED, cu_seqlens=ints(0, 6).long()), "cu_seqlens is torch.int64"),

@@ -52,7 +52,9 @@ def test_sharded_growth_equals_growth_in_one_process(tmp_path, shard, moments):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
         n_shard = "1" if name == "one" else str(shard)
-        done = subprocess.run([*command, *script, str(tmp_path / name), n_shard, moments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *script, str(tmp_path / name), n_shard, moments], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     one, two = ({stage: checkpoint.load(tmp_path / n / f"{stage}.pt") for stage in ("base", "grown")} for n in ("one", "two"))
     for stage in ("base", "grown"):

@@ -134,9 +134,7 @@ def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
     whole = run_in_process(corpus, tmp_path / "whole", "--micro_batch", "8")
     parts = run_in_process(corpus, tmp_path / "parts", "--micro_batch", "2")
     assert parts.micro_steps == 4 and whole.micro_steps == 1
-    whole, parts = (
-        [r["loss"] or r["val_loss"] for r in records(tmp_path / name)] for name in ("whole", "parts")
-    )
+    whole, parts = ([r["loss"] or r["val_loss"] for r in records(tmp_path / name)] for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -186,7 +184,9 @@ def test_several_non_finite_steps_in_a_row_end_the_run_and_name_the_samples(corp
 
 
 def test_init_from_carries_weights_cursor_and_ledger(trainer, finished):
-    out = trainer.good("next", "--model.n_layer", "4", "--init_from", str(finished / "ckpt.pt"), "--stages.0.warmup_tokens", "0")
+    out = trainer.good(
+        "next", "--model.n_layer", "4", "--init_from", str(finished / "ckpt.pt"), "--stages.0.warmup_tokens", "0"
+    )
     first = records(out)[0]
     before = checkpoint.load(finished / "ckpt.pt")
     assert first["samples"] == before["cursor"]["samples"] + 8

@@ -1,0 +1,104 @@
+"""Config files and overrides."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT, TINY
+
+from nanostack.config import Growth, Stage, Train, grow, load
+
+PRESETS = sorted(str(path) for path in (ROOT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.rsplit("/")[-1])
+def test_every_preset_loads_and_divides_over_one_to_64_devices(path):
+    config = load(path, [])
+    assert isinstance(config, Train) and config.model.vocab_size is None
+    sequences = config.batch_tokens // config.model.seq_len
+    worlds = (1,) if "quickstart" in path else (1, 8, 64)
+    assert all(sequences % (config.micro_batch * world) == 0 for world in worlds)
+
+
+def test_three_quickstart_arms_spend_the_same_flops_on_the_same_data():
+    from nanostack.flops import flops_per_token
+
+    spent, configs = [], [load(f"config/quickstart{arm}.py", []) for arm in ("", "_scratch", "_base")]
+    for config in configs:
+        model, flops = dataclasses.replace(config.model, vocab_size=1024), 0
+        for stage in config.stages:
+            layers = model.n_layer * (stage.growth.g if stage.growth else 1)
+            model = dataclasses.replace(model, n_layer=layers)
+            flops += flops_per_token(model) * -(-stage.tokens // config.batch_tokens) * config.batch_tokens
+        spent.append(flops)
+    assert max(spent) / min(spent) < 1.002
+    assert len({(c.data, c.seed, c.batch_tokens, c.model.seq_len) for c in configs}) == 1
+
+
+def test_overrides_reach_every_level():
+    overrides = (
+        "--data.path elsewhere --stages.1.lr 1e-4 --stages.1.growth.g 3 --optim.betas 0.8 0.9 --parallel.shard 2 --compile"
+    )
+    config = load(TINY, overrides.split())
+    assert config.data.path == "elsewhere" and config.stages[1].growth == Growth("stack", 3)
+    assert config.stages[1].lr == 1e-4 if config.stages[1].min_lr <= 1e-4 else True
+    assert config.optim.betas == (0.8, 0.9) and config.parallel.shard == 2 and config.compile
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--stages.1.lrr 1e-4", r"--stages\.1\.lrr.*Perhaps you meant: --stages\.\d\.lr"),
+        ("--modle.n_layer 3", "--modle.n_layer"),
+        ("--stages.9.lr 1", "--stages.9.lr"),
+        ("--stages.1.lr fast", "--stages.1.lr.*fast"),
+        ("--micro_batch 0", "micro_batch must be at least 1"),
+        ("--batch_tokens 100", "nearest legal values are 96 and 128"),
+        ("--model.n_kv_head 3", "n_head 4 is not divisible by model.n_kv_head 3"),
+        ("--stages.1.growth.g 1", "stages.1.growth: g must be a whole number of 2 or more"),
+        ("--stages.1.growth.layers 0-1*3", "g and layers exclude each other"),
+        ("--stages.1.growth.g None --stages.1.growth.layers 0-3", "names layer 2, but the model has layers 0 to 1"),
+        ("--stages.1.growth.g None --stages.1.growth.layers 0:1", "bad layer list '0:1'"),
+        ("--dtype float16", "invalid choice 'float16'"),
+        ("stray", "stray"),
+    ],
+)
+def test_wrong_overrides_raise_one_line_that_names_them(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(TINY, overrides.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "has no variable `config`"),
+        ("config = 3", "has no variable `config`"),
+        ("from nanostack.config import Train\nconfig = Train(modle=3)", "unexpected keyword argument 'modle'"),
+        ("config = (", "SyntaxError"),
+        ("import missing_module", "missing_module"),
+    ],
+)
+def test_broken_config_file_is_named(tmp_path, text, message):
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(str(tmp_path / "config.py"), [])
+    assert "config.py" in str(caught.value)
+
+
+def test_missing_config_file_lists_the_ones_there_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="there is no config file config/2b.py; there are .*config/1b.py"):
+        load("config/2b.py", [])
+
+
+def test_run_must_not_start_by_growing_nothing():
+    with pytest.raises(ValueError, match="no model before it"):
+        dataclasses.replace(load(TINY, []), stages=(grow("stack", 2, tokens=100, lr=1.0),))
+
+
+def test_hash_follows_the_result_not_the_place():
+    config = load(TINY, [])
+    same = ("--out", "elsewhere", "--data.path", "elsewhere", "--resume", "--keep", "5")
+    assert load(TINY, list(same)).sha256() == config.sha256()
+    assert load(TINY, ["--stages.0.lr", "0.5"]).sha256() != config.sha256()
+    assert dataclasses.replace(config, stages=(Stage(5120, 1.0),)).sha256() != config.sha256()

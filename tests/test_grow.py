@@ -1,0 +1,121 @@
+"""grow.py on real checkpoints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, Trainer, records
+
+from nanostack import checkpoint
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory) -> Trainer:
+    trainer = Trainer(corpus, tmp_path_factory.mktemp("grow"))
+    trainer.good("live")
+    return trainer
+
+
+def grow(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "grow.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def ckpt(base, tmp_path):
+    """The base as the live run left it just before it grew."""
+    from shutil import copy
+
+    files = {file.stem: file for file in checkpoint.numbered_checkpoints(base.folder / "live" / "ckpt.pt")}
+    if "ckpt-96" not in files:
+        base.good("live", "--overwrite", "--keep", "10")
+    return copy(base.folder / "live" / "ckpt-96.pt", tmp_path / "ckpt.pt")
+
+
+def test_writes_the_deeper_checkpoint_beside_the_base_and_prints_the_receipt(ckpt):
+    before = ckpt.read_bytes()
+    done = grow(ckpt, "--g", "4")
+    assert done.returncode == 0, done.stderr
+    out = ckpt.with_name("ckpt-x4.pt")
+    base, grown = checkpoint.load(ckpt), checkpoint.load(out)
+    assert ckpt.read_bytes() == before
+    assert grown["config"] == base["config"] | {"n_layer": 8} and grown["cursor"] == base["cursor"]
+    assert len(grown["model"]) == 3 + 6 * 8
+    for name, value in grown["model"].items():
+        source = (
+            name
+            if not name.startswith("blocks.")
+            else name.replace(f".{name.split('.')[1]}.", f".{int(name.split('.')[1]) % 2}.", 1)
+        )
+        assert torch.equal(value, base["model"][source])
+    receipt = grown["growth"][-1]
+    assert receipt["op"] == "stack" and receipt["g"] == 4 and receipt["layers"] == [0, 1] * 4
+    assert "bytes_allocated" in done.stdout and str(receipt["bytes_allocated"]) in done.stdout
+
+
+def test_two_steps_by_hand_equal_the_growth_inside_a_run(base, ckpt):
+    assert grow(ckpt, "--g", "2").returncode == 0
+    second = ("--model.n_layer", "4", "--init_from", str(ckpt.with_name("ckpt-x2.pt")), "--stages.1.growth.g", "2")
+    stage = ("--stages.0.lr", "5e-3", "--stages.0.schedule", "cosine", "--stages.0.min_lr", "1e-3")
+    trainer = Trainer(base.corpus, ckpt.parent)
+    out = trainer.good("by_hand", *second, *stage, "--stages.1.tokens", "256", "--stages.1.warmup_tokens", "0")
+    by_hand = [(r["samples"], r["flops"], r["loss"]) for r in records(out) if r["stage"] == 0 and r["loss"]]
+    live = [(r["samples"], r["flops"], r["loss"]) for r in records(base.folder / "live") if r["stage"] == 1 and r["loss"]]
+    assert by_hand == live
+
+
+def test_layers_out_op_json_and_copied_moments(ckpt, tmp_path):
+    out = tmp_path / "deep.pt"
+    done = grow(ckpt, "--layers", "0,1*3", "--out", out, "--optimizer", "copy", "--json")
+    receipt = json.loads(done.stdout)
+    assert receipt["layers"] == [0, 1, 1, 1] and receipt["g"] is None and receipt["bytes_through_host"] == 0
+    base, grown = checkpoint.load(ckpt), checkpoint.load(out)
+    for key, value in grown["optimizer"]["blocks.3.mlp.down.weight"].items():
+        assert torch.equal(value, base["optimizer"]["blocks.1.mlp.down.weight"][key])
+    assert float(grown["optimizer"]["blocks.3.mlp.down.weight"]["step"]) == 12
+
+
+def test_default_factor_is_4(ckpt):
+    assert grow(ckpt).returncode == 0
+    assert checkpoint.load(ckpt.with_name("ckpt-x4.pt"))["config"]["n_layer"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--g", "1"), "g must be a whole number of 2 or more, not 1"),
+        (("--g", "two"), "two"),
+        (("--g", "2", "--layers", "0-1*2"), "g and layers exclude each other"),
+        (("--layers", "0-5"), "names layer 2, but the model has layers 0 to 1"),
+        (("--layers", "nonsense"), "bad layer list 'nonsense'"),
+        (("--op", "sideways"), "sideways"),
+        (("--device", "cuda:7"), "cuda:7"),
+        (("--out", "/dev/null/x.pt"), "could not save"),
+    ],
+)
+def test_mistakes_leave_everything_as_it_was(ckpt, arguments, message):
+    before = {file.name: file.read_bytes() for file in ckpt.parent.iterdir()}
+    done = grow(ckpt, *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert {file.name: file.read_bytes() for file in ckpt.parent.iterdir()} == before
+
+
+def test_existing_output_and_the_base_itself_are_not_overwritten(ckpt):
+    assert grow(ckpt, "--g", "2").returncode == 0
+    done = grow(ckpt, "--g", "2")
+    assert done.returncode == 2 and "exists already" in done.stderr
+    assert grow(ckpt, "--g", "2", "--overwrite").returncode == 0
+    done = grow(ckpt, "--g", "2", "--out", ckpt, "--overwrite")
+    assert done.returncode == 2 and "is the checkpoint to grow" in done.stderr
+
+
+def test_damaged_or_missing_checkpoint_is_named(ckpt, tmp_path):
+    done = grow(tmp_path / "nowhere.pt")
+    assert done.returncode == 2 and "there is no checkpoint" in done.stderr
+    raw = bytearray(ckpt.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    ckpt.write_bytes(raw)
+    done = grow(ckpt, "--g", "2")
+    assert done.returncode == 2 and "damaged" in done.stderr and not ckpt.with_name("ckpt-x2.pt").exists()

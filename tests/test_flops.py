@@ -38,7 +38,9 @@ def test_matmul_count_is_what_torch_counts_in_a_step():
     counter = FlopCounterMode(display=False)
     with counter:
         model(tokens, tokens).backward()
-    matmuls = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    matmuls = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm")
+    )
     assert matmuls == 6 * n_matmul(CONFIG) * tokens.numel()
 
 

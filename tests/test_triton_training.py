@@ -1,0 +1,25 @@
+"""A whole run, growth included, through the Triton kernels in their interpreter: the losses of the torch path."""
+
+import pytest
+from conftest import records
+
+SHORT = [
+    *("--model.d_model", "64", "--model.n_head", "2", "--model.n_kv_head", "1", "--data.val_tokens", "128"),
+    *("--batch_tokens", "128", "--micro_batch", "2", "--stages.0.tokens", "384", "--stages.1.tokens", "384"),
+    *("--stages.0.warmup_tokens", "128", "--stages.1.warmup_tokens", "128", "--log_interval", "128"),
+]
+
+
+@pytest.mark.slow
+def test_triton_run_gives_the_losses_of_the_torch_run(trainer):
+    torch_run = records(trainer.good("torch", *SHORT, "--kernels", "torch"))
+    triton_run = records(trainer.good("triton", *SHORT, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}))
+    assert len(torch_run) == 7
+    for name in ("loss", "val_loss", "grad_norm"):
+        expected = [r[name] and pytest.approx(r[name], rel=2e-5) for r in torch_run]
+        assert [r[name] for r in triton_run] == expected, name
+
+
+def test_interpreter_refuses_bfloat16_in_which_it_is_silently_wrong(trainer):
+    message = trainer.refused("x", "--kernels", "triton", "--dtype", "bfloat16", env={"TRITON_INTERPRET": "1"})
+    assert "add --dtype float32" in message

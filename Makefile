@@ -14,10 +14,10 @@ endif
 .PHONY: quickstart test lint format clean
 
 quickstart: $(READY)
-	$(RUN) bench/quickstart.py
+	$(RUN) bench/quickstart.py $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

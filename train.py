@@ -163,9 +163,10 @@ class Run:
         size = self.config.batch_tokens // self.config.model.seq_len
         self.display.say(f"step skipped: loss or gradient not finite in samples {first_sample} to {first_sample + size - 1}")
         if len(self.skipped_in_a_row) >= MAX_SKIPPED:
+            samples = f"{self.skipped_in_a_row[0]} to {first_sample + size - 1}"
             raise UserError(
-                f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite, in samples {self.skipped_in_a_row[0]} "
-                f"to {first_sample + size - 1}. They left the weights alone; look at those samples, or lower the learning rate"
+                f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite, in samples {samples}. They left the "
+                "weights alone; look at those samples, or lower the learning rate"
             )
 
     @torch.no_grad()
@@ -239,10 +240,11 @@ class Run:
         config, model, placement = self.config, self.state.model.config, self.placement
         start = f"from {source} at {describe_tokens(self.cursor.tokens)} tokens" if source else f"from seed {config.seed}"
         steps, dtype = self.total_steps - self.step, str(placement.dtype).removeprefix("torch.")
+        amount, epoch = (describe_tokens(n) for n in (steps * config.batch_tokens, self.data.n_tokens))
         return (
             f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
-            f"{steps} steps of {config.batch_tokens} tokens ({describe_tokens(steps * config.batch_tokens)}) of {config.data.path}, "
-            f"{describe_tokens(self.data.n_tokens)} tokens an epoch; {flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
+            f"{steps} steps of {config.batch_tokens} tokens ({amount}) of {config.data.path} ({epoch} an epoch), "
+            f"{flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
             f"{parallel.world_size()} × {placement.device.type}, {dtype}, {self.kernels} kernels, "
             f"{self.micro_steps} × {config.micro_batch} sequences per device and step"
         )
@@ -272,19 +274,19 @@ def with_vocabulary(config: Train) -> Train:
 
 def micro_steps(config: Train) -> int:
     """How many micro-batches of every rank make one step."""
-    sequences, together = config.batch_tokens // config.model.seq_len, config.micro_batch * parallel.world_size()
-    if sequences % together:
-        each = sequences // parallel.world_size() if sequences % parallel.world_size() == 0 else 0
-        fitting = [n for n in range(1, each + 1) if each % n == 0]
-        near = sorted(sorted(fitting, key=lambda n: abs(n - config.micro_batch))[:2])
-        below = sequences // together * together
-        legal = [n * config.model.seq_len for n in (below, below + together) if n]
-        raise UserError(
-            f"batch_tokens {config.batch_tokens} is {sequences} sequences, which {parallel.world_size()} device(s) × micro_batch "
-            f"{config.micro_batch} do not divide; nearest legal batch_tokens: {legal}"
-            + (f"; nearest legal micro_batch: {near}" if near else "")
-        )
-    return sequences // together
+    devices, seq_len = parallel.world_size(), config.model.seq_len
+    sequences, together = config.batch_tokens // seq_len, config.micro_batch * devices
+    if sequences % together == 0:
+        return sequences // together
+    below = sequences // together * together
+    legal = [n * seq_len for n in (below, below + together) if n]
+    divisors = [n for n in range(1, sequences + 1) if sequences % (n * devices) == 0]
+    near = sorted(sorted(divisors, key=lambda n: abs(n - config.micro_batch))[:2])
+    raise UserError(
+        f"batch_tokens {config.batch_tokens} is {sequences} sequences, which {devices} device(s) × micro_batch "
+        f"{config.micro_batch} do not divide; nearest legal batch_tokens: {legal}"
+        + (f"; nearest legal micro_batch: {near}" if near else "")
+    )
 
 
 def stage_steps(config: Train, stage) -> int:

@@ -43,8 +43,8 @@ def load_manifest(path: str | Path) -> dict:
     if not file.is_file():
         what = "stdlib" if Path(path).name == "stdlib" else "SOURCE..."
         raise UserError(
-            f"there is no prepared data in {path}; write it with\n"
-            f"    python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer bpe:1024"
+            f"there is no prepared data in {path}; write it with: "
+            f"python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer bpe:1024"
         )
     try:
         manifest = json.loads(file.read_bytes())

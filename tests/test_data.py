@@ -176,7 +176,7 @@ def seconds(work) -> float:
 
 
 def test_missing_data_say_how_to_prepare_them(tmp_path):
-    with pytest.raises(UserError, match=r"python -m nanostack\.prepare stdlib --out \S*data/stdlib --tokenizer bpe:1024"):
+    with pytest.raises(UserError, match=r"with: python -m nanostack\.prepare stdlib --out \S+/stdlib --tokenizer bpe:1024"):
         load_manifest(tmp_path / "data" / "stdlib")
     with pytest.raises(UserError, match=r"python -m nanostack\.prepare SOURCE\.\.\. --out \S*fineweb"):
         Tokens(tmp_path / "fineweb", "train", 64)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from nanostack import tokenizer
 from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError
 from nanostack.prepare import Args, prepare
+from nanostack.sources import list_files
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 FILES = sorted((STDLIB / "email").glob("*.py")) + sorted(STDLIB.glob("a*.py"))
@@ -191,20 +193,6 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     assert run(tmp_path / "all", tmp_path / "folder", field="body")["dropped"] == {"duplicate": 3 * len(TEXTS)}
 
 
-@pytest.mark.parametrize("unit", ["a line of text number %d\n", "字符没有换行%d"], ids=["lines", "one long line"])
-def test_a_long_text_becomes_several_documents_that_join_to_it(tmp_path, unit):
-    whole = "".join(unit % i for i in range(60_000))
-    (tmp_path / "book.txt").write_bytes(whole.encode())
-    with gzip.open(tmp_path / "book.txt.gz", "wb") as file:
-        file.write(whole.encode())
-    reader = module.Reader(module.list_files(str(tmp_path / "book.txt"), module.Counter()), "text")
-    parts = list(reader)
-    assert "".join(parts) == whole and len(parts) > 4 and not reader.dropped
-    assert max(len(part.encode()) for part in parts) <= module.LONGEST
-    run(tmp_path / "out", tmp_path / "book.txt.gz")
-    assert everything(tmp_path / "out") == sorted(parts)
-
-
 def test_stdlib_is_real_text_without_tests_and_tables(tmp_path):
     result = cli("stdlib", "--out", tmp_path / "out", "--json")
     assert result.returncode == 0, result.stderr
@@ -213,16 +201,10 @@ def test_stdlib_is_real_text_without_tests_and_tables(tmp_path):
     splits = summary["splits"]
     assert 5e6 < splits["train"]["bytes"] < 30e6 and splits["val"]["tokens"] > 50_000
     assert Tokens(tmp_path / "out", "val", 256).n_blocks > 100
-    names = {file.name for file in module.list_files("stdlib", module.Counter())}
+    names = {file.name for file in list_files("stdlib", Counter())}
     assert {"json/decoder.py", "typing.py"} <= names
     parts = {part for name in names for part in name.split("/")}
     assert not parts & {"test", "tests", "pydoc_data", "encodings", "site-packages", "cp1252.py"}
-
-
-def test_site_packages_are_the_installed_sources():
-    names = {file.name for file in module.list_files("site-packages", module.Counter())}
-    assert {"numpy/__init__.py", "tiktoken/core.py"} <= names
-    assert not [name for name in names if "/tests/" in name or not name.endswith(".py")]
 
 
 def test_bpe_is_trained_on_a_bounded_share_of_every_file(tmp_path, texts, monkeypatch):
@@ -251,17 +233,6 @@ def test_a_damaged_source_is_named_and_nothing_is_written(tmp_path, texts, name,
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", texts, tmp_path / name)
     assert not list(tmp_path.glob("out*"))
-
-
-def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monkeypatch):
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: no column 'text' \(there is id, body\)"):
-        run(tmp_path / "out", tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'id' is not text but a int"):
-        run(tmp_path / "out", tmp_path / "a.parquet", field="id")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'nanostack\[data\]'"):
-        run(tmp_path / "out", tmp_path / "a.parquet")
 
 
 def test_a_killed_worker_ends_the_run_with_an_error(tmp_path, texts, monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 from conftest import records
 
 SHORT = [
-    *("--model.d_model", "64", "--model.n_head", "2", "--model.n_kv_head", "1", "--data.val_tokens", "128"),
-    *("--batch_tokens", "128", "--micro_batch", "2", "--stages.0.tokens", "384", "--stages.1.tokens", "384"),
-    *("--stages.0.warmup_tokens", "128", "--stages.1.warmup_tokens", "128", "--log_interval", "128"),
+    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_kv_head", "1", "--data.val_tokens", "64"),
+    *("--batch_tokens", "64", "--micro_batch", "2", "--stages.0.tokens", "192", "--stages.1.tokens", "192"),
+    *("--stages.0.warmup_tokens", "64", "--stages.1.warmup_tokens", "64", "--log_interval", "64"),
 ]
 
 

@@ -1,0 +1,80 @@
+"""The README's commands, run as they stand there but for their size."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+SMALL = (
+    "--model.d_model 32 --model.n_head 2 --model.n_kv_head 2 --model.d_ff 48 --model.seq_len 32 --batch_tokens 1024 "
+    "--micro_batch 4 --log_interval 1024 --save_interval 4096 --data.val_tokens 512 --dtype float32"
+)
+STAGE = "--stages.{0}.tokens 4096 --stages.{0}.warmup_tokens 1024"
+
+
+def run(command: list, cwd, **env) -> str:
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def small(line: str) -> list[str]:
+    """The same command at toy size: two processes instead of eight, tiny shapes."""
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        words[:3] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        config = next(word for word in words if word.startswith("config/"))
+        stages = range(2 if config == "config/1b.py" else 1)
+        return words + SMALL.split() + " ".join(STAGE.format(i) for i in stages).split()
+    words[0] = sys.executable
+    if "nanostack.sample" in words:
+        words += ["--tokens", "8"]
+    return [word.replace("bpe:32000", "bpe:300") for word in words]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_commands_from_text_to_a_grown_model_work_in_order(tmp_path):
+    for name in ("train.py", "grow.py", "config", "nanostack", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "texts").mkdir()
+    for name in ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py"):
+        (tmp_path / "texts" / name).symlink_to(os.path.join(os.path.dirname(os.__file__), name))
+    workflow = [line for line in COMMANDS if not line.startswith("make ")]
+    assert len(workflow) == 8
+    for line in workflow:
+        run(small(line), tmp_path)
+    grown = [json.loads(line) for line in (tmp_path / "out/1b_grown/metrics.jsonl").read_text().splitlines()][1:]
+    assert grown[0]["tokens"] == 4096 + 1024 and (tmp_path / "out/1b_base/ckpt-x4.pt").exists()
+
+
+@pytest.mark.slow
+def test_quickstart_trains_grows_compares_and_draws(tmp_path):
+    """`make quickstart` in a tiny setting, in the environment that runs this test."""
+    assert COMMANDS[:2] == ["make quickstart", "make test"]
+    size = f"--scale 0.004 --out {tmp_path / 'out'} --data {tmp_path / 'data'}"
+    said = run(["make", "quickstart", "VENV=", f"PYTHON={sys.executable}", f"ARGS={size}"], ROOT)
+    assert "speedup FLOPs(scratch) / FLOPs(grown) − 1 = " in said and "the grown model writes" in said
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary.keys() >= {"speedup", "loss_target", "flops_scratch", "flops_grown", "val_loss", "seconds"}
+    assert summary["val_loss"].keys() == {"scratch", "grown", "base"}
+    assert summary["loss_target"] == summary["val_loss"]["scratch"]
+    assert (tmp_path / "out/speedup.png").read_bytes().startswith(b"\x89PNG")
+    spent = [arm["flops"] for arm in summary["arms"].values()]
+    assert max(spent) / min(spent) < 1.5 and summary["arms"]["grown"]["growth"]["layers"] == [0, 1] * 4
+    # A second call finds everything done and reports the same.
+    command = [sys.executable, "bench/quickstart.py", *size.split(), "--json"]
+    again = json.loads(run(command, ROOT))
+    assert again["val_loss"] == summary["val_loss"] and again["speedup"] == summary["speedup"]
+
+
+def test_pictures_and_files_named_in_the_readme_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"^\| `([\w./]+)`", README, re.M):
+        assert (ROOT / path).exists(), path

@@ -112,8 +112,8 @@ class Run:
             after = self.evaluate()
             receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
         self.write_record({"loss": None, "lr": None, "grad_norm": None} | after | {"growth": receipt})
-        layers = self.state.model.config.n_layer
-        self.display.say(f"grown to {layers} layers: " + ", ".join(f"{k} {v}" for k, v in receipt.items() if k != "layers"))
+        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in receipt.items() if k != "layers"}
+        self.display.say(f"grown to {len(receipt['layers'])} layers: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
     def train_step(self, batches: Prefetcher) -> None:

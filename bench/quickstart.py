@@ -12,7 +12,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -64,12 +63,11 @@ def main(command: Command) -> dict:
     prepare(command, console)
     if command.sweep:
         return sweep(command, console)
-    began = time.perf_counter()
     arms = {}
     for number, arm in enumerate(ARMS, 1):
         console.rule(f"arm {number} of {len(ARMS)}: {ARMS[arm][3]}")
         arms[arm] = train(arm, command.out / arm, overrides(arm, command), command)
-    summary = summarise(arms, command, time.perf_counter() - began)
+    summary = summarise(arms, command)
     command.out.mkdir(parents=True, exist_ok=True)
     (command.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw([summary], command.out / "speedup.png")
@@ -133,7 +131,7 @@ def train(arm: str, out: Path, changes: list[str], command: Command) -> dict:
         "tokens": records[-1]["tokens"],
         "epochs": records[-1]["epoch"],
         "seconds": records[-1]["seconds"],
-        "growth": growth and {key: value for key, value in growth.items()},
+        "growth": growth,
         "grown_at_flops": next((record["flops"] for record in records if "growth" in record), None),
         "header": header,
     }
@@ -146,7 +144,7 @@ def same_run(out: Path, config: Train) -> bool:
         return False
 
 
-def summarise(arms: dict, command: Command, seconds: float) -> dict:
+def summarise(arms: dict, command: Command) -> dict:
     scratch, target = arms["scratch"], arms["scratch"]["val_loss"]
     header = scratch["header"]
     reached = {arm: flops_to_reach(result["points"], target) for arm, result in arms.items()}
@@ -158,7 +156,7 @@ def summarise(arms: dict, command: Command, seconds: float) -> dict:
         "flops_grown": reached["grown"],
         "flops_base": reached["base"],
         "val_loss": {arm: result["val_loss"] for arm, result in arms.items()},
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(result["seconds"] for result in arms.values()), 1),  # of training, all arms
         "seed": command.seed,
         "scale": command.scale,
         "device": header["device"],

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from nanostack.optimizer import guarded_step
 from nanostack.schedule import learning_rate
 from nanostack.state import State
 
+MARK = ".torchrun"  # names the torchrun whose run is in a folder
 MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
@@ -50,8 +52,9 @@ class Run:
         self.token_bytes = self.val.token_bytes
 
         self.out = Path(config.out)
-        self.resuming = parallel.on_rank_0(claim, config)
-        source = self.out / "ckpt.pt" if self.resuming else config.init_from
+        resume_from = parallel.on_rank_0(claim, config)
+        self.resuming = resume_from is not None
+        source = resume_from or config.init_from
         if source:
             saved = checkpoint.load(source)
             checkpoint.check_fits(saved, source, config, self.manifest_sha256 if self.resuming else None)
@@ -61,17 +64,20 @@ class Run:
         self.cursor = self.state.cursor
         if not self.resuming:
             self.cursor.stage = self.cursor.stage_tokens = 0
-            parallel.on_rank_0(clear, config)
+        parallel.on_rank_0(make_ready, config, self.resuming)
 
-        steps_before = sum(stage_steps(config, stage) for stage in config.stages[: self.cursor.stage])
-        self.step = steps_before + self.cursor.stage_tokens // config.batch_tokens
-        self.total_steps = sum(stage_steps(config, stage) for stage in config.stages)
+        now = self.cursor.stage
+        before, *after = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
+        self.step = before + self.cursor.stage_tokens // config.batch_tokens
+        self.steps_left = sum(after) + max(0, -(-(self.stage.tokens - self.cursor.stage_tokens) // config.batch_tokens))
         self.speaks = parallel.rank() == 0
-        self.display = Display(self.total_steps * config.batch_tokens, self.step * config.batch_tokens, self.speaks)
+        total = (self.step + self.steps_left) * config.batch_tokens
+        self.display = Display(total, self.step * config.batch_tokens, self.speaks)
         self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks)
-        self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples) if self.resuming else 0.0)
+        head = header(config_sha256, self.manifest_sha256, parallel.world_size(), self.placement)
+        self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples, head) if self.resuming else 0.0)
         if not self.resuming:
-            self.metrics.begin(header(config_sha256, self.manifest_sha256, parallel.world_size(), self.placement))
+            self.metrics.begin(head)
         self.peak = peak_flops(self.placement.device, self.placement.dtype)
         self.late = Late()
         self.skipped_in_a_row: list[int] = []  # first sample of each
@@ -220,7 +226,7 @@ class Run:
         """
         each, ranks = self.config.micro_batch, parallel.world_size()
         first = self.cursor.samples + parallel.rank() * each
-        for number in range((self.total_steps - self.step) * self.micro_steps):
+        for number in range(self.steps_left * self.micro_steps):
             start = first + number * each * ranks
             yield start, start + each
 
@@ -239,7 +245,8 @@ class Run:
         """What is about to run, derived values included."""
         config, model, placement = self.config, self.state.model.config, self.placement
         start = f"from {source} at {describe_tokens(self.cursor.tokens)} tokens" if source else f"from seed {config.seed}"
-        steps, dtype = self.total_steps - self.step, str(placement.dtype).removeprefix("torch.")
+        start += " (there was no checkpoint to resume from)" if config.resume and not self.resuming else ""
+        steps, dtype = self.steps_left, str(placement.dtype).removeprefix("torch.")
         amount, epoch = (describe_tokens(n) for n in (steps * config.batch_tokens, self.data.n_tokens))
         return (
             f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
@@ -294,32 +301,40 @@ def stage_steps(config: Train, stage) -> int:
     return -(-stage.tokens // config.batch_tokens)
 
 
-def claim(config: Train) -> bool:
-    """Whether the run goes on with what is in its folder. Touches nothing that is there."""
+def claim(config: Train) -> str | None:
+    """The checkpoint that the run goes on from, None for a new run. Touches nothing that is there."""
     out = Path(config.out)
     if config.resume and config.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, which repeats the command line
+    found = [*checkpoint.numbered_checkpoints(out / "ckpt.pt"), *([out / "ckpt.pt"] if (out / "ckpt.pt").exists() else [])]
+    mark = out / MARK
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.exists() and mark.read_text() == agent()
     if config.resume or restarted:
-        return (out / "ckpt.pt").exists()  # else the run died before its first checkpoint: it starts again
-    holds_run = (out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()
-    if holds_run and not config.overwrite:
+        return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
+    if (found or (out / "metrics.jsonl").exists()) and not config.overwrite:
         raise UserError(
             f"{out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
         )
-    return False
+    return None
 
 
-def clear(config: Train) -> None:
-    """Make the folder ready for a new run; by now everything else is known to be right."""
-    out = Path(config.out)
-    old = [out / "metrics.jsonl", out / "ckpt.pt", *checkpoint.numbered_checkpoints(out / "ckpt.pt")]
+def agent() -> str:
+    """Which torchrun this process belongs to. It repeats the command line after a crash, and must find its own run only."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return job if job != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def make_ready(config: Train, resuming: bool) -> None:
+    """Make the folder ready for the run; by now everything else is known to be right."""
+    out, ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
+    old = [] if resuming else [ckpt, *checkpoint.numbered_checkpoints(ckpt)]
     try:
         if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
             raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
         out.mkdir(parents=True, exist_ok=True)
-        for file in old:
+        for file in [*old, *out.glob("ckpt*.pt.partial")]:  # a killed process leaves half a file behind
             file.unlink(missing_ok=True)
+        (out / MARK).write_text(agent())
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 

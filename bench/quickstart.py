@@ -88,9 +88,14 @@ def prepare(command: Command, console: Console) -> None:
 def say(console: Console, arguments: list, command: Command) -> None:
     """Run a command whose output the user should see. Its own message explains a failure, so nothing is added."""
     output = sys.stderr if command.json else None
-    process = subprocess.run([str(a) for a in arguments], cwd=ROOT, stdout=output)
-    if process.returncode:
-        sys.exit(process.returncode)
+    process = subprocess.Popen([str(a) for a in arguments], cwd=ROOT, stdout=output)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the child has it too: let it save
+        process.wait()
+        code = 130
+    if code:
+        sys.exit(code)
 
 
 def overrides(arm: str, command: Command, lr: float | None = None) -> list[str]:
@@ -118,6 +123,9 @@ def train(arm: str, out: Path, changes: list[str], command: Command) -> dict:
         arguments.append("--resume" if same_run(out, config) else "--overwrite")
     say(Console(), arguments, command)
     header, records = read_run(out)
+    planned = sum(-(-stage.tokens // config.batch_tokens) * config.batch_tokens for stage in config.stages)
+    if not records or records[-1]["tokens"] < planned:
+        raise UserError(f"{out} was interrupted; the same command goes on from there")
     points = curve(records)
     growth = next((record["growth"] for record in records if "growth" in record), None)
     return {

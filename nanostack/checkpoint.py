@@ -134,7 +134,10 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
         try:
             os.link(numbered, link)
         except OSError:  # a file system without hard links
-            shutil.copyfile(numbered, link)
+            with open(numbered, "rb") as source, open(link, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
         os.replace(link, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -144,10 +147,10 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
 
 
 def numbered_checkpoints(path: Path) -> list[Path]:
-    """The files `ckpt-<samples>.pt` beside `ckpt.pt`, oldest first."""
+    """The files `ckpt-<samples>.pt` beside `ckpt.pt` in the order in which they were written."""
     pattern = f"{path.stem}-"
     found = [file for file in path.parent.glob(f"{pattern}*{path.suffix}") if file.stem[len(pattern) :].isdigit()]
-    return sorted(found, key=lambda file: int(file.stem[len(pattern) :]))
+    return sorted(found, key=lambda file: (file.stat().st_mtime_ns, int(file.stem[len(pattern) :])))
 
 
 def _tensors(contents: dict) -> dict[str, Tensor]:

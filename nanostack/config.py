@@ -29,6 +29,10 @@ class Data:
     val_tokens: int = 131072
     """Validation tokens: always the first ones of the validation split (all of it where it is shorter)."""
 
+    def __post_init__(self):
+        if self.val_tokens < 1:
+            raise UserError(f"data.val_tokens must be at least 1, not {self.val_tokens}")
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -78,6 +82,10 @@ class Optim:
     decay: float = 0.1
     clip: float = 1.0
     """Largest global gradient norm."""
+
+    def __post_init__(self):
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.decay >= 0 and self.clip > 0):
+            raise UserError(f"optim needs betas in [0, 1), eps > 0, decay ≥ 0 and clip > 0, not {self}")
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,10 @@ class Train:
         for name in ("micro_batch", "log_interval", "eval_interval", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.profile < 0 or not 0 <= self.seed < 2**63 or not self.out:
+            raise UserError(
+                f"profile ≥ 0, 0 ≤ seed < 2^63 and an out folder are needed: {self.profile}, {self.seed}, {self.out!r}"
+            )
         n_layer = self.model.n_layer
         for number, stage in enumerate(self.stages):  # a bad list must not end a run that has trained for days
             if stage.growth is None:

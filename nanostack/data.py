@@ -41,10 +41,10 @@ def load_manifest(path: str | Path) -> dict:
     """The manifest of the prepared data in folder `path`. UserError if there is none, or it is damaged or not ours."""
     file = Path(path) / MANIFEST
     if not file.is_file():
-        what = "stdlib" if Path(path).name == "stdlib" else "SOURCE..."
+        what, name = ("stdlib", "bpe:1024") if Path(path).name == "stdlib" else ("SOURCE...", "bpe:32000")
         raise UserError(
             f"there is no prepared data in {path}; write it with: "
-            f"python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer bpe:1024"
+            f"python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer {name}"
         )
     try:
         manifest = json.loads(file.read_bytes())
@@ -110,7 +110,7 @@ def _check_size(file: Path, shard: dict, dtype: np.dtype) -> dict:
     stat, size = file.stat(), shard["tokens"] * dtype.itemsize
     if stat.st_size != size:
         raise UserError(f"shard {file} has {stat.st_size:,} bytes, its manifest says {size:,}; prepare the data again")
-    return {"size": size, "mtime_ns": stat.st_mtime_ns, "sha256": shard["sha256"]}
+    return {"size": size, "changed_ns": [stat.st_mtime_ns, stat.st_ctime_ns], "sha256": shard["sha256"]}
 
 
 def _check_content(file: Path, shard: dict, dtype: np.dtype, n_vocab: int):

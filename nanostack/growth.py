@@ -74,10 +74,11 @@ def grow(
     optimizer_state: str = "reset",
     prepare_block: Callable[[nn.Module], nn.Module] = lambda block: block,
 ) -> dict:
-    """Grow `model.blocks` in place, and `optimizer`, which must hold all of the model's parameters, with it.
+    """Grow `model.blocks` in place, and `optimizer` with it.
 
     op, g            the operator and its factor, an integer of 2 or more (4 where neither g nor layers is given)
     layers           instead of g: the map, as a list or in the grammar of `parse_layers`
+    optimizer        its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
     optimizer_state  "reset": moments and steps of all parameters start again from 0, as in the paper;
                      "copy": new layers get copies of their source's moments and steps, old ones keep theirs
     prepare_block    is given each new block, still without storage, and returns it as the model's own blocks are
@@ -135,6 +136,8 @@ def _grow_optimizer(optimizer, model, copied_from: dict[Tensor, Tensor], how: st
     copied = 0
     for parameter in model.parameters():
         source = copied_from.get(parameter, parameter)
+        if id(source) not in groups:
+            continue  # frozen: the optimizer does not know it
         groups[id(source)]["params"].append(parameter)
         if how == "copy" and source is not parameter and source in optimizer.state:
             state = {name: torch.empty_like(value) for name, value in optimizer.state[source].items()}

@@ -5,6 +5,7 @@ Numbers of a step stay on the device until they are asked for: `Late` hands them
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -64,22 +65,26 @@ class Metrics:
             self._file = open(self.path, "w")  # noqa: SIM115
             self.write(header)
 
-    def resume(self, stage: int, samples: int) -> float:
-        """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far."""
+    def resume(self, stage: int, samples: int, header: dict) -> float:
+        """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far.
+
+        `header` is written where the file has none of its own any more.
+        """
         if not self._writes:
             return 0.0
         lines, seconds = [], 0.0
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+                position = (record["stage"], record["samples"]) if lines else (0, 0)
+            except (ValueError, KeyError, TypeError):
                 break  # the process died in the middle of this line
-            if "samples" in record and (record["stage"], record["samples"]) > (stage, samples):
+            if position > (stage, samples):
                 break
             seconds = record.get("seconds", seconds)
             lines.append(line + "\n")
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(lines))
+        partial.write_text("".join(lines) or json.dumps(header) + "\n")
         os.replace(partial, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115
         return seconds
@@ -87,8 +92,9 @@ class Metrics:
     def write(self, record: dict) -> None:
         if self._file is None:
             return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error

@@ -4,10 +4,11 @@ A model is built without storage, each block is prepared (activation checkpointi
 it gets storage and values. Nothing here changes what is computed; one device is simply a mesh that is not there.
 """
 
-import functools
 import os
 import signal
+import types
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Placement:
     def block(self, block: nn.Module) -> nn.Module:
         """Prepare one block; it may be without storage still."""
         if self.activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            # A bound method, not a partial: torch.compile traces through it, and would silently give up at the other.
+            block.forward = types.MethodType(_checkpointed, block)
         if self.compile:
             block.compile()
         return self._shard(block)
@@ -69,6 +71,10 @@ class Placement:
             return module
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         return fully_shard(module, mesh=self.mesh, mp_policy=policy)
+
+
+def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
+    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
 
 
 def initialise(model: Llama, seed: int) -> None:
@@ -126,10 +132,19 @@ def start(parallel: Parallel, dtype: str, compile: bool) -> Placement:
     mesh = None
     if world > 1:
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     compute = compute_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     return Placement(device, compute, mesh, parallel.activation_checkpointing, compile)
+
+
+def _join(backend: str) -> None:
+    """Join torchrun's process group. A restarted attempt gets keys of its own: the agent's store still holds the addresses
+    of the processes that died."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # Ranks may wait for one of them to hash a large corpus or to write a large checkpoint.
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(hours=2))
 
 
 def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:

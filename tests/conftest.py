@@ -55,7 +55,7 @@ class Trainer:
         return subprocess.run(
             self.command(out, *overrides, processes=processes),
             cwd=ROOT,
-            env=os.environ | (env or {}),
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),  # bit for bit is a promise of the CPU
             capture_output=True,
             text=True,
             timeout=240,
@@ -77,6 +77,7 @@ class Trainer:
         return subprocess.Popen(
             self.command(out, *overrides, processes=processes),
             cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

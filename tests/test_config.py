@@ -60,6 +60,10 @@ def test_overrides_reach_every_level():
         ("--stages.1.growth.g None --stages.1.growth.layers 0:1", "bad layer list '0:1'"),
         ("--dtype float16", "invalid choice 'float16'"),
         ("stray", "stray"),
+        ("--optim.betas 2 3", "betas in"),
+        ("--optim.clip 0", "clip > 0"),
+        ("--data.val_tokens -3", "val_tokens must be at least 1"),
+        ("--seed -1", "seed"),
     ],
 )
 def test_wrong_overrides_raise_one_line_that_names_them(overrides, message):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(("shard", "moments"), [(2, "copy"), (2, "reset"), (1, "copy")])
-def test_sharded_growth_equals_growth_in_one_process(tmp_path, shard, moments):
+def test_sharded_growth_equals_growth_in_one_process(monkeypatch, tmp_path, shard, moments):
     """Also, inside the worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = [str(ROOT / "tests/sharded_growth.py")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
@@ -102,6 +104,38 @@ def test_signal_to_one_rank_stops_all_and_resume_goes_on(trainer):
     stopped_at = checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"]
     assert 0 < stopped_at < 2560000
     trainer.good("run", "--stages.0.tokens", str(stopped_at + 512), "--resume", processes=2)
+
+
+def with_restarts(command: list[str]) -> list[str]:
+    place = command.index("train.py")
+    return [*command[:place], "--max_restarts=2", *command[place:]]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(monkeypatch, trainer):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = trainer.folder / "run"
+    command = with_restarts(trainer.command("run", processes=2))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "ckpt.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.001)
+    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert records(out) == records(trainer.good("whole", processes=2))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_restart_does_not_adopt_a_run_that_the_first_attempt_was_refused(trainer):
+    before = (trainer.good("run", "--stages.0.tokens", "1024") / "metrics.jsonl").read_text()
+    command = with_restarts(trainer.command("run", processes=2))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("holds a run already") >= 2
+    assert (trainer.folder / "run" / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.distributed

@@ -1,6 +1,7 @@
 """The trainer as a user meets it: real processes, real files, real signals."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -108,6 +109,23 @@ def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
     assert_same_state(checkpoint.load(out / "ckpt.pt"), checkpoint.load(finished / "ckpt.pt"))
 
 
+def test_resume_without_ckpt_goes_on_from_the_newest_numbered_one_and_deletes_nothing(trainer, finished):
+    out = trainer.good("run")
+    for name in ("ckpt.pt", "ckpt-192.pt", "metrics.jsonl"):
+        (out / name).unlink()
+    assert "ckpt-160.pt" in trainer("run", "--resume").stdout
+    assert_same_state(checkpoint.load(out / "ckpt.pt"), checkpoint.load(finished / "ckpt.pt"))
+    assert records(out) == records(finished)[-4:] and "config_sha256" in (out / "metrics.jsonl").read_text()
+
+
+def test_stage_made_shorter_on_resume_ends_at_once_and_the_next_is_whole(trainer):
+    out = trainer.good("run", "--stages.0.tokens", "2048", "--stages.1.tokens", "512")
+    for name in ("ckpt.pt", "ckpt-80.pt"):
+        (out / name).unlink()
+    trainer.good("run", "--resume", "--stages.0.tokens", "1024", "--stages.1.tokens", "1024")
+    assert checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"] == 2048 + 1024
+
+
 def test_resuming_a_finished_run_changes_nothing(trainer):
     out = trainer.good("run")
     before = (out / "metrics.jsonl").read_text(), (out / "ckpt.pt").read_bytes()
@@ -124,12 +142,18 @@ def test_only_the_last_checkpoints_are_kept_and_are_whole(finished):
         checkpoint.load(file)
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def run_in_process(corpus, out, *overrides) -> train.Run:
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(out), *overrides]))
     run.train()
     return run
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
     whole = run_in_process(corpus, tmp_path / "whole", "--micro_batch", "8")
     parts = run_in_process(corpus, tmp_path / "parts", "--micro_batch", "2")
@@ -138,6 +162,7 @@ def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_activation_checkpointing_changes_no_loss(corpus, tmp_path):
     run_in_process(corpus, tmp_path / "plain")
     run_in_process(corpus, tmp_path / "checkpointed", "--parallel.activation_checkpointing")
@@ -158,6 +183,7 @@ class Poison:
             return output * float("nan") if (self.calls - 1) // self.run.micro_steps + 1 in self.bad else output
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_non_finite_step_never_reaches_weights_or_moments(corpus, tmp_path):
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.0.tokens", "1024"]))
     before = {}
@@ -175,6 +201,7 @@ def test_non_finite_step_never_reaches_weights_or_moments(corpus, tmp_path):
     assert steps == {12} and all(p.isfinite().all() for p in run.state.model.parameters())
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_several_non_finite_steps_in_a_row_end_the_run_and_name_the_samples(corpus, tmp_path):
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run")]))
     Poison(run, set(range(4, 100)))
@@ -201,11 +228,14 @@ def test_profile_writes_a_trace(trainer):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_graph(corpus, tmp_path, finished):
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("checkpointing", [(), ("--parallel.activation_checkpointing",)])
+def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_graph(corpus, tmp_path, finished, checkpointing):
     from torch._dynamo.utils import counters
 
+    torch._dynamo.reset()
     counters.clear()
-    run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--compile"]))
+    run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--compile", *checkpointing]))
     graphs = []
     grow = run.state.grow
     run.state.grow = lambda how: (graphs.append(counters["stats"]["unique_graphs"]), grow(how))[1]
@@ -213,3 +243,17 @@ def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_gra
     assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
     expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-4) for r in records(finished)]
     assert [r["loss"] for r in records(tmp_path / "run")] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_run_through_triton_follows_the_torch_path_and_resumes(trainer):
+    heads = ("--model.n_head", "2", "--model.n_kv_head", "1", "--dtype", "bfloat16")
+    device = {"env": {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}}
+    plain = records(trainer.good("torch", *heads, "--kernels", "torch", **device))
+    triton = records(trainer.good("triton", *heads, "--kernels", "triton", **device))
+    assert [r["loss"] for r in triton] == [r["loss"] and pytest.approx(r["loss"], rel=2e-2) for r in plain]
+    (trainer.folder / "triton" / "ckpt.pt").unlink()
+    (trainer.folder / "triton" / "ckpt-192.pt").unlink()
+    resumed = records(trainer.good("triton", *heads, "--kernels", "triton", "--resume", **device))
+    assert [r["loss"] for r in resumed] == [r["loss"] and pytest.approx(r["loss"], rel=1e-3) for r in triton]

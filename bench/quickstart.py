@@ -140,6 +140,7 @@ def train(arm: str, out: Path, changes: list[str], command: Command) -> dict:
         "epochs": records[-1]["epoch"],
         "seconds": records[-1]["seconds"],
         "growth": growth,
+        "git_commit": header["git_commit"],  # of the code that ran; null outside a repository
         "grown_at_flops": next((record["flops"] for record in records if "growth" in record), None),
         "header": header,
     }

@@ -343,9 +343,9 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\nusage: train.py CONFIG.py [--field.name value ...]; train.py CONFIG.py --help lists all fields")
         sys.exit(0 if arguments else 2)
-    Run(load(arguments[0], arguments[1:])).train()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    run = Run(load(arguments[0], arguments[1:]))
+    run.train()
+    parallel.leave(run.stop)
 
 
 if __name__ == "__main__":

@@ -211,3 +211,16 @@ class StopFlag:
         self._votes.fill_(float(self._asked or stop))
         self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
         return stop
+
+    def wait(self) -> None:
+        """Let the vote in flight end."""
+        if self._pending is not None:
+            self._pending.wait()
+
+
+def leave(stop: StopFlag) -> None:
+    """Leave the process group together: a vote still in flight on a rank that is gone would abort the process."""
+    if dist.is_initialized():
+        stop.wait()
+        dist.barrier()
+        dist.destroy_process_group()

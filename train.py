@@ -3,8 +3,7 @@
     python train.py config/quickstart.py                               one device
     torchrun --nproc_per_node 8 train.py config/1b.py --out out/1b     several; every field of the config can be overridden
 
-A run follows from (data, config, seed) alone: sample n is the same text whatever the batch, the number of devices, or how
-often the run was stopped. It writes metrics.jsonl and ckpt.pt to its `out` folder.
+A run follows from (data, config, seed) alone, however often it was stopped. It writes metrics.jsonl and ckpt.pt to `out`.
 """
 
 import contextlib
@@ -232,8 +231,7 @@ class Run:
 
     def profiler(self):
         """A torch profiler of `profile` steps after two of warm-up, or one that does nothing."""
-        n = self.config.profile
-        if n < 1 or not self.speaks:
+        if (n := self.config.profile) < 1 or not self.speaks:
             return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
         path = str(self.out / "trace.json")
         return profile(
@@ -296,8 +294,7 @@ def micro_steps(config: Train) -> int:
     )
 
 
-def stage_steps(config: Train, stage) -> int:
-    """Steps of a stage; its last one is a whole one."""
+def stage_steps(config: Train, stage) -> int:  # the last one is a whole one
     return -(-stage.tokens // config.batch_tokens)
 
 

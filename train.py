@@ -66,9 +66,9 @@ class Run:
         parallel.on_rank_0(make_ready, config, self.resuming)
 
         now = self.cursor.stage
-        before, *after = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
+        before, later = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
         self.step = before + self.cursor.stage_tokens // config.batch_tokens
-        self.steps_left = sum(after) + max(0, -(-(self.stage.tokens - self.cursor.stage_tokens) // config.batch_tokens))
+        self.steps_left = later + max(0, -(-(self.stage.tokens - self.cursor.stage_tokens) // config.batch_tokens))
         self.speaks = parallel.rank() == 0
         total = (self.step + self.steps_left) * config.batch_tokens
         self.display = Display(total, self.step * config.batch_tokens, self.speaks)

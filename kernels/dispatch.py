@@ -5,6 +5,7 @@ can serve and the torch reference for everything else. The choice reads only Pyt
 torch.compile makes it once, while tracing.
 """
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -84,9 +85,26 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))[0]
 
 
-def program_count(device: torch.device) -> int:
-    """Programs of a persistent kernel: one per multiprocessor. The interpreter gets 3, an odd number to catch bad strides."""
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter gets 3, an odd number to catch bad strides."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def launch(kernel, grid: tuple[int, ...], x: torch.Tensor, *arguments, **constants) -> None:
+    """Launch a kernel, whose first argument is `x`, on the device of `x`, whichever device is current.
+
+    The caller wraps the kernel (wrap_triton) by name: torch reads the source of an operation for the kernels it caches.
+    """
+    elsewhere = x.is_cuda and torch.cuda.is_initialized() and torch.cuda.current_device() != x.device.index
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        if constants.get("TMA"):
+            triton.set_allocator(_scratch)  # here, as it holds for the calling thread only and autograd brings its own
+        kernel[grid](x, *arguments, **constants)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for the tensor descriptors that a kernel makes for itself. torch aligns to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def require(condition: bool, message: str) -> None:

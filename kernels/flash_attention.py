@@ -19,18 +19,33 @@ import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .dispatch import require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
+from .configs import lookup
+from .dispatch import launch, require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
 LOWEST = tl.constexpr(-1e30)  # finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan
 
 
 @triton.jit
-def load_tile(x_ptr, stride_row, row, n_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a (n_row, D) matrix, zero outside it. Offsets in int64: 16k tokens × 131k columns overflow int32."""
-    dim = tl.arange(0, BLOCK_D)
-    mask = (row < n_row)[:, None] if D == BLOCK_D else (row < n_row)[:, None] & (dim < D)[None, :]
-    return tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_row + dim[None, :], mask=mask, other=0.0)
+def tile_source(x_ptr, stride_row, n_row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """Through what load_tile reads a (n_row, D) matrix: a descriptor for Hopper's TMA unit, or just its pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(x_ptr, [n_row, D], [stride_row, 1], [BLOCK, BLOCK_D])
+    else:
+        return x_ptr
+
+
+@triton.jit
+def load_tile(
+    source, stride_row, first_row, n_row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """BLOCK rows of a (n_row, D) matrix, zero outside it. Offsets in int64: 16k tokens × 131k columns overflow int32."""
+    if TMA:
+        return source.load([first_row, 0])
+    else:
+        row, dim = first_row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        mask = (row < n_row)[:, None] if D == BLOCK_D else (row < n_row)[:, None] & (dim < D)[None, :]
+        return tl.load(source + row.to(tl.int64)[:, None] * stride_row + dim[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -78,14 +93,18 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, out_ptr, lse_ptr, stride_q_batch, stride_q_seq, stride_q_head,
     stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq, stride_v_head, n_head, group, q_len, kv_len,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
     q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block  # the longest rows of a causal mask start first
+    q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
+    q_source = tile_source(q_ptr, stride_q_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
+    k_source = tile_source(k_ptr, stride_k_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    v_source = tile_source(v_ptr, stride_v_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
     row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
+    q = load_tile(q_source, stride_q_seq, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, TMA)
 
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -94,7 +113,7 @@ def attention_forward_kernel(
     for MASKED in tl.static_range(2):
         for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
             column = tile + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
+            k = load_tile(k_source, stride_k_seq, tile, kv_len, D, BLOCK_N, BLOCK_D, TMA)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
             if MASKED:
                 seen = visible(row[:, None], column[None, :], bounds_ptr, q_len, kv_len, CAUSAL)
@@ -104,7 +123,7 @@ def attention_forward_kernel(
             shrink = tl.exp2(row_max - new_max)
             row_max = new_max
             row_sum = row_sum * shrink + tl.sum(p, 1)
-            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
+            v = load_tile(v_source, stride_v_seq, tile, kv_len, D, BLOCK_N, BLOCK_D, TMA)
             out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
 
     out_ptr += (batch * q_len * n_head + head) * D
@@ -118,20 +137,26 @@ def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, out_ptr, dq_ptr,
     stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq,
     stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, group, q_len, kv_len, SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     q_block, batch, head = locate(q_len, n_head, BLOCK_M)
     q_block = tl.cdiv(q_len, BLOCK_M) - 1 - q_block
+    q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + (head // group) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // group) * stride_v_head
     dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    q_source = tile_source(q_ptr, stride_q_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
+    k_source = tile_source(k_ptr, stride_k_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    v_source = tile_source(v_ptr, stride_v_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    dout_source = tile_source(dout_ptr, stride_dout_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
     row = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, stride_q_seq, row, q_len, D, BLOCK_D)
-    dout = load_tile(dout_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+    q = load_tile(q_source, stride_q_seq, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, TMA)
+    dout = load_tile(dout_source, stride_dout_seq, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, TMA)
     rows_before = (batch * n_head + head) * q_len
     lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf")) * LOG2_E  # p = 0 past the end
     offset = (batch * q_len * n_head + head) * D
-    out = load_tile(out_ptr + offset, n_head * D, row, q_len, D, BLOCK_D)
+    out = load_tile(out_ptr + offset, n_head * D, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + rows_before + row, delta, mask=row < q_len)
 
@@ -140,8 +165,8 @@ def attention_dq_kernel(
     for MASKED in tl.static_range(2):
         for tile in range(masked if MASKED else first, last if MASKED else masked, BLOCK_N):
             column = tile + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, stride_k_seq, column, kv_len, D, BLOCK_D)
-            v = load_tile(v_ptr, stride_v_seq, column, kv_len, D, BLOCK_D)
+            k = load_tile(k_source, stride_k_seq, tile, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+            v = load_tile(v_source, stride_v_seq, tile, kv_len, D, BLOCK_N, BLOCK_D, TMA)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
             p = tl.exp2(scores - lse[:, None])
             if MASKED:
@@ -157,14 +182,19 @@ def attention_dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, bounds_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_q_batch, stride_q_seq, stride_q_head, stride_k_batch, stride_k_seq, stride_k_head, stride_v_batch, stride_v_seq,
     stride_v_head, stride_dout_batch, stride_dout_seq, stride_dout_head, n_head, group, q_len, kv_len, SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n_kv_head = n_head // group
     kv_block, batch, kv_head = locate(kv_len, n_kv_head, BLOCK_N)
     first_column = kv_block * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
-    k = load_tile(k_ptr + batch * stride_k_batch + kv_head * stride_k_head, stride_k_seq, column, kv_len, D, BLOCK_D)
-    v = load_tile(v_ptr + batch * stride_v_batch + kv_head * stride_v_head, stride_v_seq, column, kv_len, D, BLOCK_D)
+    k_ptr += batch * stride_k_batch + kv_head * stride_k_head
+    v_ptr += batch * stride_v_batch + kv_head * stride_v_head
+    k_source = tile_source(k_ptr, stride_k_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    v_source = tile_source(v_ptr, stride_v_seq, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    k = load_tile(k_source, stride_k_seq, first_column, kv_len, D, BLOCK_N, BLOCK_D, TMA)
+    v = load_tile(v_source, stride_v_seq, first_column, kv_len, D, BLOCK_N, BLOCK_D, TMA)
 
     first, last = (first_column // BLOCK_M * BLOCK_M if CAUSAL else 0), q_len
     if bounds_ptr is not None:
@@ -176,10 +206,12 @@ def attention_dk_dv_kernel(
     for head in range(kv_head * group, (kv_head + 1) * group):
         q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
         dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
+        q_source = tile_source(q_head_ptr, stride_q_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
+        dout_source = tile_source(dout_head_ptr, stride_dout_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
         rows_before = (batch * n_head + head) * q_len
         for tile in range(first, last, BLOCK_M):
             row = tile + tl.arange(0, BLOCK_M)
-            q = load_tile(q_head_ptr, stride_q_seq, row, q_len, D, BLOCK_D)
+            q = load_tile(q_source, stride_q_seq, tile, q_len, D, BLOCK_M, BLOCK_D, TMA)
             # Sᵀ directly: transposing what a dot returned gives wrong gradients on Hopper [flash-linear-attention#826].
             scores_t = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E)
             lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf"))  # p = 0 past the end
@@ -187,7 +219,7 @@ def attention_dk_dv_kernel(
             # Every tile is masked: with a second loop for those that need none, this kernel spills.
             if CAUSAL or bounds_ptr is not None:
                 p_t = tl.where(visible(row[None, :], column[:, None], bounds_ptr, q_len, kv_len, CAUSAL), p_t, 0.0)
-            dout = load_tile(dout_head_ptr, stride_dout_seq, row, q_len, D, BLOCK_D)
+            dout = load_tile(dout_source, stride_dout_seq, tile, q_len, D, BLOCK_M, BLOCK_D, TMA)
             dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
             dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
             delta = tl.load(delta_ptr + rows_before + row, mask=row < q_len, other=0.0)
@@ -199,34 +231,13 @@ def attention_dk_dv_kernel(
     store_tile(dv_ptr + offset, n_kv_head * D, column, kv_len, dv, D, BLOCK_D)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dK/dV and dQ, by architecture and padded d_head. Unmeasured: chosen
-# so that next to nothing spills. sm_80 stands for every other architecture too, and fits into their 99 KiB of shared memory.
-LAUNCH = {
-    ("sm_90", 32): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", 256): ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_80", 32): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_80", 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-    ("sm_80", 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_80", 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-}
-# fp32 is for checking, not for speed, and small tiles of unlike height and width are what the interpreter should see.
-LAUNCH_FP32 = ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1))
-
-
-def launch_config(arch: str, d_head: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Tiles, warps and stages of the three kernels."""
-    block_d = max(32, triton.next_power_of_2(d_head))
-    configs = LAUNCH_FP32 if dtype == torch.float32 or arch == "interpreter" else LAUNCH[arch, block_d]
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    configs = [{"BLOCK_D": block_d, **dict(zip(names, config, strict=True))} for config in configs]
-    return dict(zip(("forward", "dk_dv", "dq"), configs, strict=True))
-
-
-def _arch(device: torch.device) -> str:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    return {0: "interpreter", 9: "sm_90", 10: "sm_90"}.get(major, "sm_80")
+def launch_config(kernel: str, d_head: int, *tensors: torch.Tensor) -> dict[str, int]:
+    """Tiles, warps and stages; TMA only where it can read all the tensors: rows, heads and batches start on 16 bytes."""
+    like = tensors[0]
+    config = lookup(kernel, d_head, like.device, like.dtype).launch()
+    starts = [start for x in tensors for start in (x.storage_offset(), *x.stride()[:3])]
+    tma = config["TMA"] and all(start * like.element_size() % 16 == 0 for start in starts)
+    return config | {"BLOCK_D": max(16, triton.next_power_of_2(d_head)), "TMA": tma}
 
 
 @triton_op("nanostack::flash_attention", mutates_args=())
@@ -238,8 +249,9 @@ def flash_attention_op(
     kv_len, n_kv_head = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, n_head, q_len), dtype=torch.float32, device=q.device)
-    config = launch_config(_arch(q.device), d_head, q.dtype)["forward"]
-    wrap_triton(attention_forward_kernel)[(batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),)](
+    config = launch_config("attention_forward", d_head, q, k, v)
+    launch(
+        wrap_triton(attention_forward_kernel), (batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),),
         q, k, v, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], n_head, n_head // n_kv_head,
         q_len, kv_len, SCALE=scale, CAUSAL=causal, D=d_head, **config,
     )  # fmt: skip
@@ -256,17 +268,20 @@ def flash_attention_backward_op(
     kv_len, n_kv_head = k.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    config = launch_config(_arch(q.device), d_head, q.dtype)
     inputs = (q, k, v, bounds, dout, lse, delta)
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     sizes = (n_head, n_head // n_kv_head, q_len, kv_len)
     # dQ first: it leaves Δ to dK/dV.
-    wrap_triton(attention_dq_kernel)[(batch * n_head * triton.cdiv(q_len, config["dq"]["BLOCK_M"]),)](
-        *inputs, out.contiguous(), dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dq"]
-    )
-    wrap_triton(attention_dk_dv_kernel)[(batch * n_kv_head * triton.cdiv(kv_len, config["dk_dv"]["BLOCK_N"]),)](
-        *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config["dk_dv"]
-    )
+    config = launch_config("attention_dq", d_head, q, k, v, dout)
+    launch(
+        wrap_triton(attention_dq_kernel), (batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),),
+        *inputs, out.contiguous(), dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+    )  # fmt: skip
+    config = launch_config("attention_dk_dv", d_head, q, k, v, dout)
+    launch(
+        wrap_triton(attention_dk_dv_kernel), (batch * n_kv_head * triton.cdiv(kv_len, config["BLOCK_N"]),),
+        *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+    )  # fmt: skip
     return dq, dk, dv
 
 

@@ -7,75 +7,151 @@
 
 The gradients follow from the same chunk of logits, so they are computed in the forward pass and the backward pass only scales
 them: 6·N·V·D FLOPs (forward 2, dx 2, dweight 2), where recomputing the logits would cost 8. The price is holding dx and dweight
-between the two passes. dweight is summed over chunks in float32: in bfloat16 training diverges [Liger-Kernel#512].
+between the two passes. dweight is summed over chunks in float32: in bfloat16 training diverges [Liger-Kernel#512]. The matrix
+products are the vendor library's; between them one kernel reads a row of logits twice, for lse and for dlogits.
 
-Bytes, with s bytes per element of x: reads of x and weight and writes of dx and dweight (2·s·N·D + (s + 4)·V·D) once, and per
-logit 4 written, then read and written by the softmax and rounded to s for the two matmuls: about (12 + 3·s)·N·V.
+Bytes, with s bytes per element of x: x, weight, dx and dweight once (2·s·N·D + (s + 4)·V·D), 8·V·D more per chunk to accumulate
+dweight, and per logit 4 written, 4 or 8 read (the second time from the cache where the rows at work fit), s written as dlogits
+and read twice: (8 or 12 + 3·s)·N·V.
 
 z-loss: PaLM (arXiv:2204.02311, section 5). Chunking over rows: Liger-Kernel (arXiv:2410.10989, section 3.2).
 """
 
 import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .dispatch import require, require_like, use_triton, wide
+from .configs import ANY, lookup
+from .dispatch import launch, require, require_floating, require_like, tl, triton, use_triton, wide
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
-CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 12·V·D bytes for the 6·V·D FLOPs of each of its rows
+CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 8·V·D bytes for the 6·V·D FLOPs of each of its rows
 REDUCTIONS = ("mean", "sum", "none")
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def flops(rows: int, width: int, vocab: int, backward: bool = True) -> int:
-    """FLOPs of the matmuls: 2 per multiply-add, one matmul forward and two backward."""
-    return (6 if backward else 2) * rows * width * vocab
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, row_scale_ptr, loss_ptr, dlogits_ptr, stride_logits_row, vocab,
+    IGNORE_INDEX: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """loss of a row of logits (vocab,) and, unless dlogits_ptr is None, row_scale · d loss / d logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_logits_row
+    target = tl.load(targets_ptr + row)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for start in range(0, vocab, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        logits = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        new_max = tl.maximum(row_max, tl.max(logits))
+        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2_E) + tl.sum(tl.exp2((logits - new_max) * LOG2_E))
+        row_max = new_max
+    lse = row_max + tl.log(row_sum)
+
+    kept = target != IGNORE_INDEX
+    # A target outside the vocabulary gives nan, which nobody overlooks, instead of a read outside the logits.
+    inside = (target >= 0) & (target < vocab)
+    target_logit = tl.load(logits_ptr + target, mask=kept & inside, other=float("nan")).to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(kept, lse - target_logit + Z_LOSS * lse * lse, 0.0))
+
+    if dlogits_ptr is not None:
+        dlogits_ptr += row * vocab
+        scale = tl.where(kept, 1.0, 0.0)
+        if row_scale_ptr is not None:
+            scale *= tl.load(row_scale_ptr + row)
+        softmax_scale = scale * (1 + 2 * Z_LOSS * lse)
+        for start in range(0, vocab, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            logits = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+            dlogits = tl.exp2((logits - lse) * LOG2_E) * softmax_scale - tl.where(column == target, scale, 0.0)
+            tl.store(dlogits_ptr + column, dlogits.to(dlogits_ptr.dtype.element_ty), mask=column < vocab)
 
 
-def _logits(x_chunk: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if x_chunk.is_cuda and x_chunk.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x_chunk, weight.t(), out_dtype=torch.float32)  # not offered on the CPU
-    return wide(x_chunk @ weight.t())
+def _rows_triton(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits):
+    config = lookup("cross_entropy", ANY, logits.device, logits.dtype)
+    launch(
+        cross_entropy_kernel, (logits.shape[0],), logits, targets, row_scale, loss, dlogits, logits.stride(0), logits.shape[1],
+        IGNORE_INDEX=ignore_index, Z_LOSS=z_loss, **config.launch(),
+    )  # fmt: skip
 
 
-def _loss_and_gradients(x, weight, targets, ignore_index, z_loss, row_scale=None, gradients=True):
-    """Per-row loss (N,) and, if asked for, d(Σ row_scale · loss)/dx and /dweight; row_scale=None means ones.
+def _rows_torch(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits):
+    kept = (targets != ignore_index).unsqueeze(1)
+    target = torch.where(kept, targets.unsqueeze(1), 0)
+    log_probs = torch.log_softmax(logits, dim=1)
+    target_log_prob = log_probs.gather(1, target)
+    lse = logits.gather(1, target) - target_log_prob
+    loss.copy_(torch.where(kept, z_loss * lse.square() - target_log_prob, 0).squeeze(1))
+    if dlogits is None:
+        return
+    wide_dlogits = log_probs.exp_()
+    if z_loss:
+        wide_dlogits.mul_(1 + 2 * z_loss * lse)
+    wide_dlogits.scatter_add_(1, target, -torch.ones_like(lse))
+    scale = kept.to(logits.dtype) if row_scale is None else kept * row_scale.unsqueeze(1)
+    dlogits.copy_(wide_dlogits.mul_(scale))
 
-    x (N, D) and weight (V, D) in the compute dtype, targets (N,).
+
+@torch.library.custom_op("nanostack::linear_cross_entropy_rows", mutates_args=())
+def rows_op(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, row_scale: torch.Tensor | None,
+    ignore_index: int, z_loss: float, gradients: bool, on_triton: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss of each row (N,) and, with `gradients`, dx and dweight of Σ row_scale · loss; row_scale None means ones.
+
+    x (N, D) and weight (V, D) in the compute dtype, targets (N,). Opaque to torch.compile, which would unroll the chunks.
     """
     rows, vocab = x.shape[0], weight.shape[0]
     loss = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    dx = torch.empty_like(x) if gradients else None
-    dweight = torch.zeros(weight.shape, dtype=loss.dtype, device=x.device) if gradients else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
+    dweight = torch.zeros(weight.shape if gradients else 0, dtype=loss.dtype, device=x.device)
     chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab))
+    low_precision_on_cuda = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)  # elsewhere mm has no out_dtype
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        kept = (targets[part] != ignore_index).unsqueeze(1)
-        target = torch.where(kept, targets[part].unsqueeze(1), 0)
-        logits = _logits(x[part], weight)
-        log_probs = torch.log_softmax(logits, dim=1)
-        target_log_prob = log_probs.gather(1, target)
-        lse = logits.gather(1, target) - target_log_prob
-        loss[part] = torch.where(kept, z_loss * lse.square() - target_log_prob, 0).squeeze(1)
-        if not gradients:
-            continue
-        dlogits = log_probs.exp_()
-        if z_loss:
-            dlogits.mul_(1 + 2 * z_loss * lse)
-        dlogits.scatter_add_(1, target, -torch.ones_like(lse))
-        if row_scale is not None:
-            dlogits.mul_(row_scale[part].unsqueeze(1))
-        dlogits = dlogits.to(x.dtype)
-        kept = kept.to(x.dtype)  # ignored rows vanish in what is D wide, which is far less to touch than what is V wide
-        dx[part] = (dlogits @ weight).mul_(kept)
-        dweight += dlogits.t() @ (x[part] * kept)
+        product = {"out_dtype": torch.float32} if low_precision_on_cuda else {}
+        logits = wide(torch.mm(x[part], weight.t(), **product))
+        dlogits = torch.empty(logits.shape, dtype=x.dtype, device=x.device) if gradients else None
+        row_scale_part = None if row_scale is None else row_scale[part].contiguous()
+        step = _rows_triton if on_triton else _rows_torch
+        step(logits, targets[part], row_scale_part, ignore_index, z_loss, loss[part], dlogits)
+        if gradients:
+            torch.mm(dlogits, weight, out=dx[part])
+            if low_precision_on_cuda:
+                torch.addmm(dweight, dlogits.t(), x[part], out_dtype=torch.float32, out=dweight)
+            else:
+                dweight += dlogits.t() @ x[part]
     return loss, dx, dweight
+
+
+@rows_op.register_fake
+def _(x, weight, targets, row_scale, ignore_index, z_loss, gradients, on_triton):
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    dx, dweight = (x.shape, weight.shape) if gradients else ((0,), (0,))
+    return x.new_empty(x.shape[0], dtype=wide_dtype), x.new_empty(dx), x.new_empty(dweight, dtype=wide_dtype)
+
+
+def flops(rows: int, width: int, vocab: int, backward: bool = True) -> int:
+    """FLOPs of the matrix products: 2 per multiply-add, one product forward and two backward."""
+    return (6 if backward else 2) * rows * width * vocab
+
+
+def _count_flops(x, weight, targets, row_scale, ignore_index, z_loss, gradients, *args, out_shape=None, **kwargs) -> int:
+    return flops(x[0], x[1], weight[0], gradients)
+
+
+if torch.ops.nanostack.linear_cross_entropy_rows not in flop_registry:
+    register_flop_formula(torch.ops.nanostack.linear_cross_entropy_rows)(_count_flops)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, reduction, z_loss, gradients):
-        ctx.reduction, ctx.ignore_index, ctx.z_loss, ctx.weight_dtype = reduction, ignore_index, z_loss, weight.dtype
+    def forward(ctx, x, weight, targets, ignore_index, reduction, z_loss, gradients, on_triton):
+        ctx.reduction, ctx.weight_dtype, ctx.options = reduction, weight.dtype, (ignore_index, z_loss)
+        ctx.on_triton = on_triton
         cast = weight.to(x.dtype)
         eager = gradients and reduction != "none"
-        loss, dx, dweight = _loss_and_gradients(x, cast, targets, ignore_index, z_loss, gradients=eager)
+        loss, dx, dweight = rows_op(x, cast, targets, None, *ctx.options, eager, on_triton)
         if reduction == "none":  # each row's weight is known only in the backward pass, which starts again from the inputs
             ctx.save_for_backward(x, weight, targets)
             return loss
@@ -90,11 +166,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         if ctx.reduction == "none":
             x, weight, targets = ctx.saved_tensors
-            _, dx, dweight = _loss_and_gradients(x, weight.to(x.dtype), targets, ctx.ignore_index, ctx.z_loss, dloss)
+            _, dx, dweight = rows_op(x, weight.to(x.dtype), targets, dloss, *ctx.options, True, ctx.on_triton)
         else:
             dx, dweight, factor = ctx.saved_tensors
             dx, dweight = dx * (dloss * factor).to(dx.dtype), dweight * (dloss * factor)
-        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
+        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -110,11 +186,15 @@ def linear_cross_entropy(
 
     x (..., D), weight (V, D), targets (...) of int64. Rows whose target is ignore_index count for nothing; "mean" divides by
     the number of the others (0 if there is none), "none" returns (...). weight may be a float32 master of a bfloat16 x: it is
-    rounded once for the matmuls, and its gradient comes back in float32. One code serves both backends: its time is matmuls.
+    rounded once for the matrix products, and its gradient comes back in float32.
     """
+    on_triton = use_triton(backend, x)
     require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    require_floating("x", x)
+    require_floating("weight", weight)
     require_like("weight", weight, "x", x, dtype=False)
     require_like("targets", targets, "x", x, dtype=False)
+    require(x.ndim > 0, "x has no dimensions; it must be (..., width)")
     require(
         weight.ndim == 2 and weight.shape[1] == x.shape[-1],
         f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, {x.shape[-1]}) for x of shape {tuple(x.shape)}",
@@ -124,8 +204,8 @@ def linear_cross_entropy(
         f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
     )
     require(targets.dtype == torch.int64, f"targets is {targets.dtype}; it must be torch.int64")
-    use_triton(backend, x)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     x_rows, targets_rows = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    loss = _LinearCrossEntropy.apply(x_rows, weight, targets_rows, ignore_index, reduction, z_loss, gradients)
+    options = (ignore_index, reduction, float(z_loss), gradients, on_triton)
+    loss = _LinearCrossEntropy.apply(x_rows, weight, targets_rows, *options)
     return loss.reshape(targets.shape) if reduction == "none" else loss

@@ -14,7 +14,8 @@ one persistent program per multiprocessor sums its rows in registers, then torch
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .dispatch import as_rows, program_count, require, require_floating, require_like, tl, triton, use_triton, wide
+from .configs import lookup
+from .dispatch import as_rows, launch, multiprocessors, require, require_floating, require_like, tl, triton, use_triton, wide
 
 MAX_WIDTH = 16384  # a row stays in the registers of one program
 
@@ -43,12 +44,13 @@ def rms_norm_forward_kernel(
 def rms_norm_backward_kernel(
     dy_ptr, dresidual_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr,
     stride_dy_row, stride_dresidual_row, stride_x_row, rows, width,
-    EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_D)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)  # reduced over its rows once, after the loop
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    # Without num_stages here a loop with no dot is not pipelined, and its loads wait for the rows before them.
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & (column < width)
         x = tl.load(x_ptr + row * stride_x_row + column, mask=mask, other=0.0).to(tl.float32)
@@ -66,23 +68,18 @@ def rms_norm_backward_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * width + column, tl.sum(dweight, axis=0), mask=column < width)
 
 
-def launch_config(width: int) -> dict[str, int]:
-    """Tile and warps, unmeasured: about 16 elements per thread, several short rows to a program."""
-    block_d = triton.next_power_of_2(width)
-    block_rows = max(1, 2048 // block_d)
-    return {"BLOCK_ROWS": block_rows, "BLOCK_D": block_d, "num_warps": min(32, max(4, block_rows * block_d // 512))}
-
-
 def _forward(x, residual, weight, eps):
     x_rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     residual_out = None if residual is None else torch.empty_like(y)
     rows, width = x_rows.shape
-    config = launch_config(width)
-    wrap_triton(rms_norm_forward_kernel)[(triton.cdiv(rows, config["BLOCK_ROWS"]),)](
+    config = lookup("rms_norm_forward", width, x.device, x.dtype)
+    launch(
+        wrap_triton(rms_norm_forward_kernel), (triton.cdiv(rows, config.tiles["BLOCK_ROWS"]),),
         x_rows, residual_rows, weight.contiguous(), y, residual_out, x_rows.stride(0),
-        0 if residual is None else residual_rows.stride(0), rows, width, EPS=eps, **config,
+        0 if residual is None else residual_rows.stride(0), rows, width,
+        EPS=eps, BLOCK_D=triton.next_power_of_2(width), **config.launch(),
     )  # fmt: skip
     return y, residual_out
 
@@ -91,13 +88,15 @@ def _backward(dy, dresidual, x, weight, eps):
     x_rows, dy_rows = as_rows(x), as_rows(dy)
     dresidual_rows = None if dresidual is None else as_rows(dresidual)
     rows, width = x_rows.shape
-    config = launch_config(width)
-    programs = min(triton.cdiv(rows, config["BLOCK_ROWS"]), program_count(x.device))
+    config = lookup("rms_norm_backward", width, x.device, x.dtype)
+    programs = min(triton.cdiv(rows, config.tiles["BLOCK_ROWS"]), config.programs_per_sm * multiprocessors(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    wrap_triton(rms_norm_backward_kernel)[(programs,)](
+    launch(
+        wrap_triton(rms_norm_backward_kernel), (programs,),
         dy_rows, dresidual_rows, x_rows, weight.contiguous(), dx, dweight, dy_rows.stride(0),
-        0 if dresidual is None else dresidual_rows.stride(0), x_rows.stride(0), rows, width, EPS=eps, **config,
+        0 if dresidual is None else dresidual_rows.stride(0), x_rows.stride(0), rows, width,
+        EPS=eps, BLOCK_D=triton.next_power_of_2(width), STAGES=config.num_stages, **config.launch(),
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 

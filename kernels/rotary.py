@@ -12,7 +12,8 @@ One launch rotates both q and k; they may be slices of one fused projection, the
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .dispatch import require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
+from .configs import lookup
+from .dispatch import launch, require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
 
 
 @triton.jit
@@ -61,17 +62,6 @@ def rotary_kernel(
         )  # fmt: skip
 
 
-def launch_config(n_head: int, half: int) -> dict[str, int]:
-    """Tile and warps, unmeasured: at most 1024 pairs to a program, 8 per thread."""
-    block_half = triton.next_power_of_2(half)
-    block_head = min(triton.next_power_of_2(n_head), max(1, 1024 // block_half))
-    return {
-        "BLOCK_HEAD": block_head,
-        "BLOCK_HALF": block_half,
-        "num_warps": min(4, max(1, block_head * block_half // 256)),
-    }
-
-
 @triton_op("nanostack::rotary", mutates_args=())
 def rotary_op(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int, inverse: bool
@@ -80,11 +70,15 @@ def rotary_op(
     batch, seq_len, n_head, d_head = q.shape
     n_kv_head = k.shape[2]
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    config = launch_config(n_head, d_head // 2)
-    head_blocks = triton.cdiv(n_head, config["BLOCK_HEAD"]) + triton.cdiv(n_kv_head, config["BLOCK_HEAD"])
-    wrap_triton(rotary_kernel)[(batch * seq_len, head_blocks)](
+    config = lookup("rotary", d_head // 2, q.device, q.dtype)
+    block_half = triton.next_power_of_2(d_head // 2)
+    block_head = min(triton.next_power_of_2(n_head), config.tiles["BLOCK_HEAD"])
+    head_blocks = triton.cdiv(n_head, block_head) + triton.cdiv(n_kv_head, block_head)
+    launch(
+        wrap_triton(rotary_kernel), (batch * seq_len, head_blocks),
         q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], cos.stride(0), sin.stride(0),
-        seq_len, n_head, n_kv_head, offset, HALF=d_head // 2, INVERSE=inverse, **config,
+        seq_len, n_head, n_kv_head, offset, HALF=d_head // 2, BLOCK_HALF=block_half, INVERSE=inverse,
+        **config.launch() | {"BLOCK_HEAD": block_head},
     )  # fmt: skip
     return q_out, k_out
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 
-from .dispatch import as_rows, require, require_floating, tl, triton, use_triton, wide
-
-LAUNCH = {"BLOCK": 1024, "num_warps": 4}  # unmeasured
+from .configs import lookup
+from .dispatch import as_rows, launch, require, require_floating, tl, triton, use_triton, wide
 
 
 @triton.jit
@@ -53,8 +52,9 @@ def swiglu_op(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up_rows = as_rows(gate_up)
     rows, d_ff = gate_up_rows.shape[0], gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], d_ff), dtype=gate_up.dtype, device=gate_up.device)
-    grid = (rows, triton.cdiv(d_ff, LAUNCH["BLOCK"]))
-    wrap_triton(swiglu_forward_kernel)[grid](gate_up_rows, y, gate_up_rows.stride(0), d_ff, **LAUNCH)
+    config = lookup("swiglu_forward", d_ff, gate_up.device, gate_up.dtype)
+    grid = (rows, triton.cdiv(d_ff, config.tiles["BLOCK"]))
+    launch(wrap_triton(swiglu_forward_kernel), grid, gate_up_rows, y, gate_up_rows.stride(0), d_ff, **config.launch())
     return y
 
 
@@ -63,10 +63,10 @@ def swiglu_backward_op(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     dy_rows, gate_up_rows = as_rows(dy), as_rows(gate_up)
     rows, d_ff = dy_rows.shape
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    grid = (rows, triton.cdiv(d_ff, LAUNCH["BLOCK"]))
-    wrap_triton(swiglu_backward_kernel)[grid](
-        dy_rows, gate_up_rows, dgate_up, dy_rows.stride(0), gate_up_rows.stride(0), d_ff, **LAUNCH
-    )
+    config = lookup("swiglu_backward", d_ff, gate_up.device, gate_up.dtype)
+    grid = (rows, triton.cdiv(d_ff, config.tiles["BLOCK"]))
+    strides = (dy_rows.stride(0), gate_up_rows.stride(0))
+    launch(wrap_triton(swiglu_backward_kernel), grid, dy_rows, gate_up_rows, dgate_up, *strides, d_ff, **config.launch())
     return dgate_up
 
 

@@ -30,7 +30,9 @@ from kernel_oracle import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels import configs
 
+attention = importlib.import_module("kernels.flash_attention")  # the package exports the function of that name
 EPS = 1e-5
 on_every_target = pytest.mark.parametrize("target", TARGETS)
 on_triton = pytest.mark.parametrize("target", TRITON)
@@ -245,14 +247,28 @@ def test_attention_obeys_error_rule_in_any_shape(seq, n_kv_head, group, d_head, 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tile shapes are varied in the interpreter, where they cost nothing to compile")
 @pytest.mark.parametrize("tiles", [(16, 32), (32, 32), (16, 64), (64, 16)], ids=str)
-def test_attention_does_not_depend_on_its_tiles(tiles, monkeypatch):
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
+def test_attention_does_not_depend_on_its_tiles(tiles, tma, monkeypatch):
     target = ("cpu", "triton", torch.float32)
-    module = importlib.import_module("kernels.flash_attention")
-    monkeypatch.setattr(module, "LAUNCH_FP32", ((*tiles, 4, 1),) * 3)
-    check_attention(*attention_inputs(1, 101, 101, 2, 1, 32, target), target, monkeypatch)
-    check_attention(*attention_inputs(1, 30, 75, 2, 1, 32, target), target, monkeypatch, causal=False)
+    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
+        rows = configs.TABLE[kernel] | {configs.CHECKING: {256: configs.attention(*tiles, 4, 1, TMA=tma)}}
+        monkeypatch.setitem(configs.TABLE, kernel, rows)
+    check_attention(*attention_inputs(1, 101, 101, 2, 1, 40, target), target, monkeypatch)
+    check_attention(*attention_inputs(2, 30, 75, 2, 1, 32, target), target, monkeypatch, causal=False)
     cu_seqlens = torch.tensor([0, 9, 71, 90], dtype=torch.int32)
     check_attention(*attention_inputs(1, 90, 90, 1, 1, 32, target), target, monkeypatch, cu_seqlens=cu_seqlens)
+
+
+def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device, dtype: 90)
+
+    def uses_tma(*tensors):
+        return attention.launch_config("attention_forward", tensors[0].shape[-1], *tensors)["TMA"]
+
+    fused = torch.empty(1, 8, 6, 64, dtype=torch.bfloat16)
+    assert uses_tma(*fused.split(2, 2))
+    assert not uses_tma(torch.empty(1, 8, 2, 36, dtype=torch.bfloat16))  # 72 bytes from head to head
+    assert not uses_tma(torch.empty(1, 8, 2, 65, dtype=torch.bfloat16)[..., 1:])
 
 
 def all_operations(target):

@@ -1,9 +1,11 @@
-"""Builds every Triton kernel for sm_90 and sm_80 with the configurations we launch and reads the machine code. Needs no GPU."""
+"""The gate without a GPU: every kernel in every configuration, compiled for real architectures; and what torch.compile sees."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,75 +21,58 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
-attention, rms_norm, rotary, swiglu = (
-    importlib.import_module(f"kernels.{name}") for name in ("flash_attention", "rms_norm", "rotary", "swiglu")
+from kernels import aot  # noqa: E402
+from kernels.configs import ANY, CHECKING, TABLE, attention, row  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+def gate(*arguments, **environment):
+    command = [sys.executable, "-m", "kernels.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_into_the_code_it_promises():
+    done = gate("--arch", "80", "90", "--json")
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)["kernels"]
+    for name, by_arch in TABLE.items():
+        for arch in (80, 90):
+            mine = [r for r in reports if r["kernel"] == name and r["arch"] == arch]
+            sizes = [*by_arch.get(arch, by_arch[80]), *by_arch.get(CHECKING, {})]
+            assert {r["size"] for r in mine} == {None if size == ANY else size for size in sizes}, (name, arch)
+            assert all(0 < r["registers"] <= 255 for r in mine)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "call", "config", "fault"),
+    [
+        ("attention_forward", 128, "causal", attention(128, 256, 4, 1, TMA=True), r"stack of \d+ bytes, 0 allowed"),
+        ("attention_forward", 128, "causal", attention(128, 128, 8, 4, TMA=True), "bytes of shared memory"),
+        ("attention_forward", 64, "causal", attention(16, 64, 4, 1), "no HGMMA"),
+        ("rms_norm_forward", 256, "alone", row(8, BLOCK_ROWS=1), "no load of 16 bytes"),
+    ],
 )
-SHARED_MEMORY = {90: 227 * 1024, 80: 99 * 1024}  # sm_80 has 163 KiB, its launch table serves sm_86 and sm_120 too
-TYPES = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "dweight_ptr": "*fp32", "weight_ptr": "*fp32", "cos_ptr": "*fp32"}
-TYPES |= {"sin_ptr": "*fp32", "bounds_ptr": "*i32"}
+def test_the_gate_names_what_is_wrong_with_a_row(kernel, size, call, config, fault):
+    report = aot.inspect(aot.Case(kernel, size, call, 90, 90, config))
+    assert any(re.search(fault, found) for found in report.faults), report.faults
 
 
-def build(kernel, arch, config, tmp_path, absent=(), **constants):
-    """The compiled kernel and its SASS for bf16 tensors with 16-byte alignment; pointers in `absent` are None."""
-    options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
-    constants |= {name: value for name, value in config.items() if name not in options} | dict.fromkeys(absent)
-    names = [parameter.name for parameter in kernel.params]
-    kinds = {n: TYPES.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
-    signature = {n: "constexpr" if n in constants else kind for n, kind in kinds.items()}
-    aligned = [i for i, n in enumerate(names) if n.endswith(("_ptr", "_len", "rows", "width", "d_ff")) or "stride" in n]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in constants}
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-
-    def dump(what):
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
-
-    stack = int(re.search(r"STACK:(\d+)", dump("--dump-resource-usage"))[1])
-    return compiled.metadata.shared, stack, dump("--dump-sass")
-
-
-@pytest.mark.parametrize("arch", [90, 80])
-@pytest.mark.parametrize("d_head", [64, 128])
-@pytest.mark.parametrize("name", ["forward", "dk_dv", "dq"])
-def test_attention_fits_the_registers_and_uses_the_matrix_units(name, d_head, arch, tmp_path):
-    kernel = getattr(attention, f"attention_{name}_kernel")
-    config = attention.launch_config(f"sm_{arch}", d_head, torch.bfloat16)[name]
-    shared, stack, sass = build(kernel, arch, config, tmp_path, absent=("bounds_ptr",), SCALE=0.125, CAUSAL=True, D=d_head)
-    assert stack == 0, "registers are spilled"
-    assert shared <= SHARED_MEMORY[arch]
-    assert ("HGMMA" if arch == 90 else "HMMA") in sass
-    assert arch == 80 or not re.search(r"\bHMMA", sass), "the slow matrix path on Hopper"
-
-
-@pytest.mark.parametrize("arch", [90, 80])
-@pytest.mark.parametrize("name", ["forward", "dk_dv", "dq"])
-def test_attention_with_documents_fits_for_the_widest_heads(name, arch, tmp_path):
-    kernel = getattr(attention, f"attention_{name}_kernel")
-    config = attention.launch_config(f"sm_{arch}", 256, torch.bfloat16)[name]
-    shared, stack, _ = build(kernel, arch, config, tmp_path, SCALE=0.125, CAUSAL=True, D=256)
-    assert stack <= 32 and shared <= SHARED_MEMORY[arch]
-
-
-@pytest.mark.parametrize("arch", [90, 80])
-def test_memory_bound_kernels_fit_the_registers_and_move_16_bytes_at_a_time(arch, tmp_path):
-    builds = {
-        "rotary": (rotary.rotary_kernel, rotary.launch_config(32, 64), {"HALF": 64, "INVERSE": False}),
-        "swiglu forward": (swiglu.swiglu_forward_kernel, swiglu.LAUNCH, {}),
-        "swiglu backward": (swiglu.swiglu_backward_kernel, swiglu.LAUNCH, {}),
-    }
-    for width in (192, 8192):
-        config = rms_norm.launch_config(width)
-        builds[f"rms_norm forward {width}"] = (rms_norm.rms_norm_forward_kernel, config, {"EPS": 1e-5})
-        builds[f"rms_norm backward {width}"] = (rms_norm.rms_norm_backward_kernel, config, {"EPS": 1e-5})
-    for name, (kernel, config, constants) in builds.items():
-        shared, stack, sass = build(kernel, arch, config, tmp_path, **constants)
-        assert stack == 0 and shared <= 48 * 1024, name
-        assert re.search(r"LDG\.E\.(\w+\.)*128", sass), f"{name} loads too few bytes at a time"
+def test_the_gate_fails_with_a_message():
+    program = """if True:
+        import sys
+        from kernels import aot, configs
+        configs.TABLE["swiglu_forward"] = {80: {configs.ANY: configs.row(4, BLOCK=128)}}
+        sys.exit(aot.main(["--arch", "90", "--kernel", "swiglu_forward"]))
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr == "error: swiglu_forward sm_90: no load of 16 bytes at a time\n"
+    done = gate(TRITON_INTERPRET="1")
+    assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1")
+    assert gate("--arch", "70").returncode == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")

@@ -1,0 +1,227 @@
+"""Compile every kernel in every configuration of the table, with no GPU, and read what the machine code needs.
+
+    python -m kernels.aot [--arch 80 90] [--kernel attention_forward] [--json]
+
+For each row of kernels/configs.py and each way its kernel is called (causal, with documents, ...) it prints registers, stack
+bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a stack is larger
+than its row allows, where shared memory exceeds the architecture's, where a matrix kernel does not use the architecture's
+matrix instructions, a TMA row no TMA, or a memory-bound kernel does not load 16 bytes at a time.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from .configs import ANY, CHECKING, TABLE, Config
+from .dispatch import HAS_TRITON, INTERPRETED, triton
+from .flash_attention import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
+from .linear_cross_entropy import cross_entropy_kernel
+from .rms_norm import rms_norm_backward_kernel, rms_norm_forward_kernel
+from .rotary import rotary_kernel
+from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
+
+SHARED_MEMORY = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # 80 see configs.py
+MATRIX = {9: r"\bHGMMA", 10: r"\bUTC\w*MMA"}  # by major version; HMMA elsewhere
+TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
+    ("lse_ptr", "delta_ptr", "dweight_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "loss_ptr", "row_scale_ptr", "logits_ptr"),
+    "*fp32",
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and the ways it is called: constexpr arguments by name; None for a pointer that is not given."""
+
+    function: object
+    calls: dict[str, dict]
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    size: int
+    call: str
+    arch: int
+    rows: int  # architecture whose rows these are
+    config: Config
+
+
+@dataclass(frozen=True)
+class Report:
+    kernel: str
+    size: int | None
+    call: str
+    arch: int
+    dtype: str
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+    faults: list[str]
+
+
+def _kernels() -> dict[str, Kernel]:
+    attention = {
+        "causal": {"CAUSAL": True, "bounds_ptr": None},
+        "full": {"CAUSAL": False, "bounds_ptr": None},
+        "causal, documents": {"CAUSAL": True},
+    }
+    norm_alone = {"residual_ptr": None, "residual_out_ptr": None}
+    return {
+        "attention_forward": Kernel(attention_forward_kernel, attention, matrix=True),
+        "attention_dq": Kernel(attention_dq_kernel, attention, matrix=True),
+        "attention_dk_dv": Kernel(attention_dk_dv_kernel, attention, matrix=True),
+        "rms_norm_forward": Kernel(rms_norm_forward_kernel, {"alone": norm_alone, "with residual": {}}),
+        "rms_norm_backward": Kernel(rms_norm_backward_kernel, {"alone": {"dresidual_ptr": None}, "with residual": {}}),
+        "rotary": Kernel(rotary_kernel, {"": {"INVERSE": False}}),
+        "swiglu_forward": Kernel(swiglu_forward_kernel, {"": {}}),
+        "swiglu_backward": Kernel(swiglu_backward_kernel, {"": {}}),
+        "cross_entropy": Kernel(
+            cross_entropy_kernel,
+            {"loss": {"dlogits_ptr": None, "row_scale_ptr": None}, "loss and gradient": {"row_scale_ptr": None}},
+        ),
+    }
+
+
+def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
+    """Every row that this architecture would use, in every way its kernel is called."""
+    table_arch = 90 if arch // 10 in (9, 10) else 80
+    for name in kernels:
+        for rows_arch in (table_arch if table_arch in TABLE[name] else 80, CHECKING):
+            for size, config in TABLE[name].get(rows_arch, {}).items():
+                for call in _kernels()[name].calls:
+                    yield Case(name, size, call, arch, rows_arch, config)
+
+
+def constants(case: Case) -> dict:
+    """All constexpr arguments of this call but the launch options."""
+    size = {
+        "attention": {"D": case.size, "BLOCK_D": case.size, "SCALE": 0.125},
+        "rms": {"BLOCK_D": case.size, "EPS": 1e-5},
+        "rotary": {"HALF": case.size, "BLOCK_HALF": case.size},
+        "cross": {"IGNORE_INDEX": -100, "Z_LOSS": 1e-4},
+    }.get(case.kernel.split("_")[0], {})
+    pipelined = {"STAGES": case.config.num_stages} if case.kernel == "rms_norm_backward" else {}
+    return {**case.config.tiles, **size, **pipelined, **_kernels()[case.kernel].calls[case.call]}
+
+
+def compile_case(case: Case):
+    """The compiled kernel, for bf16 tensors (fp32 for rows of CHECKING) that start on 16 bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, fixed = _kernels()[case.kernel].function, constants(case)
+    names = [parameter.name for parameter in kernel.params]
+    tensor = "*fp32" if case.rows == CHECKING else "*bf16"
+    kinds = {n: TYPES.get(n, tensor if n.endswith("_ptr") else "i32") for n in names}
+    signature = {n: "constexpr" if n in fixed else kind for n, kind in kinds.items()}
+    sizes = ("_ptr", "_len", "width", "d_ff", "vocab")
+    aligned = [i for i, n in enumerate(names) if n not in fixed and (n.endswith(sizes) or "stride" in n)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in fixed.items()}, attributes)
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def inspect(case: Case) -> Report:
+    """Compile one case and read its cubin."""
+    compiled = compile_case(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, sass = (_cuobjdump(option, cubin.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    patterns = {"HGMMA": r"\bHGMMA", "HMMA": r"\bHMMA", "UTCMMA": r"\bUTC\w*MMA", "TMA": r"\bUTMALDG", "copy": r"\bLDGSTS"}
+    patterns["load 16 B"] = r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128"
+    found = {name: len(re.findall(pattern, sass)) for name, pattern in patterns.items()}
+    shared = compiled.metadata.shared
+    faults = _faults(case, stack, shared, found, sass)
+    size = None if case.size == ANY else case.size
+    dtype = "float32" if case.rows == CHECKING else "bfloat16"
+    return Report(case.kernel, size, case.call, case.arch, dtype, registers, stack, shared, found, faults)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _faults(case: Case, stack: int, shared: int, found: dict[str, int], sass: str) -> list[str]:
+    faults = []
+    if stack > case.config.stack:
+        faults.append(f"stack of {stack} bytes, {case.config.stack} allowed")
+    if shared > SHARED_MEMORY[case.arch]:
+        faults.append(f"{shared} bytes of shared memory, {SHARED_MEMORY[case.arch]} there are")
+    if case.rows == CHECKING:
+        return faults
+    matrix = MATRIX.get(case.arch // 10, r"\bHMMA")
+    if _kernels()[case.kernel].matrix:
+        if not re.search(matrix, sass):
+            faults.append(f"no {matrix[2:]} instruction")
+        if matrix != r"\bHMMA" and found["HMMA"]:
+            faults.append("HMMA, the slow matrix path of this architecture")
+    elif not found["load 16 B"]:
+        faults.append("no load of 16 bytes at a time")
+    if case.config.tiles.get("TMA") and not found["TMA"]:
+        faults.append("no UTMALDG instruction: TMA is not used")
+    return faults
+
+
+def inspect_all(todo: list[Case], console: Console) -> list[Report]:
+    """Reports in the order of `todo`, compiled by all cores."""
+    workers = min(len(todo), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(inspect, todo)
+        return list(track(done, "compiling", total=len(todo), console=console, disable=not console.is_terminal))
+
+
+def show(reports: list[Report], console: Console) -> None:
+    table = Table(title="machine code of the kernels")
+    for name in ("kernel", "size", "call", "arch", "dtype", "regs", "stack", "shared", "instructions", "verdict"):
+        table.add_column(name, justify="right" if name in ("size", "regs", "stack", "shared") else "left", overflow="fold")
+    for r in reports:
+        found = ", ".join(f"{count} {name}" for name, count in r.instructions.items() if count)
+        numbers = ("any" if r.size is None else str(r.size), r.call, f"sm_{r.arch}", r.dtype, str(r.registers), str(r.stack))
+        table.add_row(r.kernel, *numbers, f"{r.shared:,}", found, "; ".join(r.faults) or "ok")
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args(arguments)
+    if not HAS_TRITON or INTERPRETED:
+        why = "TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled" if HAS_TRITON else "Triton is not installed"
+        print(f"error: {why}", file=sys.stderr)
+        return 2
+    todo = [case for arch in options.arch for case in cases(arch, options.kernel)]
+    reports = inspect_all(todo, Console(stderr=True))
+    if options.json:
+        print(json.dumps({"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}))
+    else:
+        show(reports, Console(width=None if sys.stdout.isatty() else 200))
+    faulty = [report for report in reports if report.faults]
+    for report in faulty:
+        where = " ".join(filter(None, (report.kernel, str(report.size or ""), report.call, f"sm_{report.arch}")))
+        print(f"error: {where}: {'; '.join(report.faults)}", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""How each Triton kernel is launched: tiles, warps and pipeline stages by architecture and shape class.
+
+A row is looked up and never searched for: autotuning at start costs a user minutes [triton#7932]. The class of a shape is the
+smallest size listed that holds it (d_head of attention, the width of a norm's row; ANY where one row serves all).
+`python -m kernels.tune` measures a GPU and prints rows to paste here; `python -m kernels.aot` compiles every row without a GPU
+and reads registers, stack, shared memory and instructions off the machine code.
+
+No row has been measured yet: they were chosen from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and from
+what others report of such kernels.
+
+Rows of 90 are for 9.0 and 10.x. Rows of 80 are for all the rest, and for 9.0 where it has none of its own: they keep to the
+99 KiB of shared memory of 8.6, 8.9 and 12.0. Rows of CHECKING are for fp32 attention and for the interpreter, where small tiles
+of unlike height and width show more than fast ones would.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ANY = 1 << 62
+CHECKING = 0
+SPILLED_FP32 = 2200  # bytes: fp32 heads of 256 are too wide for the registers, and nobody waits for them
+
+
+@dataclass(frozen=True)
+class Config:
+    """One row. `tiles` are constexpr arguments of the kernel."""
+
+    tiles: dict[str, int]
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1  # of a persistent kernel
+    stack: int = 0  # bytes per thread that may be spilled: more than 0 needs its reason beside the row
+
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of the kernel's launch."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def row(num_warps: int, num_stages: int = 1, programs_per_sm: int = 1, stack: int = 0, **tiles: int) -> Config:
+    return Config(tiles, num_warps, num_stages, programs_per_sm, stack)
+
+
+def attention(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, TMA: bool = False, stack: int = 0) -> Config:
+    return row(num_warps, num_stages, stack=stack, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA)
+
+
+TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
+    "attention_forward": {
+        90: {
+            32: attention(128, 64, 4, 3, TMA=True),
+            64: attention(128, 128, 8, 3, TMA=True),
+            128: attention(128, 128, 8, 2, TMA=True),
+            256: attention(128, 64, 8, 2, TMA=True),
+        },
+        80: {
+            32: attention(128, 64, 4, 3),
+            64: attention(128, 64, 8, 3),
+            128: attention(128, 64, 8, 2),
+            256: attention(64, 32, 8, 2),
+        },
+        CHECKING: {256: attention(32, 16, 4, 1, stack=SPILLED_FP32)},
+    },
+    "attention_dq": {
+        90: {
+            32: attention(128, 64, 8, 2, TMA=True),
+            64: attention(128, 128, 8, 2, TMA=True),
+            128: attention(128, 64, 8, 3, TMA=True),
+            256: attention(64, 64, 8, 2, TMA=True),
+        },
+        80: {
+            32: attention(64, 64, 4, 2),
+            64: attention(128, 64, 8, 2),
+            128: attention(64, 64, 8, 2),
+            256: attention(32, 32, 8, 2),
+        },
+        CHECKING: {256: attention(32, 16, 4, 1, stack=SPILLED_FP32)},
+    },
+    "attention_dk_dv": {
+        90: {
+            32: attention(64, 128, 8, 2, TMA=True),
+            64: attention(64, 128, 8, 3, TMA=True),
+            # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width
+            128: attention(64, 128, 8, 2, TMA=True, stack=56),
+            256: attention(32, 64, 8, 1, TMA=True),
+        },
+        80: {
+            32: attention(64, 64, 4, 2),
+            64: attention(32, 128, 8, 2),
+            128: attention(64, 64, 8, 2),
+            256: attention(32, 32, 8, 2),
+        },
+        CHECKING: {256: attention(16, 32, 4, 1, stack=SPILLED_FP32)},
+    },
+    "rms_norm_forward": {
+        80: {
+            256: row(4, BLOCK_ROWS=8),
+            512: row(4, BLOCK_ROWS=4),
+            1024: row(4, BLOCK_ROWS=2),
+            2048: row(4, BLOCK_ROWS=1),
+            4096: row(8, BLOCK_ROWS=1),
+            8192: row(16, BLOCK_ROWS=1),
+            16384: row(32, BLOCK_ROWS=1),
+        },
+    },
+    "rms_norm_backward": {
+        80: {
+            256: row(4, 3, 4, BLOCK_ROWS=8),
+            512: row(4, 3, 4, BLOCK_ROWS=4),
+            1024: row(4, 3, 4, BLOCK_ROWS=2),
+            2048: row(4, 3, 4, BLOCK_ROWS=1),
+            4096: row(8, 3, 2, BLOCK_ROWS=1),
+            8192: row(16, 3, 1, BLOCK_ROWS=1),
+            # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
+            16384: row(32, 1, 1, stack=80, BLOCK_ROWS=1),
+        },
+    },
+    "rotary": {
+        80: {
+            16: row(2, BLOCK_HEAD=32),
+            32: row(4, BLOCK_HEAD=32),
+            64: row(4, BLOCK_HEAD=16),
+            128: row(4, BLOCK_HEAD=8),
+        },
+    },
+    "swiglu_forward": {80: {ANY: row(4, BLOCK=1024)}},
+    "swiglu_backward": {80: {ANY: row(4, BLOCK=1024)}},
+    "cross_entropy": {80: {ANY: row(8, BLOCK_V=4096)}},
+}
+
+
+def architecture(device: torch.device, dtype: torch.dtype) -> int:
+    """Which rows serve tensors of this dtype there."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return CHECKING
+    return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
+
+
+def lookup(kernel: str, size: int, device: torch.device, dtype: torch.dtype) -> Config:
+    """The row that serves this kernel for this size."""
+    rows = TABLE[kernel]
+    rows = rows.get(architecture(device, dtype)) or rows[80]
+    return next(config for limit, config in rows.items() if size <= limit)

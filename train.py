@@ -60,11 +60,11 @@ class Run:
             self.state = State.restore(saved, config.optim, self.placement)
         else:
             self.state = State.create(config.model, config.optim, self.placement, config.seed)
+        self.state.model.end_of_text = self.data.manifest["tokenizer"]["eot"] if config.data.document_mask else None
         self.cursor = self.state.cursor
         if not self.resuming:
             self.cursor.stage = self.cursor.stage_tokens = 0
         parallel.on_rank_0(make_ready, config, self.resuming)
-
         now = self.cursor.stage
         before, later = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
         self.step = before + self.cursor.stage_tokens // config.batch_tokens

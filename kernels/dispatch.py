@@ -50,8 +50,11 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     return f"Triton needs a CUDA device, not {device.type} (with TRITON_INTERPRET=1 the kernels are interpreted on the CPU)."
 
 
-def use_triton(backend: str | None, x: torch.Tensor) -> bool:
-    """Whether an operation on `x` runs in Triton. Raises ValueError where "triton" is asked for and cannot be had."""
+def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None) -> bool:
+    """Whether an operation on `x` runs in Triton. Raises ValueError where "triton" is asked for and cannot be had.
+
+    `refusal` says why the kernel cannot serve these shapes, if so.
+    """
     name = _backend if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
@@ -60,10 +63,12 @@ def use_triton(backend: str | None, x: torch.Tensor) -> bool:
     # The interpreter multiplies the raw bits of bfloat16 in tl.dot, and truncates where hardware rounds: never silently wrong.
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if x.is_cuda else (torch.float32, torch.float16)
     if name == "auto":
-        return x.is_cuda and x.dtype in dtypes and unavailable_reason(x.device) is None
+        return refusal is None and x.is_cuda and x.dtype in dtypes and unavailable_reason(x.device) is None
     reason = unavailable_reason(x.device)
     if reason is not None:
         raise ValueError(f'backend="triton" is impossible: {reason}')
+    if refusal is not None:
+        raise ValueError(f'backend="triton" is impossible: {refusal}')
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f'backend="triton" on {x.device.type} takes {names} only, not {x.dtype}')

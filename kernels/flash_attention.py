@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from .configs import lookup
 from .dispatch import launch, require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
 
+MAX_D_HEAD = 256  # wider heads do not fit into the registers
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
 LOWEST = tl.constexpr(-1e30)  # finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan
 
@@ -354,8 +355,9 @@ def flash_attention(
     scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
     documents of a batch of 1 (view (B, T) as (1, B·T) first). return_lse adds lse (B, H, T), natural log, fp32, no gradient.
     """
-    on_triton = use_triton(backend, q)
-    _check(q, k, v, causal, cu_seqlens, on_triton)
+    _check(q, k, v, causal, cu_seqlens)
+    refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[-1]}" if q.shape[-1] > MAX_D_HEAD else None
+    on_triton = use_triton(backend, q, refusal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if on_triton and q.numel():
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
@@ -367,7 +369,7 @@ def flash_attention(
     return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
 
 
-def _check(q, k, v, causal, cu_seqlens, on_triton):
+def _check(q, k, v, causal, cu_seqlens):
     require_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
@@ -379,7 +381,6 @@ def _check(q, k, v, causal, cu_seqlens, on_triton):
     require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
     one_length = q.shape[1] == k.shape[1] or not (causal or cu_seqlens is not None)
     require(one_length, f"{shapes}; causal attention and cu_seqlens need q and k of one length")
-    require(not on_triton or q.shape[3] <= 256, f"q has d_head {q.shape[3]}; the Triton kernel takes at most 256")
     if cu_seqlens is None:
         return
     require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)

@@ -188,7 +188,6 @@ def linear_cross_entropy(
     the number of the others (0 if there is none), "none" returns (...). weight may be a float32 master of a bfloat16 x: it is
     rounded once for the matrix products, and its gradient comes back in float32.
     """
-    on_triton = use_triton(backend, x)
     require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     require_floating("x", x)
     require_floating("weight", weight)
@@ -204,6 +203,7 @@ def linear_cross_entropy(
         f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
     )
     require(targets.dtype == torch.int64, f"targets is {targets.dtype}; it must be torch.int64")
+    on_triton = use_triton(backend, x)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     x_rows, targets_rows = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, reduction, float(z_loss), gradients, on_triton)

@@ -155,7 +155,7 @@ rms_norm_op.register_autograd(_rms_norm_autograd, setup_context=_save)
 add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 
 
-def _check(x, weight, on_triton):
+def _check(x, weight):
     require_floating("x", x)
     require_floating("weight", weight)
     require_like("weight", weight, "x", x, dtype=False)
@@ -164,10 +164,10 @@ def _check(x, weight, on_triton):
         weight.shape == x.shape[-1:],
         f"weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) for x of shape {tuple(x.shape)}",
     )
-    require(
-        not on_triton or x.shape[-1] <= MAX_WIDTH,
-        f"x has width {x.shape[-1]}; the Triton kernel takes at most {MAX_WIDTH}",
-    )
+
+
+def _too_wide(x):
+    return f"the kernel takes rows of at most {MAX_WIDTH}, not {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None = None) -> torch.Tensor:
@@ -175,8 +175,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | N
 
     weight may be fp32 while x is bf16: y has x's dtype, the gradient of weight has weight's.
     """
-    on_triton = use_triton(backend, x)
-    _check(x, weight, on_triton)
+    _check(x, weight)
+    on_triton = use_triton(backend, x, _too_wide(x))
     return rms_norm_op(x, weight, eps) if on_triton and x.numel() else _RMSNorm.apply(x, weight, eps)
 
 
@@ -184,14 +184,13 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, residual_out) with residual_out = x + residual and y = rms_norm(residual_out). Gradients arrive through both."""
-    on_triton = use_triton(backend, x)
-    _check(x, weight, on_triton)
+    _check(x, weight)
     require_like("residual", residual, "x", x)
     require(
         residual.shape == x.shape,
         f"residual has shape {tuple(residual.shape)} and x has {tuple(x.shape)}; they must match",
     )
-    if on_triton and x.numel():
+    if use_triton(backend, x, _too_wide(x)) and x.numel():
         return add_rms_norm_op(x, residual, weight, eps)
     residual_out = x + residual
     return _RMSNorm.apply(residual_out, weight, eps), residual_out

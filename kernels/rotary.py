@@ -113,9 +113,8 @@ def rotary(
 
     cos and sin are fp32 tables (at least offset + T, K/2) without a gradient. Returns new contiguous tensors.
     """
-    on_triton = use_triton(backend, q)
     _check(q, k, cos, sin, offset)
-    if on_triton and q.numel():
+    if use_triton(backend, q) and q.numel():
         return rotary_op(q, k, cos, sin, offset, False)
     rows = slice(offset, offset + q.shape[1])
     return _Rotary.apply(q, k, cos[rows, None], sin[rows, None])

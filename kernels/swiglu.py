@@ -89,12 +89,12 @@ swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(dy, *ctx.saved_te
 
 def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     """silu(gate) · up of gate_up (..., 2F), gate first → (..., F)."""
-    on_triton = use_triton(backend, gate_up)
     require_floating("gate_up", gate_up)
     require(
         gate_up.ndim > 0 and gate_up.shape[-1] % 2 == 0,
         f"gate_up has shape {tuple(gate_up.shape)}; its last dimension must be even: gate, then up",
     )
+    on_triton = use_triton(backend, gate_up)
     return swiglu_op(gate_up) if on_triton and gate_up.numel() else _SwiGLU.apply(gate_up)
 
 

@@ -28,6 +28,8 @@ class Data:
     """Folder written by `python -m nanostack.prepare`."""
     val_tokens: int = 131072
     """Validation tokens: always the first ones of the validation split (all of it where it is shorter)."""
+    document_mask: bool = False
+    """Whether a token attends only within its own document, and not to what happens to stand before it in its block."""
 
     def __post_init__(self):
         if self.val_tokens < 1:

@@ -86,11 +86,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, sum(self.heads) * config.d_head)
         self.out = Linear(config.n_head * config.d_head, config.d_model)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        B, T = x_BTD.shape[:2]
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
         q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
         q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
-        return self.out(kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=True).flatten(2))
+        if cu_seqlens is not None:  # documents are counted through all rows
+            q_BTHK, k_BTGK, v_BTGK = (x.reshape(1, B * T, -1, self.d_head) for x in (q_BTHK, k_BTGK, v_BTGK))
+        out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=True, cu_seqlens=cu_seqlens)
+        return self.out(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -111,8 +115,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        attended = self.attn(self.attn_norm(x_BTD), cos, sin)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.attn_norm(x_BTD), cos, sin, cu_seqlens)
         normed, x_BTD = self.mlp_norm.add(attended, x_BTD)
         return x_BTD + self.mlp(normed)
 
@@ -121,13 +125,15 @@ class Llama(nn.Module):
     """`model(tokens_BT)` gives logits_BTV; `model(tokens_BT, targets_BT)` gives the mean loss in nats per target.
 
     Parameters are fp32 masters. `compute_dtype` is what the embedding's output is cast to, and everything after follows
-    it. Built under `torch.device("meta")`, the model is left without values: `to_empty`, then `init_weights`.
+    it. With `end_of_text` set to a token id, attention stays within the documents that this token ends. Built under
+    `torch.device("meta")`, the model is left without values: `to_empty`, then `init_weights`.
     """
 
     def __init__(self, config: LlamaConfig, seed: int = 0):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: whatever the embedding's weight is
+        self.end_of_text: int | None = None  # None: attention sees the whole row
         self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -147,8 +153,9 @@ class Llama(nn.Module):
         x_BTD = self.embed(tokens_BT)
         if self.compute_dtype is not None:
             x_BTD = x_BTD.to(self.compute_dtype)
+        cu_seqlens = None if self.end_of_text is None else document_starts(tokens_BT, self.end_of_text)
         for block in self.blocks:
-            x_BTD = block(x_BTD, self.cos[:T], self.sin[:T])
+            x_BTD = block(x_BTD, self.cos[:T], self.sin[:T], cu_seqlens)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)
@@ -173,6 +180,18 @@ class Llama(nn.Module):
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if not local.isfinite().all():
                 raise RuntimeError(f"parameter {name} was not initialised")
+
+
+def document_starts(tokens_BT: Tensor, end_of_text: int) -> Tensor:
+    """(B·T + 1,) int32 for flash_attention's cu_seqlens: where a document or row starts, in order, then B·T to the end.
+
+    It is always this long, so that no size depends on the text: the GPU is not waited for and nothing is compiled anew.
+    """
+    B, T = tokens_BT.shape
+    starts_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = tokens_BT[:, :-1] == end_of_text
+    places = torch.where(starts_BT.flatten(), torch.arange(B * T, device=tokens_BT.device), B * T)
+    return F.pad(places.sort().values, (0, 1), value=B * T).to(torch.int32)
 
 
 def rope_angles(config: LlamaConfig, device: torch.device) -> Tensor:

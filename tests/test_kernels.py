@@ -245,6 +245,37 @@ def test_attention_obeys_error_rule_in_any_shape(seq, n_kv_head, group, d_head, 
     check_attention(*inputs, target, monkeypatch, causal=causal)
 
 
+@on_every_target
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), causal=st.booleans(), group=st.sampled_from([1, 3]))
+@few_examples
+def test_attention_stays_inside_any_documents(lengths, causal, group, target, monkeypatch):
+    edges = torch.tensor([0, *lengths, 1]).cumsum(0)
+    cu_seqlens = edges.to(target[0], torch.int32)
+    inputs = attention_inputs(1, int(edges[-1]), int(edges[-1]), group, 1, 32, target)
+    check_attention(*inputs, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
+
+
+@on_every_target
+@given(data=st.data())
+@few_examples
+def test_strides_do_not_matter(data, target, monkeypatch):
+    """Any order of dimensions in memory, any gaps between rows: the same numbers as from contiguous tensors."""
+
+    def laid_out(*shape, seed):
+        order = data.draw(st.permutations(range(len(shape))))
+        gap = data.draw(st.integers(0, 3))
+        memory = randn(*(shape[i] + gap for i in order), target=target, seed=seed, grad=False)
+        inverse = [order.index(i) for i in range(len(shape))]
+        return memory.permute(inverse)[tuple(slice(0, n) for n in shape)].requires_grad_()
+
+    weight = randn(24, target=target)
+    check_add_rms_norm(laid_out(2, 5, 24, seed=1), laid_out(2, 5, 24, seed=2), weight, target, monkeypatch)
+    swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
+    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (laid_out(3, 4, 20, seed=3),), monkeypatch)
+    q, k, v = laid_out(2, 19, 4, 32, seed=4), laid_out(2, 19, 2, 32, seed=5), laid_out(2, 19, 2, 32, seed=6)
+    check_attention(q, k, v, target, monkeypatch)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="tile shapes are varied in the interpreter, where they cost nothing to compile")
 @pytest.mark.parametrize("tiles", [(16, 32), (32, 32), (16, 64), (64, 16)], ids=str)
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
@@ -366,6 +397,30 @@ def test_cross_entropy_obeys_error_rule_in_any_chunks(chunk_rows, options, targe
     assert_obeys_error_rule(fused, naive, naive, (x, weight), monkeypatch)
     master = weight.detach().float().requires_grad_()
     assert_obeys_error_rule(fused, naive, naive, (x, master), monkeypatch)
+
+
+@on_every_target
+@given(rows=st.integers(1, 40), width=st.integers(1, 50), vocab=st.integers(2, 5000), z_loss=st.sampled_from([0.0, 1e-3]))
+@few_examples
+def test_cross_entropy_obeys_error_rule_in_any_shape(rows, width, vocab, z_loss, target, monkeypatch):
+    x, weight = randn(rows, width, target=target), randn(vocab, width, target=target, seed=1, scale=width**-0.5)
+    targets = (torch.arange(rows, device=target[0]) * 7919) % vocab
+    assert_obeys_error_rule(
+        lambda x, w: kernels.linear_cross_entropy(x, w, targets, z_loss=z_loss, backend=target[1]),
+        *[lambda x, w: naive_cross_entropy(x, w, targets, z_loss=z_loss)] * 2,
+        (x, weight),
+        monkeypatch,
+    )
+
+
+@on_triton
+def test_target_outside_the_vocabulary_gives_nan(target):
+    """Nobody overlooks a nan; a read outside the logits would be silent."""
+    x, weight = randn(3, 40, target=target, grad=False), randn(61, 40, target=target, grad=False)
+    loss = kernels.linear_cross_entropy(
+        x, weight, torch.tensor([0, 61, -1], device=target[0]), reduction="none", backend="triton"
+    )
+    assert loss.isnan().tolist() == [False, True, True]
 
 
 @on_every_target

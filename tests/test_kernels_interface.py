@@ -59,10 +59,18 @@ def test_a_mistake_is_named(mistake, message):
         mistake()
 
 
-def test_triton_on_the_cpu_says_why_not_and_auto_falls_back():
+def test_triton_on_the_cpu_says_why_not_and_auto_falls_back(monkeypatch):
     assert "TRITON_INTERPRET=1" in kernels.unavailable_reason("cpu")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         kernels.swiglu(X, backend="triton")
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda device: None)
+    for wide in (
+        lambda: kernels.rms_norm(torch.ones(2, 16385), torch.ones(16385), 1e-5, backend="triton"),
+        lambda: kernels.flash_attention(*[torch.ones(1, 2, 1, 320)] * 3, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"impossible: the kernel takes .* at most"):
+            wide()
+    monkeypatch.undo()
     kernels.set_backend("triton")
     try:
         with pytest.raises(ValueError, match="impossible"):

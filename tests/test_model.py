@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanostack.model import Llama, LlamaConfig
+from nanostack.model import Llama, LlamaConfig, document_starts
 
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 
@@ -76,6 +76,19 @@ def test_no_token_sees_a_later_one():
     changed[:, 9] = (changed[:, 9] + 1) % 64
     a, b = model(x), model(changed)
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
+
+
+def test_documents_do_not_see_each_other():
+    """With end_of_text set, every document gives the logits that it gives alone: rotary positions matter by distance only."""
+    model, tokens = Llama(CONFIG), torch.randint(1, 64, (3, 16))
+    model.end_of_text = 0
+    tokens[0, [4, 5, 15]] = tokens[1, 0] = 0
+    assert document_starts(tokens, 0).tolist() == [0, 5, 6, 16, 17, 32, *[48] * 43]
+    logits = model(tokens)
+    model.end_of_text = None
+    for row, start, end in ((0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 1), (1, 1, 16), (2, 0, 16)):
+        torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end])[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0, 6:], model(tokens)[0, 6:], rtol=1e-2)
 
 
 def test_parameter_names_are_the_documented_ones():

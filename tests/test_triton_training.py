@@ -11,9 +11,11 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_triton_run_gives_the_losses_of_the_torch_run(trainer):
-    torch_run = records(trainer.good("torch", *SHORT, "--kernels", "torch"))
-    triton_run = records(trainer.good("triton", *SHORT, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}))
+@pytest.mark.parametrize("mask", ["False", "True"], ids=["whole rows", "documents"])
+def test_triton_run_gives_the_losses_of_the_torch_run(mask, trainer):
+    changes = [*SHORT, "--data.document_mask", mask]
+    torch_run = records(trainer.good("torch", *changes, "--kernels", "torch"))
+    triton_run = records(trainer.good("triton", *changes, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}))
     assert len(torch_run) == 7
     for name in ("loss", "val_loss", "grad_norm"):
         expected = [r[name] and pytest.approx(r[name], rel=2e-5) for r in torch_run]

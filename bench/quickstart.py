@@ -23,13 +23,15 @@ import matplotlib.pyplot as plt
 import tyro
 from rich.console import Console
 from rich.table import Table
-from speedup import curve, flops_to_reach, read_run, speedup
-
-from nanostack.config import Train, load
-from nanostack.errors import UserError, exits_cleanly
-from nanostack.metrics import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
+
+from bench.speedup import curve, flops_to_reach, read_run, speedup  # noqa: E402
+from nanostack.config import Train, load  # noqa: E402
+from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.metrics import git_commit  # noqa: E402
+
 ARMS = {  # config file, colour, line, what the picture says
     "scratch": ("quickstart_scratch.py", "#555555", "--", "8 layers from scratch"),
     "grown": ("quickstart.py", "#d1495b", "-", "2 layers, stacked ×4"),

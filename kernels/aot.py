@@ -97,13 +97,18 @@ def _kernels() -> dict[str, Kernel]:
     }
 
 
+def calls_of(kernel: str) -> dict[str, dict]:
+    """The ways a kernel of the table is called, each with its constexpr arguments."""
+    return _kernels()[kernel].calls
+
+
 def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
     """Every row that this architecture would use, in every way its kernel is called."""
     table_arch = 90 if arch // 10 in (9, 10) else 80
     for name in kernels:
         for rows_arch in (table_arch if table_arch in TABLE[name] else 80, CHECKING):
             for size, config in TABLE[name].get(rows_arch, {}).items():
-                for call in _kernels()[name].calls:
+                for call in calls_of(name):
                     yield Case(name, size, call, arch, rows_arch, config)
 
 
@@ -116,7 +121,7 @@ def constants(case: Case) -> dict:
         "cross": {"IGNORE_INDEX": -100, "Z_LOSS": 1e-4},
     }.get(case.kernel.split("_")[0], {})
     pipelined = {"STAGES": case.config.num_stages} if case.kernel == "rms_norm_backward" else {}
-    return {**case.config.tiles, **size, **pipelined, **_kernels()[case.kernel].calls[case.call]}
+    return {**case.config.tiles, **size, **pipelined, **calls_of(case.kernel)[case.call]}
 
 
 def compile_case(case: Case):

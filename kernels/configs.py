@@ -13,7 +13,7 @@ Rows of 90 are for 9.0 and 10.x. Rows of 80 are for all the rest, and for 9.0 wh
 of unlike height and width show more than fast ones would.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +26,7 @@ SPILLED_FP32 = 2200  # bytes: fp32 heads of 256 are too wide for the registers, 
 class Config:
     """One row. `tiles` are constexpr arguments of the kernel."""
 
-    tiles: dict[str, int]
+    tiles: dict[str, int] = field(hash=False)
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1  # of a persistent kernel

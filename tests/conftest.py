@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny.py")
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # scripts, not modules of the package
+sys.path.insert(0, str(ROOT))  # for train.py, grow.py and bench/
 
 # One thread per process: many small processes share two cores, and sums must be taken in the same order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -30,7 +30,7 @@ from kernel_oracle import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import configs
+from kernels import configs, tune
 
 attention = importlib.import_module("kernels.flash_attention")  # the package exports the function of that name
 EPS = 1e-5
@@ -429,3 +429,22 @@ def test_cross_entropy_of_nothing_is_zero(target):
     targets = torch.full((4,), -100, device=target[0])
     for result in outputs_and_gradients(lambda *t: kernels.linear_cross_entropy(*t, targets, backend=target[1]), (x, weight)):
         assert torch.equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="times real kernels where there is no GPU")
+def test_tuning_keeps_to_candidates_that_are_right_and_restores_the_table(monkeypatch, capsys):
+    gate_up, before = torch.randn(3, 80), configs.TABLE["swiglu_forward"]
+    op = torch.ops.nanostack.swiglu
+
+    def call():
+        block = configs.lookup("swiglu_forward", 40, gate_up.device, gate_up.dtype).tiles["BLOCK"]
+        if block == 64:
+            raise RuntimeError("out of resources")
+        return (op(gate_up) + (block == 32),)
+
+    monkeypatch.setattr(tune, "workload", lambda *_: call)
+    tried = [configs.row(4, BLOCK=block) for block in (1024, 16, 32, 64)]
+    best, seconds = tune.fastest("swiglu_forward", configs.ANY, tried, 4, gate_up.device)
+    assert set(seconds) == set(tried[:2]) and best == min(seconds, key=seconds.get)
+    assert configs.TABLE["swiglu_forward"] is before
+    assert capsys.readouterr().err == "# row(4, BLOCK=32): WRONG RESULTS\n# row(4, BLOCK=64): RuntimeError\n"

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from kernels import aot  # noqa: E402
+from kernels import aot, tune  # noqa: E402
 from kernels.configs import ANY, CHECKING, TABLE, attention, row  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,34 @@ def test_the_gate_fails_with_a_message():
     done = gate(TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1")
     assert gate("--arch", "70").returncode == 2
+
+
+def test_tune_prints_rows_as_the_source_of_the_table():
+    names = {"attention": attention, "row": row}
+    rows = [config for by_arch in TABLE.values() for by_size in by_arch.values() for config in by_size.values()]
+    assert all(eval(tune.as_row(config), names) == config for config in rows)
+    for kernel in TABLE:
+        tried = tune.candidates(kernel, 90)
+        assert len(set(tried)) == len(tried) > 10 and all(eval(tune.as_row(config), names) == config for config in tried)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_tune_says_that_there_is_nothing_to_measure():
+    done = subprocess.run([sys.executable, "-m", "kernels.tune"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nothing to measure: no CUDA device"), done.stderr
+
+
+@pytest.mark.gpu
+def test_tune_measures_a_kernel():
+    command = [sys.executable, "-m", "kernels.tune", "--kernel", "swiglu_forward", "--samples", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and '"swiglu_forward" ANY: row(' in done.stdout, done.stdout + done.stderr
+
+
+def test_unsound_candidates_are_not_tried():
+    fine, spills = row(4, BLOCK=1024), attention(128, 256, 4, 1)
+    assert tune.sound("swiglu_forward", ANY, 90, [fine]) == [fine]
+    assert tune.sound("attention_forward", 128, 90, [spills]) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")

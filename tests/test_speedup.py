@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from speedup import curve, flops_to_reach, read_run, speedup
+
+from bench.speedup import curve, flops_to_reach, read_run, speedup
 
 SCRATCH = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]
 

@@ -1,0 +1,394 @@
+"""Every fused operation, forward and backward, beside what one would use instead, and beside what the machine can do at all.
+
+    python bench/kernels.py [--op rms_norm swiglu] [--shape 16384x2048] [--samples 50] [--json]
+
+Ours, torch eager, torch.compile, SDPA forced to flash and to cuDNN, F.linear_cross_entropy and Liger (pip install -e .[peers])
+are called in turn within one run; so are a large copy and a large matrix product, whose rates are the roofline. Reported are
+the median, the spread (half the distance between the quartiles, as a share of the median), the rate that follows from the bytes
+or FLOPs which the operation must spend, and that rate as a share of the roofline. Table, JSON and bar chart go to
+bench/results/.
+
+Without a GPU it says so and times the reference paths only.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
+
+import kernels  # noqa: E402
+from kernels.timing import interleaved  # noqa: E402
+from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+
+EPS = 1e-5
+OURS = "nanostack"
+ROOFLINE = "roofline"
+
+try:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+except ImportError:
+    LigerRMSNormFunction = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation at one shape: inputs, the ways to compute it, and the least it must spend forward and backward."""
+
+    inputs: tuple[Tensor, ...]
+    ways: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
+    unit: str  # "bytes" or "flops", whichever limits it
+    forward: int
+    backward: int
+    backward_alone: bool = True  # False where some ways compute gradients in the forward pass already
+
+
+@dataclass(frozen=True)
+class Command:
+    """Time the kernels against their peers."""
+
+    op: tuple[str, ...] = ()
+    """Only these operations."""
+    shape: tuple[str, ...] = ()
+    """Only shapes whose name contains one of these."""
+    samples: int = 50
+    """Calls of each that are timed."""
+    out: Path | None = None
+    """The JSON file; the picture stands beside it. Default: bench/results/kernels-DEVICE.json"""
+    json: bool = False
+    """Print the result as one JSON object; everything else goes to standard error."""
+
+
+def randn(*shape: int, like: torch.device) -> Tensor:
+    return torch.randn(shape, device=like, dtype=torch.bfloat16).requires_grad_()
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def rms_norm(device: torch.device, rows: int, width: int) -> Work:
+    def eager(x, w):
+        return F.rms_norm(x, (width,), w, EPS)
+
+    ways = {OURS: lambda x, w: kernels.rms_norm(x, w, EPS), "torch eager": eager, "torch.compile": compiled(eager)}
+    if LigerRMSNormFunction:
+        ways["Liger"] = lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    size = rows * width * 2
+    return Work((randn(rows, width, like=device), randn(width, like=device)), ways, "bytes", 2 * size, 3 * size)
+
+
+def add_rms_norm(device: torch.device, rows: int, width: int) -> Work:
+    def eager(x, r, w):
+        added = x + r
+        return F.rms_norm(added, (width,), w, EPS), added
+
+    ways = {OURS: lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS), "torch eager": eager, "torch.compile": compiled(eager)}
+    if LigerRMSNormFunction:
+        ways["Liger"] = lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
+    size = rows * width * 2
+    inputs = (randn(rows, width, like=device), randn(rows, width, like=device), randn(width, like=device))
+    return Work(inputs, ways, "bytes", 4 * size, 4 * size)
+
+
+def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
+    angle = torch.outer(torch.arange(seq, device=device), 1e4 ** -torch.linspace(0, 1, d_head // 2, device=device))
+    cos, sin = angle.cos(), angle.sin()
+    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].bfloat16() for t in (cos, sin))
+
+    def turned(x):
+        left, right = x.chunk(2, -1)
+        return x * wide_cos + torch.cat((-right, left), -1) * wide_sin
+
+    def eager(q, k):  # Hugging Face's
+        return turned(q), turned(k)
+
+    def liger(q, k):  # works on (batch, head, seq, d_head)
+        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), wide_cos[:, 0][None], wide_sin[:, 0][None])
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    ways = {OURS: lambda q, k: kernels.rotary(q, k, cos, sin), "torch eager": eager, "torch.compile": compiled(eager)}
+    if LigerRMSNormFunction:
+        ways["Liger"] = liger
+    size = 2 * batch * seq * (n_head + n_kv_head) * d_head * 2
+    inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))
+    return Work(inputs, ways, "bytes", size, size)
+
+
+def swiglu(device: torch.device, rows: int, d_ff: int) -> Work:
+    def eager(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    ways = {OURS: kernels.swiglu, "torch eager": eager, "torch.compile": compiled(eager)}
+    if LigerRMSNormFunction:
+        ways["Liger"] = lambda gate_up: LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
+    size = rows * d_ff * 2
+    return Work((randn(rows, 2 * d_ff, like=device),), ways, "bytes", 3 * size, 5 * size)
+
+
+def flash_attention(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
+    def sdpa(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_head != n_kv_head).transpose(1, 2)
+
+    def forced(backend):
+        def attention(q, k, v):
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v)
+
+        return attention
+
+    ways = {OURS: kernels.flash_attention}
+    if device.type == "cuda":
+        ways |= {"SDPA flash": forced(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": forced(SDPBackend.CUDNN_ATTENTION)}
+    ways |= {"torch eager": sdpa}
+    shapes = [(batch, seq, heads, d_head) for heads in (n_head, n_kv_head, n_kv_head)]
+    count = kernels.flash_attention_flops
+    needed = [count(batch, seq, seq, n_head, d_head, causal=True, backward=backward) for backward in (False, True)]
+    return Work(tuple(randn(*shape, like=device) for shape in shapes), ways, "flops", *needed)
+
+
+def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int) -> Work:
+    targets = torch.randint(vocab, (rows,), device=device)
+
+    def eager(x, w):
+        return F.cross_entropy((x @ w.t()).float(), targets)
+
+    ways = {
+        OURS: lambda x, w: kernels.linear_cross_entropy(x, w, targets),
+        "torch eager": eager,
+        "torch.compile": compiled(eager),
+        "F.linear_cross_entropy": lambda x, w: F.linear_cross_entropy(x, w, targets),
+    }
+    if LigerRMSNormFunction:
+        ways["Liger"] = lambda x, w: LigerFusedLinearCrossEntropyFunction.apply(x, w, targets)[0]
+    x, weight = randn(rows, width, like=device), (randn(vocab, width, like=device).detach() * width**-0.5).requires_grad_()
+    product = 2 * rows * width * vocab
+    return Work((x, weight), ways, "flops", product, 2 * product, backward_alone=False)
+
+
+OPS = {
+    function.__name__: function for function in (rms_norm, add_rms_norm, rotary, swiglu, flash_attention, linear_cross_entropy)
+}
+SHAPES = {  # the 1B, 3B and 7B of the paper, and longer text; a few rows where there is no GPU
+    "cuda": {
+        "rms_norm": [(16384, 2048), (8192, 4096), (4096, 4096), (4096, 8192)],
+        "add_rms_norm": [(16384, 2048), (8192, 4096), (4096, 8192)],
+        "rotary": [(4, 4096, 32, 32, 64), (2, 4096, 32, 8, 128)],
+        "swiglu": [(16384, 5632), (8192, 11008)],
+        "flash_attention": [(4, 4096, 32, 32, 64), (2, 8192, 32, 32, 64), (4, 4096, 32, 8, 128), (2, 8192, 32, 8, 128)],
+        "linear_cross_entropy": [(16384, 2048, 32000), (8192, 4096, 32000), (4096, 4096, 128256)],
+    },
+    "cpu": {
+        "rms_norm": [(4096, 192)],
+        "add_rms_norm": [(4096, 192)],
+        "rotary": [(16, 256, 3, 3, 64)],
+        "swiglu": [(4096, 512)],
+        "flash_attention": [(16, 256, 3, 3, 64)],
+        "linear_cross_entropy": [(4096, 192, 1024)],
+    },
+}
+NO_GPU_WAYS = (OURS, "torch eager", "F.linear_cross_entropy")
+
+
+def passes(work: Work, way: Callable) -> dict[str, Callable[[], object]]:
+    """Forward alone, backward alone and both of one way, to be timed; they run here first, so what cannot work fails here."""
+    outputs, upstream = forward_with_grad(work, way)
+
+    @torch.no_grad()
+    def forward():
+        return way(*work.inputs)
+
+    def backward():
+        return torch.autograd.grad(outputs, work.inputs, upstream, retain_graph=True)
+
+    def both():
+        return torch.autograd.grad(as_tuple(way(*work.inputs)), work.inputs, upstream)
+
+    calls = {"forward": forward, "backward": backward, "both": both}
+    if not work.backward_alone:
+        del calls["backward"]
+    for call in calls.values():
+        call()
+    return calls
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def forward_with_grad(work: Work, way: Callable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Outputs, and a gradient to send back through each."""
+    outputs = as_tuple(way(*work.inputs))
+    return outputs, [torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out) for out in outputs]
+
+
+def extra_bytes(work: Work, way: Callable) -> int | None:
+    """Peak memory that forward and backward take beyond the inputs and their gradients (CUDA)."""
+    device = work.inputs[0].device
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs, upstream = forward_with_grad(work, way)
+    torch.autograd.grad(outputs, work.inputs, upstream)
+    gradients = sum(x.nbytes for x in work.inputs)
+    return torch.cuda.max_memory_allocated(device) - before - gradients
+
+
+def roofline(device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
+    """A large copy and a large matrix product, with the bytes and FLOPs they are."""
+    numbers, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
+    source = torch.empty(numbers // 2, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return {"bytes": (lambda: target.copy_(source), 2 * source.nbytes), "flops": (lambda: a @ b, 2 * side**3)}
+
+
+def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int) -> list[dict]:
+    """Rows of the result for one operation at one shape."""
+    torch.manual_seed(0)
+    work = OPS[op](device, *shape)
+    limit, limit_size = roofline(device)[work.unit]
+    timed: dict[tuple[str, str], Callable] = {(ROOFLINE, "forward"): limit}
+    failures, memory = {}, {}
+    for name, way in work.ways.items():
+        if device.type != "cuda" and name not in NO_GPU_WAYS:
+            continue
+        try:
+            timed |= {(name, direction): call for direction, call in passes(work, way).items()}
+            memory[name] = extra_bytes(work, way)
+        except Exception as error:  # a peer may not know this GPU or shape; ours has to
+            if name == OURS:
+                raise
+            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    seconds = interleaved(timed, samples, device)
+    best_rate = limit_size / statistics.median(seconds.pop((ROOFLINE, "forward")))
+    about = {"op": op, "shape": "x".join(map(str, shape)), "unit": work.unit, "roofline_per_s": best_rate}
+    rows = []
+    for (name, direction), taken in seconds.items():
+        low, median, high = statistics.quantiles(taken, n=4)
+        needed = {"forward": work.forward, "backward": work.backward, "both": work.forward + work.backward}
+        rate = needed[direction] / median
+        numbers = {"seconds": median, "spread": (high - low) / 2 / median, "per_s": rate, "of_roofline": rate / best_rate}
+        rows.append(about | {"way": name, "direction": direction, "extra_bytes": memory[name]} | numbers)
+    rows += [about | {"way": name, "failed": why} for name, why in failures.items()]
+    return rows
+
+
+def show(rows: list[dict], console: Console) -> None:
+    table = Table(title="kernels and their peers (median; ours / theirs in time: above 1 we are faster)")
+    for name in ("op", "shape", "way", "direction", "ms", "± %", "rate", "of roofline", "theirs / ours", "extra MiB"):
+        table.add_column(name, justify="left" if name in ("op", "shape", "way", "direction") else "right")
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["op"], row["shape"], row["way"], "failed: " + row["failed"], *[""] * 6)
+            continue
+        unit = "TB/s" if row["unit"] == "bytes" else "TFLOP/s"
+        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
+        numbers = f"{1e3 * row['seconds']:.4f}", f"{100 * row['spread']:.1f}", f"{row['per_s'] / 1e12:.3f} {unit}"
+        share, gain = f"{100 * row['of_roofline']:.1f} %", f"{ratio(row, rows):.2f}"
+        table.add_row(row["op"], row["shape"], row["way"], row["direction"], *numbers, share, gain, memory)
+    console.print(table)
+
+
+def ratio(row: dict, rows: list[dict]) -> float:
+    """Seconds of this way over ours: how many times as fast ours is."""
+    same = ("op", "shape", "direction")
+    ours = next(r for r in rows if r["way"] == OURS and all(r[key] == row[key] for key in same))
+    return row["seconds"] / ours["seconds"]
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Share of the roofline, a panel per direction, a group of bars per operation and shape, a bar per way."""
+    rows = [row for row in rows if "failed" not in row]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    groups = list(dict.fromkeys((row["op"], row["shape"]) for row in rows))
+    figure, panels = plt.subplots(3, 1, figsize=(max(8, 1.1 * len(groups) + 2), 10), dpi=130, sharex=True)
+    for axes, direction in zip(panels, ("forward", "backward", "both"), strict=True):
+        for i, way in enumerate(ways):
+            found = {(row["op"], row["shape"]): row for row in rows if row["way"] == way and row["direction"] == direction}
+            at = [g + (i - (len(ways) - 1) / 2) * 0.8 / len(ways) for g, group in enumerate(groups) if group in found]
+            heights = [100 * found[group]["of_roofline"] for group in groups if group in found]
+            axes.bar(at, heights, 0.8 / len(ways), label=way, color="#d1495b" if way == OURS else plt.cm.Greys(0.3 + 0.12 * i))
+        axes.axhline(100, color="black", lw=0.6)
+        axes.set_ylabel(f"{direction}\n% of the machine's own rate")
+        axes.grid(axis="y", alpha=0.25)
+    panels[0].legend(frameon=False, ncols=len(ways), loc="lower left", bbox_to_anchor=(0, 1))
+    panels[0].set_title(title, pad=28, fontsize=10)
+    panels[-1].set_xticks(range(len(groups)), [f"{op}\n{shape}" for op, shape in groups], rotation=30, ha="right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(command: Command) -> dict:
+    console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 180)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = set(command.op) - set(OPS)
+    if unknown:
+        raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    if command.samples < 4:
+        raise UserError(f"samples is {command.samples}; quartiles need at least 4")
+    shapes = [(op, shape) for op in (command.op or OPS) for shape in SHAPES[device.type][op]]
+    shapes = [(op, s) for op, s in shapes if not command.shape or any(part in "x".join(map(str, s)) for part in command.shape)]
+    if not shapes:
+        raise UserError(f"no shape here is named like {' or '.join(command.shape)}")
+    if device.type == "cpu":
+        console.print("no GPU: only the torch reference paths are timed, and nothing here is about the kernels")
+    rows = []
+    for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        rows += measure(op, shape, device, command.samples)
+    answer = {"what": "bench/kernels.py", "device": device_name(device), "dtype": "bfloat16", "samples": command.samples}
+    answer |= {"versions": versions() | _liger_version(), "git_commit": git_commit(), "date": date.today().isoformat()}
+    answer["rows"] = rows
+    slug = answer["device"].split(",")[0].lower().replace("(r)", "").replace(" ", "-")
+    out = command.out or ROOT / f"bench/results/kernels-{slug}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(answer, indent=1) + "\n")
+    what = "kernels" if device.type == "cuda" else "torch reference paths, no GPU"
+    draw(rows, f"{what} on {answer['device']}, bf16, median of {command.samples}", out.with_suffix(".png"))
+    show(rows, console)
+    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
+    return answer
+
+
+def _liger_version() -> dict[str, str]:
+    if LigerRMSNormFunction is None:
+        return {}
+    from importlib.metadata import version
+
+    return {"liger-kernel": version("liger-kernel")}
+
+
+if __name__ == "__main__":
+    with exits_cleanly():
+        command = tyro.cli(Command, use_underscores=True)
+        result = main(command)
+        if command.json:
+            print(json.dumps(result))

@@ -78,6 +78,8 @@ class Command:
     """Calls of each that are timed."""
     out: Path | None = None
     """The JSON file; the picture stands beside it. Default: bench/results/kernels-DEVICE.json"""
+    floor: bool = False
+    """Instead of timing: print what each must spend and what that takes an H200 by its data sheet, as in docs/kernels.md."""
     json: bool = False
     """Print the result as one JSON object; everything else goes to standard error."""
 
@@ -301,6 +303,29 @@ def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int)
     return rows
 
 
+H200 = {"bytes": 4.8e12, "flops": 989e12}  # per second: memory and dense bf16 of the data sheet
+
+
+def floors(shapes: list[tuple[str, tuple[int, ...]]]) -> list[dict]:
+    """What each operation must spend and the least time that this takes an H200. No tensor is filled."""
+    answer = []
+    for op, shape in shapes:
+        work = OPS[op](torch.device("meta"), *shape)
+        spent = {"forward": work.forward, "backward": work.backward, "unit": work.unit}
+        seconds = {f"floor_{d}_us": 1e6 * spent[d] / H200[work.unit] for d in ("forward", "backward")}
+        answer.append({"op": op, "shape": "x".join(map(str, shape))} | spent | seconds)
+    return answer
+
+
+def floor_table(rows: list[dict]) -> str:
+    lines = ["| op | shape | forward | floor | backward | floor |", "|---|---|--:|--:|--:|--:|"]
+    for row in rows:
+        scale, unit = (1e6, "MB") if row["unit"] == "bytes" else (1e9, "GFLOP")
+        cells = (f"{row[d] / scale:,.0f} {unit} | {row[f'floor_{d}_us']:,.0f} µs" for d in ("forward", "backward"))
+        lines.append(f"| {row['op']} | {row['shape']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def show(rows: list[dict], console: Console) -> None:
     table = Table(title="kernels and their peers (median; ours / theirs in time: above 1 we are faster)")
     for name in ("op", "shape", "way", "direction", "ms", "± %", "rate", "of roofline", "theirs / ours", "extra MiB"):
@@ -355,10 +380,15 @@ def main(command: Command) -> dict:
         raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
     if command.samples < 4:
         raise UserError(f"samples is {command.samples}; quartiles need at least 4")
-    shapes = [(op, shape) for op in (command.op or OPS) for shape in SHAPES[device.type][op]]
+    sizes = SHAPES["cuda" if command.floor else device.type]
+    shapes = [(op, shape) for op in (command.op or OPS) for shape in sizes[op]]
     shapes = [(op, s) for op, s in shapes if not command.shape or any(part in "x".join(map(str, s)) for part in command.shape)]
     if not shapes:
         raise UserError(f"no shape here is named like {' or '.join(command.shape)}")
+    if command.floor:
+        rows = floors(shapes)
+        console.print(floor_table(rows), soft_wrap=True)
+        return {"what": "least work and time by data sheet", "device": "NVIDIA H200", "per_s": H200, "rows": rows}
     if device.type == "cpu":
         console.print("no GPU: only the torch reference paths are timed, and nothing here is about the kernels")
     rows = []

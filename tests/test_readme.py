@@ -78,3 +78,8 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
 def test_pictures_and_files_named_in_the_readme_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"^\| `([\w./]+)`", README, re.M):
         assert (ROOT / path).exists(), path
+
+
+def test_floors_in_the_kernel_notes_are_the_benchmarks():
+    done = subprocess.run([sys.executable, "bench/kernels.py", "--floor"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (ROOT / "docs/kernels.md").read_text()

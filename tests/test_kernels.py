@@ -167,6 +167,8 @@ def test_swiglu_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
     assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (gate_up,), monkeypatch)
     strided = randn(4, 6, 2 * shape[-1], target=target, grad=False).transpose(0, 1)[..., : shape[-1]].requires_grad_()
     assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (strided,), monkeypatch)
+    apart = randn(5, 3 * shape[-1], target=target, grad=False)[:, : shape[-1]].requires_grad_()  # walked without a copy
+    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (apart,), monkeypatch)
 
 
 ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
@@ -188,6 +190,14 @@ ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention_obeys_error_rule(shape, target, monkeypatch):
     check_attention(*attention_inputs(*shape[:-1], target), target, monkeypatch, causal=shape[-1])
+
+
+@on_every_target
+def test_attention_of_1000_tokens_obeys_error_rule(target, monkeypatch):
+    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):  # tiles that the interpreter is done with soon
+        rows = configs.TABLE[kernel] | {configs.CHECKING: {256: configs.attention(128, 128, 4, 1)}}
+        monkeypatch.setitem(configs.TABLE, kernel, rows)
+    check_attention(*attention_inputs(1, 1000, 1000, 2, 1, 32, target), target, monkeypatch)
 
 
 @on_every_target
@@ -357,6 +367,15 @@ def test_triton_operations_pass_opcheck(target):
 
 
 @on_every_target
+def test_cross_entropy_rows_pass_opcheck(target):
+    x, weight = randn(6, 40, target=target, grad=False), randn(61, 40, target=target, grad=False)
+    targets, scale = torch.arange(6, device=target[0]), torch.rand(6, device=target[0])
+    for row_scale, gradients in ((None, False), (None, True), (scale, True)):
+        args = (x, weight, targets, row_scale, -100, 1e-4, gradients, target[1] == "triton")
+        torch.library.opcheck(torch.ops.nanostack.linear_cross_entropy_rows.default, args)
+
+
+@on_every_target
 def test_flop_counter_sees_attention_forward_and_backward(target):
     q, k, v = attention_inputs(2, 24, 24, 4, 2, 32, target)
     with FlopCounterMode(display=False) as counter:
@@ -384,6 +403,8 @@ def test_cross_entropy_obeys_error_rule_in_any_chunks(chunk_rows, options, targe
     module = importlib.import_module("kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 61 * chunk_rows)
     monkeypatch.setattr(module, "CHUNK_ROWS", 1)
+    if chunk_rows == 5:  # a row of logits in one piece, or in several
+        monkeypatch.setitem(configs.TABLE, "cross_entropy", {80: {configs.ANY: configs.row(4, BLOCK_V=16)}})
     x, weight = randn(3, 7, 40, target=target), randn(61, 40, target=target, seed=1, scale=0.3)
     targets = (torch.arange(21, device=target[0]) * 5 % 61).view(3, 7)
     targets[0, 1:4] = options.get("ignore_index", -100)

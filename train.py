@@ -235,7 +235,7 @@ class Run:
             return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
         path = str(self.out / "trace.json")
         return profile(
-            schedule=schedule(wait=1, warmup=1, active=n, repeat=1),
+            schedule=schedule(wait=1, warmup=1, active=max(1, min(n, self.steps_left - 2)), repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(path),
         )
 

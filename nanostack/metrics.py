@@ -68,7 +68,8 @@ class Metrics:
     def resume(self, stage: int, samples: int, header: dict) -> float:
         """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far.
 
-        `header` is written where the file has none of its own any more.
+        Where `header` differs (another config, commit or number of devices) it takes the place of the old one, which it keeps
+        in its list `before`.
         """
         if not self._writes:
             return 0.0
@@ -83,8 +84,11 @@ class Metrics:
                 break
             seconds = record.get("seconds", seconds)
             lines.append(line + "\n")
+        old = json.loads(lines[0]) if lines else {}
+        before = old.pop("before", []) + ([old] if old and old != header else [])
+        first = json.dumps(header | ({"before": before} if before else {})) + "\n"
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(lines) or json.dumps(header) + "\n")
+        partial.write_text(first + "".join(lines[1:]))
         os.replace(partial, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115
         return seconds

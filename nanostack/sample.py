@@ -1,5 +1,6 @@
 """Text from a checkpoint: `python -m nanostack.sample out/quickstart/grown/ckpt.pt --data data/stdlib --prompt "def "`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ class Command:
     temperature: float = 0.8
     top_k: int = 50
     seed: int = 0
+    json: bool = False
+    """Print one JSON object with prompt, text and seed."""
 
 
 @torch.no_grad()
@@ -59,4 +62,6 @@ def main(command: Command) -> str:
 
 if __name__ == "__main__":
     with exits_cleanly():
-        print(main(tyro.cli(Command, use_underscores=True)))
+        command = tyro.cli(Command, use_underscores=True)
+        text = main(command)
+        print(json.dumps({"prompt": command.prompt, "text": text, "seed": command.seed}) if command.json else text)

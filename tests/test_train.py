@@ -122,8 +122,11 @@ def test_stage_made_shorter_on_resume_ends_at_once_and_the_next_is_whole(trainer
     out = trainer.good("run", "--stages.0.tokens", "2048", "--stages.1.tokens", "512")
     for name in ("ckpt.pt", "ckpt-80.pt"):
         (out / name).unlink()
+    planned = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     trainer.good("run", "--resume", "--stages.0.tokens", "1024", "--stages.1.tokens", "1024")
     assert checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"] == 2048 + 1024
+    header = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["before"] == [planned] and header["config_sha256"] != planned["config_sha256"]
 
 
 def test_resuming_a_finished_run_changes_nothing(trainer):
@@ -223,7 +226,8 @@ def test_init_from_carries_weights_cursor_and_ledger(trainer, finished):
 
 
 def test_profile_writes_a_trace(trainer):
-    out = trainer.good("run", "--profile", "2", "--stages.0.tokens", "2048", "--stages.1.tokens", "512")
+    """Of as many steps as there are, where there are fewer than asked for."""
+    out = trainer.good("run", "--profile", "20", "--stages.0.tokens", "2048", "--stages.1.tokens", "512")
     assert any("linear" in event.get("name", "") for event in json.loads((out / "trace.json").read_text())["traceEvents"])
 
 

@@ -1,4 +1,4 @@
-"""The quickstart on any machine: 2 layers trained for 40 % of the FLOPs, stacked ×4 in place, and trained on as 8 layers.
+"""The quickstart on any machine: 2 layers trained for 25 % of the FLOPs, stacked ×4 in place, and trained on as 8 layers.
 
 `make quickstart` runs it beside its two controls, quickstart_scratch.py and quickstart_base.py, at the same FLOPs.
 """
@@ -10,8 +10,8 @@ config = Train(
     data=Data("data/stdlib", val_tokens=65_536),
     model=LlamaConfig(n_layer=2, n_head=3, n_kv_head=3, d_model=192, d_ff=512, vocab_size=None, seq_len=256),
     stages=(
-        Stage(tokens=1_826_816, lr=2e-3, schedule="constant", warmup_tokens=122_880),
-        grow("stack", g=4, tokens=892_928, lr=2e-3, min_lr=1e-4, warmup_tokens=122_880),
+        Stage(tokens=1_142_784, lr=4e-3, schedule="constant", warmup_tokens=122_880),
+        grow("stack", g=4, tokens=1_114_112, lr=4e-3, min_lr=2e-4, warmup_tokens=122_880),
     ),
     batch_tokens=4096,
     micro_batch=16,

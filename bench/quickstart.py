@@ -259,6 +259,7 @@ def sweep(command: Command, console: Console) -> dict:
 
 def combine(command: Command, console: Console) -> dict:
     summaries = [json.loads(path.read_text()) for path in command.results]
+    command.out.mkdir(parents=True, exist_ok=True)
     draw(summaries, command.out / "speedup.png")
     gains = [summary["speedup"] for summary in summaries]
     answer = {"seeds": [summary["seed"] for summary in summaries], "speedup": gains}

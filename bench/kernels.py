@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +56,19 @@ except ImportError:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """A way with inputs of its own: laid out as it likes them best, or because it writes to them."""
+
+    way: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """One operation at one shape: inputs, the ways to compute it, and the least it must spend forward and backward."""
 
     inputs: tuple[Tensor, ...]
-    ways: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
+    ways: dict[str, Callable[..., Tensor | tuple[Tensor, ...]] | Apart]
     unit: str  # "bytes" or "flops", whichever limits it
     forward: int
     backward: int
@@ -133,10 +142,10 @@ def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: i
         return q.transpose(1, 2), k.transpose(1, 2)
 
     ways = {OURS: lambda q, k: kernels.rotary(q, k, cos, sin), "torch eager": eager, "torch.compile": compiled(eager)}
-    if LigerRMSNormFunction:
-        ways["Liger"] = liger
-    size = 2 * batch * seq * (n_head + n_kv_head) * d_head * 2
     inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))
+    if LigerRMSNormFunction:  # turns its inputs in place
+        ways["Liger"] = Apart(liger, tuple(x.detach().clone().requires_grad_() for x in inputs))
+    size = 2 * batch * seq * (n_head + n_kv_head) * d_head * 2
     return Work(inputs, ways, "bytes", size, size)
 
 
@@ -146,8 +155,9 @@ def swiglu(device: torch.device, rows: int, d_ff: int) -> Work:
         return F.silu(gate) * up
 
     ways = {OURS: kernels.swiglu, "torch eager": eager, "torch.compile": compiled(eager)}
-    if LigerRMSNormFunction:
-        ways["Liger"] = lambda gate_up: LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
+    if LigerRMSNormFunction:  # takes the halves apart, and its backward writes over them
+        halves = (randn(rows, d_ff, like=device), randn(rows, d_ff, like=device))
+        ways["Liger"] = Apart(lambda gate, up: LigerSiLUMulFunction.apply(gate, up), halves)
     size = rows * d_ff * 2
     return Work((randn(rows, 2 * d_ff, like=device),), ways, "bytes", 3 * size, 5 * size)
 
@@ -167,7 +177,7 @@ def flash_attention(device: torch.device, batch: int, seq: int, n_head: int, n_k
     ways = {OURS: kernels.flash_attention}
     if device.type == "cuda":
         ways |= {"SDPA flash": forced(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": forced(SDPBackend.CUDNN_ATTENTION)}
-    ways |= {"torch eager": sdpa}
+    ways |= {"torch eager": sdpa, "torch.compile": compiled(sdpa)}
     shapes = [(batch, seq, heads, d_head) for heads in (n_head, n_kv_head, n_kv_head)]
     count = kernels.flash_attention_flops
     needed = [count(batch, seq, seq, n_head, d_head, causal=True, backward=backward) for backward in (False, True)]
@@ -176,6 +186,7 @@ def flash_attention(device: torch.device, batch: int, seq: int, n_head: int, n_k
 
 def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int) -> Work:
     targets = torch.randint(vocab, (rows,), device=device)
+    in_chunks = LinearCrossEntropyOptions(allow_retain_graph=False)  # without options it is the eager form
 
     def eager(x, w):
         return F.cross_entropy((x @ w.t()).float(), targets)
@@ -184,7 +195,7 @@ def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int
         OURS: lambda x, w: kernels.linear_cross_entropy(x, w, targets),
         "torch eager": eager,
         "torch.compile": compiled(eager),
-        "F.linear_cross_entropy": lambda x, w: F.linear_cross_entropy(x, w, targets),
+        "F.linear_cross_entropy": lambda x, w: F.linear_cross_entropy(x, w, targets, options=in_chunks),
     }
     if LigerRMSNormFunction:
         ways["Liger"] = lambda x, w: LigerFusedLinearCrossEntropyFunction.apply(x, w, targets)[0]
@@ -202,7 +213,13 @@ SHAPES = {  # the 1B, 3B and 7B of the paper, and longer text; a few rows where 
         "add_rms_norm": [(16384, 2048), (8192, 4096), (4096, 8192)],
         "rotary": [(4, 4096, 32, 32, 64), (2, 4096, 32, 8, 128)],
         "swiglu": [(16384, 5632), (8192, 11008)],
-        "flash_attention": [(4, 4096, 32, 32, 64), (2, 8192, 32, 32, 64), (4, 4096, 32, 8, 128), (2, 8192, 32, 8, 128)],
+        "flash_attention": [
+            (4, 4096, 32, 32, 64),
+            (2, 8192, 32, 32, 64),
+            (4, 4096, 16, 16, 128),
+            (2, 8192, 16, 16, 128),
+            (2, 8192, 32, 8, 128),
+        ],
         "linear_cross_entropy": [(16384, 2048, 32000), (8192, 4096, 32000), (4096, 4096, 128256)],
     },
     "cpu": {
@@ -217,22 +234,22 @@ SHAPES = {  # the 1B, 3B and 7B of the paper, and longer text; a few rows where 
 NO_GPU_WAYS = (OURS, "torch eager", "F.linear_cross_entropy")
 
 
-def passes(work: Work, way: Callable) -> dict[str, Callable[[], object]]:
+def passes(way: Callable, inputs: tuple[Tensor, ...], backward_alone: bool) -> dict[str, Callable[[], object]]:
     """Forward alone, backward alone and both of one way, to be timed; they run here first, so what cannot work fails here."""
-    outputs, upstream = forward_with_grad(work, way)
+    outputs, upstream = forward_with_grad(way, inputs)
 
     @torch.no_grad()
     def forward():
-        return way(*work.inputs)
+        return way(*inputs)
 
     def backward():
-        return torch.autograd.grad(outputs, work.inputs, upstream, retain_graph=True)
+        return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
 
     def both():
-        return torch.autograd.grad(as_tuple(way(*work.inputs)), work.inputs, upstream)
+        return torch.autograd.grad(as_tuple(way(*inputs)), inputs, upstream)
 
     calls = {"forward": forward, "backward": backward, "both": both}
-    if not work.backward_alone:
+    if not backward_alone:
         del calls["backward"]
     for call in calls.values():
         call()
@@ -243,23 +260,23 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def forward_with_grad(work: Work, way: Callable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+def forward_with_grad(way: Callable, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs, and a gradient to send back through each."""
-    outputs = as_tuple(way(*work.inputs))
+    outputs = as_tuple(way(*inputs))
     return outputs, [torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out) for out in outputs]
 
 
-def extra_bytes(work: Work, way: Callable) -> int | None:
+def extra_bytes(way: Callable, inputs: tuple[Tensor, ...]) -> int | None:
     """Peak memory that forward and backward take beyond the inputs and their gradients (CUDA)."""
-    device = work.inputs[0].device
+    device = inputs[0].device
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    outputs, upstream = forward_with_grad(work, way)
-    torch.autograd.grad(outputs, work.inputs, upstream)
-    gradients = sum(x.nbytes for x in work.inputs)
+    outputs, upstream = forward_with_grad(way, inputs)
+    torch.autograd.grad(outputs, inputs, upstream)
+    gradients = sum(x.nbytes for x in inputs)
     return torch.cuda.max_memory_allocated(device) - before - gradients
 
 
@@ -275,6 +292,7 @@ def roofline(device: torch.device) -> dict[str, tuple[Callable[[], object], int]
 def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int) -> list[dict]:
     """Rows of the result for one operation at one shape."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # a shape is compiled for itself, and not given up on after eight others
     work = OPS[op](device, *shape)
     limit, limit_size = roofline(device)[work.unit]
     timed: dict[tuple[str, str], Callable] = {(ROOFLINE, "forward"): limit}
@@ -282,9 +300,10 @@ def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int)
     for name, way in work.ways.items():
         if device.type != "cuda" and name not in NO_GPU_WAYS:
             continue
+        way, inputs = (way.way, way.inputs) if isinstance(way, Apart) else (way, work.inputs)
         try:
-            timed |= {(name, direction): call for direction, call in passes(work, way).items()}
-            memory[name] = extra_bytes(work, way)
+            timed |= {(name, direction): call for direction, call in passes(way, inputs, work.backward_alone).items()}
+            memory[name] = extra_bytes(way, inputs)
         except Exception as error:  # a peer may not know this GPU or shape; ours has to
             if name == OURS:
                 raise

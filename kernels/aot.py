@@ -15,9 +15,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .configs import ANY, CHECKING, TABLE, Config
+from .configs import ANY, FP32, TABLE, Config, rows_for, rows_of
 from .dispatch import HAS_TRITON, INTERPRETED, triton
 from .flash_attention import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
 from .linear_cross_entropy import cross_entropy_kernel
@@ -33,7 +35,7 @@ from .rms_norm import rms_norm_backward_kernel, rms_norm_forward_kernel
 from .rotary import rotary_kernel
 from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
-SHARED_MEMORY = {80: 99 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # 80 see configs.py
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MATRIX = {9: r"\bHGMMA", 10: r"\bUTC\w*MMA"}  # by major version; HMMA elsewhere
 TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
     ("lse_ptr", "delta_ptr", "dweight_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "loss_ptr", "row_scale_ptr", "logits_ptr"),
@@ -56,7 +58,7 @@ class Case:
     size: int
     call: str
     arch: int
-    rows: int  # architecture whose rows these are
+    dtype: str  # "bf16" or "fp32"
     config: Config
 
 
@@ -71,6 +73,7 @@ class Report:
     stack: int
     shared: int
     instructions: dict[str, int]
+    seconds: float  # of compiling; next to nothing where Triton's cache had it
     faults: list[str]
 
 
@@ -79,6 +82,8 @@ def _kernels() -> dict[str, Kernel]:
         "causal": {"CAUSAL": True, "bounds_ptr": None},
         "full": {"CAUSAL": False, "bounds_ptr": None},
         "causal, documents": {"CAUSAL": True},
+        "documents": {"CAUSAL": False},
+        "causal, pointers": {"CAUSAL": True, "bounds_ptr": None, "TMA": False},  # of tensors that TMA cannot read
     }
     norm_alone = {"residual_ptr": None, "residual_out_ptr": None}
     return {
@@ -102,14 +107,18 @@ def calls_of(kernel: str) -> dict[str, dict]:
     return _kernels()[kernel].calls
 
 
+def shared_memory(arch: int) -> int:
+    """Bytes that a block may use. 8.0 has more than its relatives, for which its rows are too."""
+    return (227 if rows_of(arch // 10) == 90 else 99) * 1024
+
+
 def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
     """Every row that this architecture would use, in every way its kernel is called."""
-    table_arch = 90 if arch // 10 in (9, 10) else 80
-    for name in kernels:
-        for rows_arch in (table_arch if table_arch in TABLE[name] else 80, CHECKING):
-            for size, config in TABLE[name].get(rows_arch, {}).items():
-                for call in calls_of(name):
-                    yield Case(name, size, call, arch, rows_arch, config)
+    for name, (dtype, rows_arch) in product(kernels, (("bf16", rows_of(arch // 10)), ("fp32", FP32))):
+        for size, config in rows_for(name, rows_arch).items():
+            for call in calls_of(name):
+                if call != "causal, pointers" or config.tiles["TMA"]:
+                    yield Case(name, size, call, arch, dtype, config)
 
 
 def constants(case: Case) -> dict:
@@ -125,13 +134,13 @@ def constants(case: Case) -> dict:
 
 
 def compile_case(case: Case):
-    """The compiled kernel, for bf16 tensors (fp32 for rows of CHECKING) that start on 16 bytes."""
+    """The compiled kernel, for tensors that start on 16 bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, fixed = _kernels()[case.kernel].function, constants(case)
     names = [parameter.name for parameter in kernel.params]
-    tensor = "*fp32" if case.rows == CHECKING else "*bf16"
+    tensor = f"*{case.dtype}"
     kinds = {n: TYPES.get(n, tensor if n.endswith("_ptr") else "i32") for n in names}
     signature = {n: "constexpr" if n in fixed else kind for n, kind in kinds.items()}
     sizes = ("_ptr", "_len", "width", "d_ff", "vocab")
@@ -144,7 +153,9 @@ def compile_case(case: Case):
 
 def inspect(case: Case) -> Report:
     """Compile one case and read its cubin."""
+    started = time.perf_counter()
     compiled = compile_case(case)
+    seconds = time.perf_counter() - started
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -156,8 +167,8 @@ def inspect(case: Case) -> Report:
     shared = compiled.metadata.shared
     faults = _faults(case, stack, shared, found, sass)
     size = None if case.size == ANY else case.size
-    dtype = "float32" if case.rows == CHECKING else "bfloat16"
-    return Report(case.kernel, size, case.call, case.arch, dtype, registers, stack, shared, found, faults)
+    about = (case.kernel, size, case.call, case.arch, case.dtype)
+    return Report(*about, registers, stack, shared, found, round(seconds, 2), faults)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -169,10 +180,10 @@ def _faults(case: Case, stack: int, shared: int, found: dict[str, int], sass: st
     faults = []
     if stack > case.config.stack:
         faults.append(f"stack of {stack} bytes, {case.config.stack} allowed")
-    if shared > SHARED_MEMORY[case.arch]:
-        faults.append(f"{shared} bytes of shared memory, {SHARED_MEMORY[case.arch]} there are")
-    if case.rows == CHECKING:
-        return faults
+    if shared > shared_memory(case.arch):
+        faults.append(f"{shared} bytes of shared memory, {shared_memory(case.arch)} there are")
+    if case.dtype == "fp32" and _kernels()[case.kernel].matrix:
+        return faults  # for checking: the matrix units would round
     matrix = MATRIX.get(case.arch // 10, r"\bHMMA")
     if _kernels()[case.kernel].matrix:
         if not re.search(matrix, sass):
@@ -181,7 +192,7 @@ def _faults(case: Case, stack: int, shared: int, found: dict[str, int], sass: st
             faults.append("HMMA, the slow matrix path of this architecture")
     elif not found["load 16 B"]:
         faults.append("no load of 16 bytes at a time")
-    if case.config.tiles.get("TMA") and not found["TMA"]:
+    if constants(case).get("TMA") and not found["TMA"]:
         faults.append("no UTMALDG instruction: TMA is not used")
     return faults
 
@@ -207,7 +218,7 @@ def show(reports: list[Report], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
@@ -223,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         show(reports, Console(width=None if sys.stdout.isatty() else 200))
     faulty = [report for report in reports if report.faults]
     for report in faulty:
-        where = " ".join(filter(None, (report.kernel, str(report.size or ""), report.call, f"sm_{report.arch}")))
+        where = " ".join(filter(None, (report.kernel, str(report.size or ""), report.call, report.dtype, f"sm_{report.arch}")))
         print(f"error: {where}: {'; '.join(report.faults)}", file=sys.stderr)
     return 1 if faulty else 0
 

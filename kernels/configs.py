@@ -8,9 +8,10 @@ and reads registers, stack, shared memory and instructions off the machine code.
 No row has been measured yet: they were chosen from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and from
 what others report of such kernels.
 
-Rows of 90 are for 9.0 and 10.x. Rows of 80 are for all the rest, and for 9.0 where it has none of its own: they keep to the
-99 KiB of shared memory of 8.6, 8.9 and 12.0. Rows of CHECKING are for fp32 attention and for the interpreter, where small tiles
-of unlike height and width show more than fast ones would.
+Rows of 90 are for 9.0; 10.x uses them too, though nobody chose them for it and some spill there. Rows of 80 are for all the
+rest, and for a kernel that has no others: they keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.0. Rows of FP32 are for
+float32 and for the interpreter, where a kernel has them: in attention small tiles of unlike height and width, which show more
+than fast ones would.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 
 ANY = 1 << 62
-CHECKING = 0
-SPILLED_FP32 = 2200  # bytes: fp32 heads of 256 are too wide for the registers, and nobody waits for them
+FP32 = 0
+SPILLED = 2200  # bytes: fp32 heads of 256 are too wide for the registers, and nobody waits for them
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(128, 64, 8, 2),
             256: attention(64, 32, 8, 2),
         },
-        CHECKING: {256: attention(32, 16, 4, 1, stack=SPILLED_FP32)},
+        FP32: {256: attention(32, 16, 4, 1, stack=SPILLED)},
     },
     "attention_dq": {
         90: {
@@ -74,7 +75,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2),
             256: attention(32, 32, 8, 2),
         },
-        CHECKING: {256: attention(32, 16, 4, 1, stack=SPILLED_FP32)},
+        FP32: {256: attention(32, 16, 4, 1, stack=SPILLED)},
     },
     "attention_dk_dv": {
         90: {
@@ -82,7 +83,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             64: attention(64, 128, 8, 3, TMA=True),
             # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width
             128: attention(64, 128, 8, 2, TMA=True, stack=56),
-            256: attention(32, 64, 8, 1, TMA=True),
+            256: attention(32, 64, 8, 1, TMA=True, stack=144),  # with pointers, where TMA cannot read; with TMA it is 0
         },
         80: {
             32: attention(64, 64, 4, 2),
@@ -90,7 +91,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2),
             256: attention(32, 32, 8, 2),
         },
-        CHECKING: {256: attention(16, 32, 4, 1, stack=SPILLED_FP32)},
+        FP32: {256: attention(16, 32, 4, 1, stack=SPILLED)},
     },
     "rms_norm_forward": {
         80: {
@@ -114,6 +115,11 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
             16384: row(32, 1, 1, stack=80, BLOCK_ROWS=1),
         },
+        FP32: {  # twice the bytes: at 8192 three stages would need twice the shared memory there is
+            2048: row(4, 2, 2, BLOCK_ROWS=1),
+            8192: row(16, 1, 1, BLOCK_ROWS=1),
+            16384: row(32, 1, 1, stack=96, BLOCK_ROWS=1),  # as above
+        },
     },
     "rotary": {
         80: {
@@ -130,14 +136,23 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
 
 
 def architecture(device: torch.device, dtype: torch.dtype) -> int:
-    """Which rows serve tensors of this dtype there."""
+    """Whose rows serve tensors of this dtype there."""
     if device.type != "cuda" or dtype == torch.float32:
-        return CHECKING
-    return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
+        return FP32
+    return rows_of(torch.cuda.get_device_capability(device)[0])
+
+
+def rows_of(major: int) -> int:
+    """Whose rows serve a GPU of this major compute capability."""
+    return 90 if major in (9, 10) else 80
+
+
+def rows_for(kernel: str, arch: int) -> dict[int, Config]:
+    """The rows of a kernel by size, for 80, 90 or FP32."""
+    return TABLE[kernel].get(arch) or TABLE[kernel][80]
 
 
 def lookup(kernel: str, size: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """The row that serves this kernel for this size."""
-    rows = TABLE[kernel]
-    rows = rows.get(architecture(device, dtype)) or rows[80]
+    """The row that serves this kernel for this size, which must not be larger than the largest there is."""
+    rows = rows_for(kernel, architecture(device, dtype))
     return next(config for limit, config in rows.items() if size <= limit)

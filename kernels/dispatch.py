@@ -118,8 +118,22 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_tensor(name: str, tensor: object) -> None:
+    """Raise ValueError unless it is a tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} is {tensor!r:.80}; it must be a torch.Tensor")
+
+
+def require_number(name: str, value: object, whole: bool = False) -> None:
+    """Raise ValueError unless it is a real number, or a `whole` one."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} is {value!r:.80}; it must be {'a whole number' if whole else 'a number'}")
+
+
 def require_like(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor, dtype: bool = True) -> None:
-    """Raise ValueError unless both tensors are on one device and (with `dtype`) of one dtype."""
+    """Raise ValueError unless both are tensors on one device and (with `dtype`) of one dtype."""
+    require_tensor(name, tensor)
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device")
     if dtype and tensor.dtype != like.dtype:
@@ -127,6 +141,7 @@ def require_like(name: str, tensor: torch.Tensor, like_name: str, like: torch.Te
 
 
 def require_floating(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError unless the tensor holds real floating-point numbers."""
+    """Raise ValueError unless it is a tensor of real floating-point numbers."""
+    require_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; it must be a floating-point tensor")

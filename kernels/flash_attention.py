@@ -20,7 +20,7 @@ from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .configs import lookup
-from .dispatch import launch, require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
+from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, unit_stride, use_triton, wide
 
 MAX_D_HEAD = 256  # wider heads do not fit into the registers
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
@@ -238,6 +238,7 @@ def launch_config(kernel: str, d_head: int, *tensors: torch.Tensor) -> dict[str,
     config = lookup(kernel, d_head, like.device, like.dtype).launch()
     starts = [start for x in tensors for start in (x.storage_offset(), *x.stride()[:3])]
     tma = config["TMA"] and all(start * like.element_size() % 16 == 0 for start in starts)
+    tma = tma and all(x.stride(1) > 0 for x in tensors)  # an expanded tensor repeats one row, and no descriptor does
     return config | {"BLOCK_D": max(16, triton.next_power_of_2(d_head)), "TMA": tma}
 
 
@@ -334,10 +335,14 @@ _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """(2, seq_len) int32: first position of each position's document, and one past its last."""
+    """(2, seq_len) int32: first position of each position's document, and one past its last.
+
+    Where cu_seqlens does not rise from 0 to seq_len all documents are empty, and attention to nothing is nan.
+    """
     position = torch.arange(seq_len, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
-    return torch.stack((cu_seqlens[document], cu_seqlens[document + 1])).to(torch.int32)
+    sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len) & (cu_seqlens.diff() >= 0).all()
+    return torch.stack((cu_seqlens[document], cu_seqlens[document + 1])).to(torch.int32) * sound
 
 
 def flash_attention(
@@ -354,12 +359,16 @@ def flash_attention(
 
     scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
     documents of a batch of 1 (view (B, T) as (1, B·T) first). return_lse adds lse (B, H, T), natural log, fp32, no gradient.
+    Raises ValueError, which names the argument, for what does not fit together. The values of cu_seqlens are checked on the
+    CPU only; on a GPU, which nothing here waits for, values that do not rise from 0 to T make the result nan.
     """
-    _check(q, k, v, causal, cu_seqlens)
+    _check(q, k, v, causal, scale, cu_seqlens)
     refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[-1]}" if q.shape[-1] > MAX_D_HEAD else None
     on_triton = use_triton(backend, q, refusal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if on_triton and q.numel():
+        if cu_seqlens is not None and not cu_seqlens.is_cuda:
+            _checked_edges(cu_seqlens, q.shape[1])
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
         return (out, lse) if return_lse else out
@@ -369,11 +378,14 @@ def flash_attention(
     return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
 
 
-def _check(q, k, v, causal, cu_seqlens):
+def _check(q, k, v, causal, scale, cu_seqlens):
+    if scale is not None:
+        require_number("scale", scale)
     require_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
         require_like(name, x, "q", q)
+        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
+    require(q.shape[3] > 0, f"q has shape {tuple(q.shape)}; its heads are empty")
     shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
     require(v.shape == k.shape, f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
     require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
@@ -387,6 +399,13 @@ def _check(q, k, v, causal, cu_seqlens):
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     require(offsets, f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
     require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
+
+
+def _checked_edges(cu_seqlens, seq_len):
+    edges = cu_seqlens.tolist()
+    rising = edges[0] == 0 and edges[-1] == seq_len and edges == sorted(edges)
+    require(rising, f"cu_seqlens is {edges}; it must rise from 0 to {seq_len}, the length of q")
+    return edges
 
 
 def _reference(q, k, v, causal, scale):
@@ -406,9 +425,7 @@ def _reference_lse(q, k, causal, scale):
 
 @torch.compiler.disable  # the shapes depend on the values of cu_seqlens
 def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
-    edges = cu_seqlens.tolist()
-    rising = edges[0] == 0 and edges[-1] == q.shape[1] and edges == sorted(edges)
-    require(rising, f"cu_seqlens is {edges}; it must rise from 0 to {q.shape[1]}, the length of q")
+    edges = _checked_edges(cu_seqlens, q.shape[1])
     documents = [slice(start, end) for start, end in pairwise(edges) if start < end]
     out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
     if not return_lse:

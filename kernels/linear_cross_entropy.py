@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .configs import ANY, lookup
-from .dispatch import launch, require, require_floating, require_like, tl, triton, use_triton, wide
+from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, use_triton, wide
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 8·V·D bytes for the 6·V·D FLOPs of each of its rows
@@ -64,6 +64,7 @@ def cross_entropy_kernel(
             column = start + tl.arange(0, BLOCK_V)
             logits = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
             dlogits = tl.exp2((logits - lse) * LOG2_E) * softmax_scale - tl.where(column == target, scale, 0.0)
+            dlogits = tl.where(kept, dlogits, 0.0)  # whatever the logits are: nan times 0 is nan
             tl.store(dlogits_ptr + column, dlogits.to(dlogits_ptr.dtype.element_ty), mask=column < vocab)
 
 
@@ -77,19 +78,22 @@ def _rows_triton(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits
 
 def _rows_torch(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits):
     kept = (targets != ignore_index).unsqueeze(1)
-    target = torch.where(kept, targets.unsqueeze(1), 0)
+    inside = ((targets >= 0) & (targets < logits.shape[1])).unsqueeze(1)
+    target = torch.where(kept & inside, targets.unsqueeze(1), 0)
     log_probs = torch.log_softmax(logits, dim=1)
     target_log_prob = log_probs.gather(1, target)
     lse = logits.gather(1, target) - target_log_prob
-    loss.copy_(torch.where(kept, z_loss * lse.square() - target_log_prob, 0).squeeze(1))
+    row_loss = torch.where(inside, z_loss * lse.square() - target_log_prob, torch.nan)
+    loss.copy_(torch.where(kept, row_loss, 0).squeeze(1))
     if dlogits is None:
         return
     wide_dlogits = log_probs.exp_()
     if z_loss:
         wide_dlogits.mul_(1 + 2 * z_loss * lse)
     wide_dlogits.scatter_add_(1, target, -torch.ones_like(lse))
-    scale = kept.to(logits.dtype) if row_scale is None else kept * row_scale.unsqueeze(1)
-    dlogits.copy_(wide_dlogits.mul_(scale))
+    if row_scale is not None:
+        wide_dlogits.mul_(row_scale.unsqueeze(1))
+    dlogits.copy_(wide_dlogits.masked_fill_(~kept, 0))
 
 
 @torch.library.custom_op("nanostack::linear_cross_entropy_rows", mutates_args=())
@@ -102,6 +106,7 @@ def rows_op(
     x (N, D) and weight (V, D) in the compute dtype, targets (N,). Opaque to torch.compile, which would unroll the chunks.
     """
     rows, vocab = x.shape[0], weight.shape[0]
+    targets = targets.contiguous()
     loss = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
     dweight = torch.zeros(weight.shape if gradients else 0, dtype=loss.dtype, device=x.device)
@@ -147,30 +152,40 @@ if torch.ops.nanostack.linear_cross_entropy_rows not in flop_registry:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, reduction, z_loss, gradients, on_triton):
-        ctx.reduction, ctx.weight_dtype, ctx.options = reduction, weight.dtype, (ignore_index, z_loss)
-        ctx.on_triton = on_triton
-        cast = weight.to(x.dtype)
-        eager = gradients and reduction != "none"
-        loss, dx, dweight = rows_op(x, cast, targets, None, *ctx.options, eager, on_triton)
-        if reduction == "none":  # each row's weight is known only in the backward pass, which starts again from the inputs
-            ctx.save_for_backward(x, weight, targets)
+        ctx.options = (ignore_index, z_loss, True, on_triton)
+        ctx.save_for_backward(x, weight, targets)
+        # "none": each row's weight is known only in the backward pass, which starts again from the inputs.
+        early = gradients and reduction != "none"
+        loss, dx, dweight = rows_op(x, weight.to(x.dtype), targets, None, ignore_index, z_loss, early, on_triton)
+        ctx.gradients = (dx, dweight) if early else None
+        if reduction == "none":
+            ctx.factor = None
             return loss
-        factor = torch.ones_like(loss[:0].sum())
+        ctx.factor = torch.ones_like(loss[:0].sum())
         if reduction == "mean":
-            factor = 1 / (targets != ignore_index).sum().clamp(min=1).to(loss.dtype)
-        ctx.save_for_backward(dx, dweight, factor)
-        return loss.sum() * factor
+            ctx.factor = 1 / (targets != ignore_index).sum().clamp(min=1).to(loss.dtype)
+        return loss.sum() * ctx.factor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        if ctx.reduction == "none":
-            x, weight, targets = ctx.saved_tensors
-            _, dx, dweight = rows_op(x, weight.to(x.dtype), targets, dloss, *ctx.options, True, ctx.on_triton)
-        else:
-            dx, dweight, factor = ctx.saved_tensors
-            dx, dweight = dx * (dloss * factor).to(dx.dtype), dweight * (dloss * factor)
-        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None, None
+        x, weight, targets = ctx.saved_tensors
+        if ctx.factor is None:
+            _, dx, dweight = rows_op(x, weight.to(x.dtype), targets, dloss, *ctx.options)
+            return dx, dweight.to(weight.dtype), None, None, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward through a retained graph: the first one scaled what there was in place
+            _, *gradients = rows_op(x, weight.to(x.dtype), targets, None, *ctx.options)
+        return *_scaled(*gradients, dloss * ctx.factor, weight.dtype), None, None, None, None, None, None
+
+
+def _scaled(dx, dweight, scale, weight_dtype):
+    """Both times the fp32 number `scale`, rounded once; dweight, the size of the weights, in place where its dtype stays."""
+    scale = scale.reshape(1, 1)  # a dimension makes it take part in type promotion: the product is formed in fp32
+    if torch.compiler.is_compiling():
+        return (dx * scale).to(dx.dtype), (dweight * scale).to(weight_dtype)
+    out = dweight if dweight.dtype == weight_dtype else torch.empty_like(dweight, dtype=weight_dtype)
+    return torch.mul(dx, scale, out=dx), torch.mul(dweight, scale, out=out)
 
 
 def linear_cross_entropy(
@@ -186,7 +201,8 @@ def linear_cross_entropy(
 
     x (..., D), weight (V, D), targets (...) of int64. Rows whose target is ignore_index count for nothing; "mean" divides by
     the number of the others (0 if there is none), "none" returns (...). weight may be a float32 master of a bfloat16 x: it is
-    rounded once for the matrix products, and its gradient comes back in float32.
+    rounded once for the matrix products, and its gradient comes back in float32. A target outside the vocabulary gives nan;
+    any other misfit raises ValueError, which names the argument.
     """
     require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     require_floating("x", x)
@@ -203,9 +219,12 @@ def linear_cross_entropy(
         f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
     )
     require(targets.dtype == torch.int64, f"targets is {targets.dtype}; it must be torch.int64")
+    require(weight.numel() > 0, f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
+    require_number("ignore_index", ignore_index, whole=True)
+    require_number("z_loss", z_loss)
     on_triton = use_triton(backend, x)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x_rows, targets_rows = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    x_rows, targets_rows = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, reduction, float(z_loss), gradients, on_triton)
     loss = _LinearCrossEntropy.apply(x_rows, weight, targets_rows, *options)
     return loss.reshape(targets.shape) if reduction == "none" else loss

@@ -15,7 +15,19 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from .configs import lookup
-from .dispatch import as_rows, launch, multiprocessors, require, require_floating, require_like, tl, triton, use_triton, wide
+from .dispatch import (
+    as_rows,
+    launch,
+    multiprocessors,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 MAX_WIDTH = 16384  # a row stays in the registers of one program
 
@@ -155,9 +167,10 @@ rms_norm_op.register_autograd(_rms_norm_autograd, setup_context=_save)
 add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 
 
-def _check(x, weight):
+def _check(x, weight, eps):
     require_floating("x", x)
     require_floating("weight", weight)
+    require_number("eps", eps)
     require_like("weight", weight, "x", x, dtype=False)
     require(x.ndim > 0, "x has no dimensions; it must be (..., width)")
     require(
@@ -173,9 +186,10 @@ def _too_wide(x):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None = None) -> torch.Tensor:
     """Normalise the last dimension of `x` (..., D) by its root mean square and scale by `weight` (D,).
 
-    weight may be fp32 while x is bf16: y has x's dtype, the gradient of weight has weight's.
+    weight may be fp32 while x is bf16: y has x's dtype, the gradient of weight has weight's. Raises ValueError, which names
+    the argument, for what does not fit together.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     on_triton = use_triton(backend, x, _too_wide(x))
     return rms_norm_op(x, weight, eps) if on_triton and x.numel() else _RMSNorm.apply(x, weight, eps)
 
@@ -183,8 +197,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | N
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, residual_out) with residual_out = x + residual and y = rms_norm(residual_out). Gradients arrive through both."""
-    _check(x, weight)
+    """(y, residual_out) with residual_out = x + residual and y = rms_norm(residual_out). Gradients arrive through both.
+
+    residual is like x; the rest is as for rms_norm.
+    """
+    _check(x, weight, eps)
     require_like("residual", residual, "x", x)
     require(
         residual.shape == x.shape,

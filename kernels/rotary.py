@@ -13,7 +13,9 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from .configs import lookup
-from .dispatch import launch, require, require_floating, require_like, tl, triton, unit_stride, use_triton, wide
+from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, unit_stride, use_triton, wide
+
+MAX_D_HEAD = 256
 
 
 @triton.jit
@@ -111,18 +113,21 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q (B, T, H, K) and k (B, T, H_kv, K) to positions offset … offset + T − 1.
 
-    cos and sin are fp32 tables (at least offset + T, K/2) without a gradient. Returns new contiguous tensors.
+    cos and sin are fp32 tables (at least offset + T, K/2) without a gradient. Returns new contiguous tensors. Raises
+    ValueError, which names the argument, for what does not fit together.
     """
     _check(q, k, cos, sin, offset)
-    if use_triton(backend, q) and q.numel():
+    refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[3]}" if q.shape[3] > MAX_D_HEAD else None
+    if use_triton(backend, q, refusal) and q.numel():
         return rotary_op(q, k, cos, sin, offset, False)
     rows = slice(offset, offset + q.shape[1])
     return _Rotary.apply(q, k, cos[rows, None], sin[rows, None])
 
 
 def _check(q, k, cos, sin, offset):
-    require(q.ndim == 4, f"q has shape {tuple(q.shape)}; it must be (batch, seq, head, d_head)")
     require_floating("q", q)
+    require(q.ndim == 4, f"q has shape {tuple(q.shape)}; it must be (batch, seq, head, d_head)")
+    require_number("offset", offset, whole=True)
     require_like("k", k, "q", q)
     require(
         k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3],

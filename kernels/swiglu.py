@@ -88,7 +88,7 @@ swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(dy, *ctx.saved_te
 
 
 def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    """silu(gate) · up of gate_up (..., 2F), gate first → (..., F)."""
+    """silu(gate) · up of gate_up (..., 2F), gate first → (..., F). Raises ValueError for an odd width or no numbers."""
     require_floating("gate_up", gate_up)
     require(
         gate_up.ndim > 0 and gate_up.shape[-1] % 2 == 0,

@@ -6,14 +6,15 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
+SLEEP_CYCLES = 2_000_000
 
 
 def interleaved(functions: dict[str, Callable[[], object]], samples: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of `samples` calls of each function, after two calls to warm up.
 
     A round calls every function once and each round starts with another, so that a slow moment hits them all alike. On CUDA
-    the time is the GPU's own, between two events; before each call the L2 cache is overwritten, which also gives the CPU the
-    time to queue what is measured.
+    the time is the GPU's own, between two events. Before each call the L2 cache is overwritten and the GPU sleeps for about a
+    millisecond, so that the CPU has queued all of the call before it begins and no launch is waited for.
     """
     for function in functions.values():
         function()
@@ -33,6 +34,7 @@ def _on_cuda(functions: list[Callable[[], object]], device: torch.device) -> lis
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in functions]
     for function, (start, end) in zip(functions, marks, strict=True):
         flush.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         function()
         end.record()

@@ -24,7 +24,7 @@ from rich.progress import track
 import kernels
 
 from . import aot
-from .configs import ANY, CHECKING, TABLE, Config, architecture, attention, lookup, row
+from .configs import ANY, FP32, TABLE, Config, attention, lookup, row, rows_for, rows_of
 from .dispatch import triton
 from .timing import interleaved
 
@@ -82,20 +82,29 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
 
 
 def sound(kernel: str, size: int, arch: int, configs: list[Config]) -> list[Config]:
-    """The candidates that compile without spills into the shared memory there is, found by all cores."""
-    table_arch = 90 if arch // 10 in (9, 10) else 80
+    """The candidates that pass the gate in every way their kernel is called, found by all cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = [(kernel, size, arch, table_arch, config) for config in configs]
-        return [config for config, fits in zip(configs, pool.map(_compiles, jobs), strict=True) if fits]
+        jobs = [(kernel, size, arch, config) for config in configs]
+        answers = list(zip(configs, pool.map(_fault, jobs), strict=True))
+    dropped = [fault for _, fault in answers if fault]
+    if dropped:
+        print(f"# {kernel} {size}: {len(dropped)} of {len(configs)} not tried, the first: {dropped[0]}", file=sys.stderr)
+    return [config for config, fault in answers if not fault]
 
 
-def _compiles(job: tuple[str, int, int, int, Config]) -> bool:
-    kernel, size, arch, rows, config = job
-    calls = list(aot.calls_of(kernel))
-    try:
-        return all(not aot.inspect(aot.Case(kernel, size, call, arch, rows, config)).faults for call in calls[:1])
-    except Exception:  # the compiler's own limits: too many registers, a tile that is too small for the matrix unit
-        return False
+def _fault(job: tuple[str, int, int, Config]) -> str | None:
+    """Why a candidate is not worth trying."""
+    kernel, size, arch, config = job
+    for call in aot.calls_of(kernel):
+        if call == "causal, pointers":  # nobody is served fast there
+            continue
+        try:
+            faults = aot.inspect(aot.Case(kernel, size, call, arch, "bf16", config)).faults
+        except Exception as error:  # the compiler's own limits: a tile that is too small for the matrix unit, for example
+            faults = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"]
+        if faults:
+            return f"{as_row(config)}, {call}: {faults[0]}"
+    return None
 
 
 def fastest(kernel: str, size: int, configs: list[Config], samples: int, device: torch.device) -> tuple[Config, dict]:
@@ -105,7 +114,7 @@ def fastest(kernel: str, size: int, configs: list[Config], samples: int, device:
 
     def using(config: Config) -> Callable[[], object]:
         def run():
-            TABLE[kernel] = {arch: {size: config} for arch in (CHECKING, 80, 90)}
+            TABLE[kernel] = {arch: {size: config} for arch in (FP32, 80, 90)}
             return call()
 
         return run
@@ -156,10 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
-    arch, served_by = 10 * major + minor, architecture(device, torch.bfloat16)
+    arch, served_by = 10 * major + minor, rows_of(major)
     where = f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {date.today().isoformat()}"
     print(f"# rows of {served_by}, measured on {where}", flush=True)
-    sizes = {name: TABLE[name].get(served_by) or TABLE[name][80] for name in options.kernel}
+    sizes = {name: rows_for(name, served_by) for name in options.kernel}
     todo = [(name, size) for name, rows in sizes.items() for size in rows if not options.size or size in options.size]
     for name, size in track(todo, "tuning", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         now = lookup(name, size, device, torch.bfloat16)

@@ -195,7 +195,7 @@ def test_attention_obeys_error_rule(shape, target, monkeypatch):
 @on_every_target
 def test_attention_of_1000_tokens_obeys_error_rule(target, monkeypatch):
     for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):  # tiles that the interpreter is done with soon
-        rows = configs.TABLE[kernel] | {configs.CHECKING: {256: configs.attention(128, 128, 4, 1)}}
+        rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(128, 128, 4, 1)}}
         monkeypatch.setitem(configs.TABLE, kernel, rows)
     check_attention(*attention_inputs(1, 1000, 1000, 2, 1, 32, target), target, monkeypatch)
 
@@ -255,6 +255,20 @@ def test_attention_obeys_error_rule_in_any_shape(seq, n_kv_head, group, d_head, 
     check_attention(*inputs, target, monkeypatch, causal=causal)
 
 
+@on_triton
+def test_documents_that_do_not_cover_the_row_are_seen(target):
+    """On the CPU by name; on a GPU, whose values nobody waits for, by nan."""
+    q = attention_inputs(1, 20, 20, 1, 1, 32, target)[0]
+    for edges in ([0, 12], [3, 20], [0, 15, 9, 20]):
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+        bounds = attention.document_bounds(cu_seqlens, 20).to(target[0])
+        out, _ = torch.ops.nanostack.flash_attention(q, q, q, bounds, True, 0.2)
+        assert out.isnan().all()
+        if target[0] == "cpu":
+            with pytest.raises(ValueError, match="must rise from 0 to 20"):
+                kernels.flash_attention(q, q, q, cu_seqlens=cu_seqlens, backend="triton")
+
+
 @on_every_target
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), causal=st.booleans(), group=st.sampled_from([1, 3]))
 @few_examples
@@ -292,7 +306,7 @@ def test_strides_do_not_matter(data, target, monkeypatch):
 def test_attention_does_not_depend_on_its_tiles(tiles, tma, monkeypatch):
     target = ("cpu", "triton", torch.float32)
     for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
-        rows = configs.TABLE[kernel] | {configs.CHECKING: {256: configs.attention(*tiles, 4, 1, TMA=tma)}}
+        rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(*tiles, 4, 1, TMA=tma)}}
         monkeypatch.setitem(configs.TABLE, kernel, rows)
     check_attention(*attention_inputs(1, 101, 101, 2, 1, 40, target), target, monkeypatch)
     check_attention(*attention_inputs(2, 30, 75, 2, 1, 32, target), target, monkeypatch, causal=False)
@@ -310,6 +324,7 @@ def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
     assert uses_tma(*fused.split(2, 2))
     assert not uses_tma(torch.empty(1, 8, 2, 36, dtype=torch.bfloat16))  # 72 bytes from head to head
     assert not uses_tma(torch.empty(1, 8, 2, 65, dtype=torch.bfloat16)[..., 1:])
+    assert not uses_tma(torch.empty(1, 1, 2, 64, dtype=torch.bfloat16).expand(1, 8, 2, 64))
 
 
 def all_operations(target):
@@ -434,12 +449,46 @@ def test_cross_entropy_obeys_error_rule_in_any_shape(rows, width, vocab, z_loss,
     )
 
 
-@on_triton
+@on_every_target
+def test_cross_entropy_takes_strided_targets(target):
+    x, weight = randn(4, 40, target=target), randn(61, 40, target=target, seed=1)
+    targets = torch.tensor([[3, 9], [60, 9], [-100, 9], [0, 9]], device=target[0])[:, 0]
+    assert targets.stride() == (2,)
+    runs = [
+        outputs_and_gradients(lambda x, w, t=t: kernels.linear_cross_entropy(x, w, t, backend=target[1]), (x, weight))
+        for t in (targets, targets.clone())
+    ]
+    assert all(map(torch.equal, *runs))
+
+
+@on_every_target
+def test_cross_entropy_gives_the_same_gradients_from_a_retained_graph(target):
+    """The first backward scales what the forward pass prepared in place; the second one has to start again."""
+    x, weight = randn(5, 40, target=target), randn(61, 40, target=target, seed=1).detach().float().requires_grad_()
+    loss = kernels.linear_cross_entropy(x, weight, torch.arange(5, device=target[0]), backend=target[1])
+    first = torch.autograd.grad(loss, (x, weight), torch.tensor(0.3, device=target[0]), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, weight), torch.tensor(0.3, device=target[0]))
+    assert all(map(torch.equal, first, second))
+
+
+@on_every_target
+def test_cross_entropy_gradients_of_a_mean_are_not_biased(target):
+    """1/341 rounded to bf16 is off by 1/1000, and so were all gradients."""
+    x, weight = randn(341, 40, target=target), randn(61, 40, target=target, seed=1)
+    targets = torch.arange(341, device=target[0]) % 61
+    mean, total = (
+        torch.autograd.grad(kernels.linear_cross_entropy(x, weight, targets, reduction=r, backend=target[1]), x)[0].double()
+        for r in ("mean", "sum")
+    )
+    assert (mean * total).sum() / total.square().sum() * 341 == pytest.approx(1, abs=2e-4)
+
+
+@on_every_target
 def test_target_outside_the_vocabulary_gives_nan(target):
     """Nobody overlooks a nan; a read outside the logits would be silent."""
     x, weight = randn(3, 40, target=target, grad=False), randn(61, 40, target=target, grad=False)
     loss = kernels.linear_cross_entropy(
-        x, weight, torch.tensor([0, 61, -1], device=target[0]), reduction="none", backend="triton"
+        x, weight, torch.tensor([0, 61, -1], device=target[0]), reduction="none", backend=target[1]
     )
     assert loss.isnan().tolist() == [False, True, True]
 

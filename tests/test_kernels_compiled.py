@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from kernels import aot, tune  # noqa: E402
-from kernels.configs import ANY, CHECKING, TABLE, attention, row  # noqa: E402
+from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,11 +39,11 @@ def test_every_configuration_compiles_into_the_code_it_promises():
     done = gate("--arch", "80", "90", "--json")
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)["kernels"]
-    for name, by_arch in TABLE.items():
-        for arch in (80, 90):
-            mine = [r for r in reports if r["kernel"] == name and r["arch"] == arch]
-            sizes = [*by_arch.get(arch, by_arch[80]), *by_arch.get(CHECKING, {})]
-            assert {r["size"] for r in mine} == {None if size == ANY else size for size in sizes}, (name, arch)
+    for name in TABLE:
+        for arch, (dtype, rows) in product((80, 90), (("bf16", None), ("fp32", FP32))):
+            mine = [r for r in reports if (r["kernel"], r["arch"], r["dtype"]) == (name, arch, dtype)]
+            sizes = rows_for(name, arch if rows is None else rows)
+            assert {r["size"] for r in mine} == {None if size == ANY else size for size in sizes}, (name, arch, dtype)
             assert all(0 < r["registers"] <= 255 for r in mine)
 
 
@@ -56,7 +57,7 @@ def test_every_configuration_compiles_into_the_code_it_promises():
     ],
 )
 def test_the_gate_names_what_is_wrong_with_a_row(kernel, size, call, config, fault):
-    report = aot.inspect(aot.Case(kernel, size, call, 90, 90, config))
+    report = aot.inspect(aot.Case(kernel, size, call, 90, "bf16", config))
     assert any(re.search(fault, found) for found in report.faults), report.faults
 
 
@@ -69,7 +70,7 @@ def test_the_gate_fails_with_a_message():
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr == "error: swiglu_forward sm_90: no load of 16 bytes at a time\n"
+    assert done.stderr.splitlines()[0] == "error: swiglu_forward bf16 sm_90: no load of 16 bytes at a time"
     done = gate(TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1")
     assert gate("--arch", "70").returncode == 2

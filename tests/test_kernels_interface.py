@@ -52,6 +52,16 @@ MISTAKES = [
     (lambda: kernels.linear_cross_entropy(X, W[None].to("meta"), torch.zeros(3).long()), "weight is on meta and x on cpu"),
     (lambda: kernels.linear_cross_entropy(torch.tensor(1.0), W[None], torch.tensor(0)), "x has no dimensions"),
     (lambda: kernels.linear_cross_entropy(X, W[None], torch.zeros(3).long(), reduction="avg"), "reduction is 'avg'"),
+    (lambda: kernels.rms_norm(X, W, None), "eps is None; it must be a number"),
+    (lambda: kernels.rms_norm([1.0], W, 1e-5), r"x is \[1.0\]; it must be a torch.Tensor"),
+    (lambda: kernels.add_rms_norm(X, None, W, 1e-5), "residual is None; it must be a torch.Tensor"),
+    (lambda: kernels.rotary(Q, K, COS, SIN, offset=1.5), "offset is 1.5; it must be a whole number"),
+    (lambda: kernels.flash_attention(Q[..., :0], K[..., :0], K[..., :0]), "its heads are empty"),
+    (lambda: kernels.flash_attention(Q, K, K, scale="a"), "scale is 'a'; it must be a number"),
+    (lambda: kernels.flash_attention(PACKED, PACKED, PACKED, cu_seqlens=[0, 6]), r"cu_seqlens is \[0, 6\]; it must be a"),
+    (lambda: kernels.linear_cross_entropy(X, torch.ones(0, 8), torch.zeros(3).long()), "there is nothing to choose from"),
+    (lambda: kernels.linear_cross_entropy(X, W[None], torch.zeros(3).long(), z_loss=None), "z_loss is None"),
+    (lambda: kernels.linear_cross_entropy(X, W[None], torch.zeros(3).long(), ignore_index=1.5), "ignore_index is 1.5"),
     (lambda: kernels.swiglu(X, backend="cuda"), "backend is 'cuda'; it must be one of auto, torch, triton"),
     (lambda: kernels.set_backend("cuda"), "backend is 'cuda'; it must be one of auto, torch, triton"),
 ]
@@ -71,6 +81,7 @@ def test_triton_on_the_cpu_says_why_not_and_auto_falls_back(monkeypatch):
     for wide in (
         lambda: kernels.rms_norm(torch.ones(2, 16385), torch.ones(16385), 1e-5, backend="triton"),
         lambda: kernels.flash_attention(*[torch.ones(1, 2, 1, 320)] * 3, backend="triton"),
+        lambda: kernels.rotary(*[torch.ones(1, 2, 1, 320)] * 2, *[torch.ones(2, 160)] * 2, backend="triton"),
     ):
         with pytest.raises(ValueError, match=r"impossible: the kernel takes .* at most"):
             wide()

@@ -68,7 +68,7 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
     assert summary["loss_target"] == summary["val_loss"]["scratch"]
     assert (tmp_path / "out/speedup.png").read_bytes().startswith(b"\x89PNG")
     spent = [arm["flops"] for arm in summary["arms"].values()]
-    assert max(spent) / min(spent) < 1.5 and summary["arms"]["grown"]["growth"]["layers"] == [0, 1] * 4
+    assert max(spent) / min(spent) < 2 and summary["arms"]["grown"]["growth"]["layers"] == [0, 1] * 4
     # A second call finds everything done and reports the same.
     command = [sys.executable, "bench/quickstart.py", *size.split(), "--json"]
     again = json.loads(run(command, ROOT))

@@ -5,9 +5,8 @@ It is read straight to the device (the GPU where there is one), grown there in p
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -16,7 +15,6 @@ from nanostack import checkpoint
 from nanostack.config import Growth, Optim
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
-from nanostack.growth import plan_layers
 from nanostack.parallel import Placement
 from nanostack.state import State
 
@@ -26,13 +24,7 @@ class Command:
     """Grow a checkpoint in depth, with its optimizer's state."""
 
     checkpoint: tyro.conf.Positional[Path]
-    g: int | None = None
-    """How many times deeper; 4 where neither g nor layers is given."""
-    op: Literal["stack"] = "stack"
-    layers: str | None = None
-    """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
-    optimizer: Literal["reset", "copy"] = "reset"
-    """Adam's moments and steps: all zero, as in the paper, or copied with the layers."""
+    growth: tyro.conf.OmitArgPrefixes[Growth] = field(default_factory=Growth)
     out: Path | None = None
     """The grown checkpoint; ckpt-x4.pt beside the old one."""
     overwrite: bool = False
@@ -47,7 +39,7 @@ def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt."""
     saved = checkpoint.load(command.checkpoint)
     n_layer = saved["config"]["n_layer"]
-    grown = len(plan_layers(n_layer, command.op, command.g, command.layers))
+    grown = command.growth.check(n_layer)
     suffix = f"x{grown // n_layer}" if grown % n_layer == 0 else f"{grown}-layers"
     out = command.out or command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix}.pt")
     if out.exists() and out.samefile(command.checkpoint):
@@ -56,7 +48,7 @@ def main(command: Command) -> dict:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
 
     state = State.restore(saved, Optim(), Placement(choose_device(command.device)))
-    receipt = state.grow(Growth(command.op, command.g, command.layers, command.optimizer))
+    receipt = state.grow(command.growth)
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
 

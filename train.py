@@ -6,26 +6,23 @@
 A run follows from (data, config, seed) alone, however often it was stopped. It writes metrics.jsonl and ckpt.pt to `out`.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.profiler import profile, schedule
 
 import kernels
-from nanostack import checkpoint, parallel
+from nanostack import checkpoint, growth, parallel
 from nanostack.config import Train, describe_tokens, load
 from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import flops_per_token, mfu, n_params, peak_flops
-from nanostack.metrics import Clock, Display, Late, Metrics, header
+from nanostack.metrics import Clock, Display, Late, Metrics, header, profiler
 from nanostack.optimizer import guarded_step
 from nanostack.schedule import learning_rate
 from nanostack.state import State
@@ -90,13 +87,14 @@ class Run:
     def train(self) -> None:
         """All stages that are left. Returns early, the state saved, when a signal asked for it."""
         pin = self.placement.device.type == "cuda"
-        with self.display, Prefetcher(self.data, self.my_samples(), pin=pin) as batches, self.profiler() as profiler:
+        tracing = profiler(self.config.profile if self.speaks else 0, self.steps_left, self.out / "trace.json")
+        with self.display, Prefetcher(self.data, self.my_samples(), pin=pin) as batches, tracing as tracer:
             if not self.resuming:
                 self.enter_stage()
             while True:
                 while self.cursor.stage_tokens < self.stage.tokens:
                     self.train_step(batches)
-                    profiler.step()
+                    tracer.step()
                     if self.stop.agreed():
                         self.save()
                         self.display.say(f"stopped by a signal after step {self.step}; --resume goes on from here")
@@ -113,17 +111,18 @@ class Run:
             return
         with self.clock.paused():
             before = self.evaluate()
-            receipt = self.state.grow(self.stage.growth)
+            probe = torch.from_numpy(self.val.blocks(0, 1)[:, :-1]).to(self.placement.device)
+            receipt = self.state.grow(self.stage.growth, probe)
             after = self.evaluate()
             receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
         self.write_record({"loss": None, "lr": None, "grad_norm": None} | after | {"growth": receipt})
-        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in receipt.items() if k != "layers"}
-        self.display.say(f"grown to {len(receipt['layers'])} layers: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+        self.display.say(growth.describe(receipt))
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
     def train_step(self, batches: Prefetcher) -> None:
         """One optimizer step on the next batch_tokens, then what is due after it."""
         model, cursor, config = self.state.model, self.cursor, self.config
+        self.state.ramp(self.stage)
         loss = torch.zeros((), device=self.placement.device)
         for micro_step in range(self.micro_steps):
             tokens_BT, targets_BT = (part.to(self.placement.device, non_blocking=True) for part in next(batches))
@@ -139,6 +138,8 @@ class Run:
         self.step += 1
         lr = learning_rate(self.stage, cursor.stage_tokens)
         norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip)
+        if self.stage.growth and cursor.stage_tokens == 2 * config.batch_tokens and (dead := self.state.dead()):
+            self.display.say(f"warning: two updates after growth these have had no gradient: {', '.join(dead)}")
 
         stage_ends = cursor.stage_tokens >= self.stage.tokens
         evaluating = stage_ends or self.crossed(config.eval_interval)
@@ -228,16 +229,6 @@ class Run:
         for number in range(self.steps_left * self.micro_steps):
             start = first + number * each * ranks
             yield start, start + each
-
-    def profiler(self):
-        """A torch profiler of `profile` steps after two of warm-up, or one that does nothing."""
-        if (n := self.config.profile) < 1 or not self.speaks:
-            return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
-        path = str(self.out / "trace.json")
-        return profile(
-            schedule=schedule(wait=1, warmup=1, active=max(1, min(n, self.steps_left - 2)), repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(path),
-        )
 
     def describe(self, source) -> str:
         """What is about to run, derived values included."""

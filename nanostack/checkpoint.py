@@ -20,7 +20,6 @@ from torch import Tensor
 
 from nanostack.config import Train
 from nanostack.errors import UserError
-from nanostack.growth import plan_layers
 from nanostack.parallel import on_rank_0, rank
 from nanostack.state import State
 
@@ -93,7 +92,7 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
         if saved["seed"] != config.seed:
             raise UserError(f"{source} was trained with seed {saved['seed']}, not {config.seed}: other text would come next")
         for growth in (s.growth for s in config.stages[: stage + 1] if s.growth):
-            n_layer = len(plan_layers(n_layer, growth.op, growth.g, growth.layers))
+            n_layer = growth.check(n_layer)
     wanted = dataclasses.asdict(config.model) | {"n_layer": n_layer}
     differ = [
         f"model.{k} is {saved['config'].get(k)} there, {v} here" for k, v in wanted.items() if saved["config"].get(k) != v

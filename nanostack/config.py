@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 from nanostack.errors import UserError
-from nanostack.growth import plan_layers
+from nanostack.growth import OPERATORS, Moments, check_moments, plan
 from nanostack.model import LlamaConfig
 
 
@@ -36,15 +36,42 @@ class Data:
             raise UserError(f"data.val_tokens must be at least 1, not {self.val_tokens}")
 
 
+Operator = Literal[*OPERATORS]
+
+
 @dataclass(frozen=True)
 class Growth:
     """How a stage makes its model from the one before it; see nanostack/growth.py."""
 
-    op: Literal["stack"] = "stack"
+    op: Operator = "stack"
     g: int | None = None
+    """How many times deeper: stack, interleave, zero and random. 4 where nothing is given."""
     layers: str | None = None
+    """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
     optimizer: Literal["reset", "copy"] = "reset"
     """Adam's moments and steps after growth: all zero (the paper), or copied with the layers."""
+    k: int | None = None
+    """Layers that middle repeats, solar drops at the seam, insert lets stand between two new ones."""
+    moments_old: Literal["keep", "zero", "scale"] | None = None
+    """Moments of the layers that were there; None: as `optimizer` says."""
+    moments_new: Literal["copy", "zero", "scale"] | None = None
+    """Moments of new layers: their source's, none, or their source's times moments_factor (squared for the second)."""
+    moments_factor: float = 1.0
+    noise: float = 0.0
+    """Share of fresh noise mixed into every matrix; the paper finds 0.2 slightly better than 0."""
+    ramp_tokens: int | None = None
+    """Tokens over which random layers are ramped in; None: the warm-up of the stage, or a tenth of it."""
+
+    def moments(self) -> Moments:
+        old, new = ("keep", "copy") if self.optimizer == "copy" else ("zero", "zero")
+        return Moments(self.moments_old or old, self.moments_new or new, self.moments_factor)
+
+    def check(self, n_layer: int) -> int:
+        """Layers after the growth of a model with `n_layer`. UserError where there is no such growth."""
+        check_moments(self.moments())
+        if not 0 <= self.noise < 1 or (self.ramp_tokens is not None and self.ramp_tokens < 1):
+            raise UserError(f"noise is from 0 up to 1 and ramp_tokens at least 1, not {self.noise} and {self.ramp_tokens}")
+        return len(plan(n_layer, self.op, self.g, self.layers, self.k))
 
 
 @dataclass(frozen=True)
@@ -70,9 +97,10 @@ class Stage:
             raise UserError(f"decay_tokens {self.decay_tokens} does not fit into the stage after its warm-up")
 
 
-def grow(op: str = "stack", g: int | None = None, *, layers=None, optimizer="reset", **stage) -> Stage:
-    """A stage that starts by growing the model: `grow("stack", g=4, tokens=..., lr=...)`."""
-    return Stage(growth=Growth(op, g, layers, optimizer), **stage)
+def grow(op: str = "stack", g: int | None = None, **options) -> Stage:
+    """A stage that starts by growing the model: `grow("stack", g=4, tokens=..., lr=...)`, with fields of Growth and Stage."""
+    how = {field.name: options.pop(field.name) for field in dataclasses.fields(Growth) if field.name in options}
+    return Stage(growth=Growth(op, g, **how), **options)
 
 
 @dataclass(frozen=True)
@@ -155,7 +183,7 @@ class Train:
             if stage.growth is None:
                 continue
             try:
-                n_layer = len(plan_layers(n_layer, stage.growth.op, stage.growth.g, stage.growth.layers))
+                n_layer = stage.growth.check(n_layer)
             except UserError as error:
                 raise UserError(f"stages.{number}.growth: {error}") from None
 

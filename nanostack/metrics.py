@@ -14,11 +14,13 @@ import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
+from torch.profiler import profile, schedule
 
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
@@ -203,6 +205,16 @@ class Display:
 def _cell(name: str, value: float | None, form: str) -> str:
     width = int(form.split(".")[0].rstrip(","))
     return f"{name} {value:{form}}" if value is not None else f"{name} {'-':>{width}}"
+
+
+def profiler(steps: int, steps_left: int, path: Path):
+    """A torch profiler that writes a trace of `steps` steps after two of warm-up; for 0 steps one that does nothing."""
+    if steps < 1:
+        return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+    return profile(
+        schedule=schedule(wait=1, warmup=1, active=max(1, min(steps, steps_left - 2)), repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
+    )
 
 
 class Clock:

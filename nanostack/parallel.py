@@ -7,6 +7,7 @@ it gets storage and values. Nothing here changes what is computed; one device is
 import ctypes
 import os
 import signal
+import sys
 import types
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +40,7 @@ class Placement:
             # A bound method, not a partial: torch.compile traces through it, and would silently give up at the other.
             block.forward = types.MethodType(_checkpointed, block)
         if self.compile:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
             block.compile()
         return self._shard(block)
 
@@ -231,9 +233,16 @@ class StopFlag:
             self._pending.wait()
 
 
-def leave(stop: StopFlag) -> None:
-    """Leave the process group together: a vote still in flight on a rank that is gone would abort the process."""
+def leave(stop: "StopFlag | None" = None) -> None:
+    """End a rank's process successfully, when all ranks are here: a vote in flight to a rank that is gone would abort it.
+
+    Python is not shut down: a thread of gloo that drops its last reference to a tensor meanwhile wants the interpreter back,
+    is refused, and takes the process with it ("terminate called without an active exception", one exit in ten).
+    """
     if dist.is_initialized():
-        stop.wait()
+        if stop is not None:
+            stop.wait()
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from nanostack import growth
-from nanostack.config import Growth, Optim
+from nanostack.config import Growth, Optim, Stage
 from nanostack.flops import flops_exact_per_token, flops_per_token
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import make_optimizer
@@ -66,16 +67,32 @@ class State:
         torch.set_rng_state(saved["rng"]["cpu"])
         if placement.device.type == "cuda" and "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], placement.device)
-        return cls(model, optimizer, placement, Cursor(**saved["cursor"]), list(saved["growth"]))
+        cursor, receipts = Cursor(**saved["cursor"]), list(saved["growth"])
+        rules = receipts[-1].get("rules", []) if receipts else []
+        if "random" in rules and (share := _ramp_share(receipts[-1], cursor)) < 1:
+            growth.attach_ramp(model, [i for i, rule in enumerate(rules) if rule == "random"], share)
+        return cls(model, optimizer, placement, cursor, receipts)
 
-    def grow(self, how: Growth) -> dict:
-        """Grow the model in place and keep the ledger. Returns the receipt, which is kept too."""
+    def grow(self, how: Growth, probe: Tensor | None = None) -> dict:
+        """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.
+
+        `probe`: tokens (B, T), the same on all ranks, by whose logits the receipt tells what a preserving operator changed.
+        """
+        probe = probe if how.op in growth.PRESERVING and not how.noise else None
+        logits = self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(
-            self.model, self.optimizer, how.op, how.g, how.layers, how.optimizer, prepare_block=self.placement.block
+            self.model,
+            self.optimizer,
+            *(how.op, how.g, how.layers, how.k, how.moments(), how.noise),
+            seed=self.cursor.samples,
+            prepare_block=self.placement.block,
+            write=assign,
         )
         self.placement.grown(self.model)
         receipt |= {
+            "ramp_tokens": how.ramp_tokens if "random" in receipt["rules"] else 0,
+            "max_logit_change": None if probe is None else (self._logits(probe) - logits).abs().max().item(),
             "samples": self.cursor.samples,
             "tokens": self.cursor.tokens,
             "loss_before": None,
@@ -83,6 +100,31 @@ class State:
         }
         self.growth.append(receipt)
         return receipt
+
+    @torch.no_grad()
+    def _logits(self, tokens_BT: Tensor | None) -> Tensor | None:
+        if tokens_BT is None:
+            return None
+        logits_BTV = self.model(tokens_BT).float()
+        reshard(self.model)
+        return logits_BTV
+
+    def ramp(self, stage: Stage) -> None:
+        """Let random layers count for as much as the tokens since their growth entitle them to."""
+        if getattr(self.model, "ramp", None) is None:
+            return
+        receipt = next(r for r in reversed(self.growth) if "random" in r["rules"])
+        if receipt["ramp_tokens"] is None:
+            receipt["ramp_tokens"] = stage.warmup_tokens or max(1, stage.tokens // 10)
+        growth.set_ramp(self.model, _ramp_share(receipt, self.cursor))
+
+    def dead(self) -> list[str]:
+        """Names of parameters of new layers whose moments are still zero, in this rank's share of them."""
+        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"}
+        named = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
+        moments = {n: self.optimizer.state.get(p, {}).get("exp_avg") for n, p in named.items() if p.requires_grad}
+        local = {n: None if m is None else getattr(m, "_local_tensor", m) for n, m in moments.items()}
+        return [n for n, m in local.items() if m is None or (m.numel() and not m.any())]
 
     def whole_tensors(self, keep: bool) -> tuple[dict, dict]:
         """Model {name: tensor} and optimizer {name: {key: tensor}} on the host, gathered one by one over the mesh.
@@ -99,3 +141,9 @@ class State:
             if keep and moments:
                 optimizer[name] = {key: value.cpu() for key, value in moments.items()}
         return model, optimizer
+
+
+def _ramp_share(receipt: dict, cursor: Cursor) -> float:
+    """How much the random layers of a growth count by now; 0 where it is not decided yet over how many tokens they come."""
+    length = receipt["ramp_tokens"]
+    return min(1.0, (cursor.tokens - receipt["tokens"]) / length) if length else 0.0

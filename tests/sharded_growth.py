@@ -1,9 +1,9 @@
 """Run by tests/test_parallel.py on two gloo ranks: train, grow sharded, look inside, train on, save."""
 
+import json
 import sys
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -32,39 +32,36 @@ def roots(state: State) -> list[str]:
     return [name for name, module in named if module._get_fsdp_state()._is_root]
 
 
-def main(out: str, shard: int, moments: str) -> None:
+def main(out: str, shard: int, how: Growth) -> None:
     placement = parallel.start(Parallel(shard=shard), "float32", compile=False)
     state = State.create(CONFIG, Optim(), placement, seed=3)
     train(state, 2)
     checkpoint.save(state, f"{out}/base.pt")
-    if placement.mesh is None:
-        state.grow(Growth("stack", 2, optimizer=moments))
-    else:
-        held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
-        with CommDebugMode() as collectives:
-            receipt = state.grow(Growth("stack", 2, optimizer=moments))
-        assert collectives.get_total_counts() == 0, collectives.get_comm_counts()
-        after = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
-        assert held.items() <= after.items(), "a base shard moved"
-        assert len(set(after.values())) == len(after)
-        local = sum(p.to_local().nbytes for b in state.model.blocks[2:] for p in b.parameters())
-        assert receipt["bytes_allocated"] >= local and (moments == "copy" or receipt["bytes_allocated"] == local)
+    held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
+    with CommDebugMode() as collectives:
+        receipt = state.grow(how)
+    assert collectives.get_total_counts() == 0, collectives.get_comm_counts()
+    after = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
+    moved = {held[name] for name in held} - set(after.values())
+    assert not moved, "a base shard moved"
+    assert len(set(after.values())) == len(after)
+    new = [b for b, rule in zip(state.model.blocks, receipt["rules"], strict=True) if rule != "kept"]
+    local = sum(p.to_local().nbytes for b in new for p in b.parameters())
+    assert receipt["bytes_allocated"] >= local and (how.moments().new != "zero" or receipt["bytes_allocated"] == local)
     checkpoint.save(state, f"{out}/grown.pt")
     train(state, 2)
-    if placement.mesh is not None:
-        assert roots(state) == [""], roots(state)
-        assert all(isinstance(block, FSDPModule) for block in state.model.blocks)
-        for p in state.model.blocks.parameters():
-            assert isinstance(p, DTensor) and p.to_local().numel() * shard == p.numel(), "a block stayed gathered"
-        with torch.no_grad():  # after a forward alone the blocks are sharded again too
-            state.model(torch.zeros(1, 16, dtype=torch.long))
-        assert all(isinstance(p, DTensor) for p in state.model.blocks.parameters())
-        contexts = {id(m._get_fsdp_state()._state_ctx) for m in state.model.modules() if isinstance(m, FSDPModule)}
-        assert len(contexts) == 1
+    assert roots(state) == [""], roots(state)
+    assert all(isinstance(block, FSDPModule) for block in state.model.blocks)
+    for p in state.model.blocks.parameters():
+        assert isinstance(p, DTensor) and p.to_local().numel() * shard == p.numel(), "a block stayed gathered"
+    with torch.no_grad():  # after a forward alone the blocks are sharded again too
+        state.model(torch.zeros(1, 16, dtype=torch.long))
+    assert all(isinstance(p, DTensor) for p in state.model.blocks.parameters())
+    contexts = {id(m._get_fsdp_state()._state_ctx) for m in state.model.modules() if isinstance(m, FSDPModule)}
+    assert len(contexts) == 1
     checkpoint.save(state, f"{out}/trained.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), Growth(**json.loads(sys.argv[3])))

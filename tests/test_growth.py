@@ -1,11 +1,14 @@
 """Growth in place: exact copies, storages that stay, an optimizer that fits."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanostack import growth
 from nanostack.config import Optim
-from nanostack.growth import connection_rate, parse_layers, plan_layers
+from nanostack.growth import COPY, RESET, Moments, connection_rate, parse_layers, plan
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import guarded_step, make_optimizer
 
@@ -64,7 +67,7 @@ def test_connection_rate_is_the_papers(layers, percent):
 @pytest.mark.parametrize("g", [1, 0, -2, 2.0, "4", True])
 def test_factor_below_two_or_not_whole_is_refused(g):
     with pytest.raises(ValueError, match="g must be a whole number of 2 or more"):
-        plan_layers(3, g=g)
+        plan(3, g=g)
 
 
 def test_maps_that_are_none_are_refused_before_anything_is_touched():
@@ -76,7 +79,13 @@ def test_maps_that_are_none_are_refused_before_anything_is_touched():
         ({"layers": [0, 1, 2]}, "no growth"),
         ({"layers": [0, 1, 0, 1]}, "leaves out layer 2"),
         ({"op": "sideways"}, "no growth operator 'sideways'"),
-        ({"optimizer_state": "halve"}, "reset or copy"),
+        ({"moments": Moments("halve")}, r"old keep\|zero\|scale"),
+        ({"moments": Moments("scale", "scale", -1.0)}, "a factor of 0 or more"),
+        ({"noise": 1.0}, "noise is a share"),
+        ({"op": "middle", "g": 2}, "this operator takes k"),
+        ({"op": "stack", "k": 2}, "this operator takes g"),
+        ({"op": "solar", "k": 2}, "k must be a whole number from 1 to 1"),
+        ({"op": "insert", "k": 0}, "k must be a whole number from 1 to 3"),
     ]
     for arguments, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -84,7 +93,7 @@ def test_maps_that_are_none_are_refused_before_anything_is_touched():
     assert list(model.blocks) == before and model.config == CONFIG
 
 
-@pytest.mark.parametrize("state", ["reset", "copy"])
+@pytest.mark.parametrize("state", [RESET, COPY])
 @pytest.mark.parametrize("arguments", [{"g": 2}, {"g": 4}, {"layers": "0-2,1-2*2"}, {}])
 def test_base_keeps_its_storage_and_new_layers_are_exact_unaliased_copies(arguments, state):
     model, optimizer, _ = trained()
@@ -92,7 +101,7 @@ def test_base_keeps_its_storage_and_new_layers_are_exact_unaliased_copies(argume
     moments = {p: (s["exp_avg"].data_ptr(), s["exp_avg"].clone()) for p, s in optimizer.state.items()}
     values = [[p.clone() for p in block.parameters()] for block in model.blocks]
     base_bytes = sum(p.nbytes for p in model.parameters())
-    receipt = growth.grow(model, optimizer, optimizer_state=state, **arguments)
+    receipt = growth.grow(model, optimizer, moments=state, **arguments)
 
     layers = receipt["layers"]
     assert len(model.blocks) == model.config.n_layer == len(layers) > 3
@@ -112,14 +121,14 @@ def test_base_keeps_its_storage_and_new_layers_are_exact_unaliased_copies(argume
 
 
 def test_copied_moments_and_steps_follow_the_map_and_reset_ones_are_zero():
-    for state in ("copy", "reset"):
+    for state in (COPY, RESET):
         model, optimizer, _ = trained(steps=3)
         source = [optimizer.state[block.attn.qkv.weight] for block in model.blocks]
         source = [{key: value.clone() for key, value in s.items()} for s in source]
-        growth.grow(model, optimizer, g=2, optimizer_state=state)
+        growth.grow(model, optimizer, g=2, moments=state)
         for i, block in enumerate(model.blocks):
             mine = optimizer.state.get(block.attn.qkv.weight)
-            if state == "copy":
+            if state is COPY:
                 assert all(torch.equal(mine[key], source[i % 3][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
                 assert mine["step"] == 3
             elif mine:
@@ -153,9 +162,131 @@ def test_stack_computes_the_base_applied_twice():
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)
 
 
-def test_tied_embeddings_stay_tied():
-    from dataclasses import replace
+SEQUENCES = {  # which base layers the grown model of 4 runs through, by hand
+    ("stack", 2, None): [0, 1, 2, 3, 0, 1, 2, 3],
+    ("interleave", 3, None): [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
+    ("middle", None, None): [0, 1, 2, 1, 2, 3],
+    ("middle", None, 1): [0, 1, 1, 2, 3],
+    ("middle", None, 4): [0, 1, 2, 3, 0, 1, 2, 3],
+    ("solar", None, None): [0, 1, 2, 1, 2, 3],
+    ("zero", 3, None): [0, 1, 2, 3],
+    ("random", 2, None): [0, 1, 2, 3],
+    ("insert", None, None): [0, 1, 2, 3],
+    ("insert", None, 3): [0, 1, 2, 3],
+}
 
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("op", "g", "k"), SEQUENCES)
+def test_grown_model_runs_through_the_base_layers_of_the_formula(op, g, k, tied):
+    """In float64 the base layers applied one after another; the operators that change nothing leave the base's own logits."""
+    model, optimizer, tokens = trained(config=replace(CONFIG, n_layer=4, tie_embeddings=tied))
+    base = copy.deepcopy(model).double()
+    x = base.embed(tokens)
+    for i in SEQUENCES[op, g, k]:
+        x = base.blocks[i](x, base.cos, base.sin)
+    receipt = growth.grow(model, optimizer, op=op, g=g, k=k)
+    expected = base.head(base.norm(x))
+    torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-5, atol=1e-5)
+    assert (op in growth.PRESERVING) == (SEQUENCES[op, g, k] == [0, 1, 2, 3])
+    assert receipt["op"] == op and len(model.blocks) == model.config.n_layer == len(receipt["rules"])
+    assert receipt["rules"].count("kept") == 4
+
+
+def test_every_operator_leaves_a_model_in_which_all_parameters_train():
+    """New layers with zeroed outputs have no gradient inside at the first step: after two, nothing may stand still."""
+    for op in growth.OPERATORS:
+        model, optimizer, tokens = trained(config=replace(CONFIG, n_layer=4))
+        growth.grow(model, optimizer, op=op, g=2 if op in growth.TAKES_G else None, noise=0.2 if op == "stack" else 0.0)
+        growth.set_ramp(model, 0.5)
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), op
+        losses = []
+        for _ in range(6):
+            before = [p.detach().clone() for p in model.parameters()]
+            loss = model(tokens, tokens.roll(-1, 1))
+            loss.backward()
+            guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
+            losses.append(loss.item())
+        assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)), op
+        assert losses[-1] < losses[0], op
+
+
+def test_random_layers_are_the_initialised_ones_and_ramp_in():
+    model, optimizer, tokens = trained()
+    base = copy.deepcopy(model)
+    receipt = growth.grow(model, optimizer, op="random", g=2, seed=7)
+    fresh = Llama(replace(CONFIG, n_layer=6), seed=7)
+    for i in (3, 4, 5):
+        for ours, theirs in zip(model.blocks[i].parameters(), fresh.blocks[i].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert receipt["layers"] == [0, 1, 2, None, None, None] and receipt["rc"] == 0.4
+    for scale in (0.0, 0.25, 1.0):
+        growth.set_ramp(model, scale)
+        x = base.embed(tokens)
+        for block in base.blocks:
+            x = block(x, base.cos, base.sin)
+        for block in fresh.blocks[3:]:
+            x = x + scale * block.attn(block.attn_norm(x), base.cos, base.sin, None)
+            x = x + scale * block.mlp(block.mlp_norm(x))
+        torch.testing.assert_close(model(tokens), base.head(base.norm(x)), rtol=1e-5, atol=1e-5)
+    assert model.ramp is None and not any(m._forward_hooks for m in model.modules()), "the ramp leaves nothing behind"
+
+
+def test_noise_has_the_papers_share_and_spread():
+    config = replace(CONFIG, d_model=128, d_ff=256, vocab_size=256, n_layer=2)
+    clean, noisy, again = (Llama(config, seed=1) for _ in range(3))
+    growth.grow(clean, g=2)
+    for model in (noisy, again):
+        growth.grow(model, g=2, noise=0.2, seed=5)
+    for (name, w), n, a in zip(clean.named_parameters(), noisy.parameters(), again.parameters(), strict=True):
+        assert torch.equal(n, a)
+        if w.ndim < 2:
+            assert torch.equal(w, n)
+            continue
+        eps = (n - 0.8 * w) / 0.2
+        d, layers = 128, 2  # of the base
+        expected = (d * layers**2) ** -0.5 if name.endswith(growth.OUTPUTS) else (2 / (5 * d)) ** 0.5
+        assert eps.std().item() == pytest.approx(expected, rel=0.05), name
+        assert abs(torch.corrcoef(torch.stack((eps.flatten(), w.flatten())))[0, 1]) < 0.05, name
+
+
+@pytest.mark.parametrize("old", ["keep", "zero", "scale"])
+@pytest.mark.parametrize("new", ["copy", "zero", "scale"])
+def test_moments_are_those_computed_by_hand(old, new):
+    model, optimizer, _ = trained(steps=3)
+    before = {p: {key: value.clone() for key, value in s.items()} for p, s in optimizer.state.items()}
+    base = [dict(block.named_parameters()) for block in model.blocks]
+    growth.grow(model, optimizer, g=2, moments=Moments(old, new, 0.5))
+    power = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2}
+    for i, block in enumerate(model.blocks):
+        for name, parameter in block.named_parameters():
+            how, state = (old if i < 3 else new), optimizer.state.get(parameter, {})
+            if how == "zero":
+                assert not any(value.any() for value in state.values())
+                continue
+            for key, value in before[base[i % 3][name]].items():
+                assert torch.equal(state[key], value * (0.5 ** power[key] if how == "scale" else 1)), (i, name, key)
+
+
+def test_another_optimizer_only_names_its_state():
+    model, _, tokens = trained()
+    for optimizer, known in (
+        (torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9), True),
+        (torch.optim.Adagrad(model.parameters(), 1e-2), False),
+    ):
+        model(tokens, tokens.roll(-1, 1)).backward()
+        optimizer.step()
+        if not known:
+            with pytest.raises(ValueError, match="optimizer's sum is not known"):
+                growth.grow(model, optimizer, g=2)
+            continue
+        growth.grow(model, optimizer, g=2, moments=COPY)
+        a, b = (optimizer.state[model.blocks[i].mlp.down.weight]["momentum_buffer"] for i in (0, 3))
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+def test_tied_embeddings_stay_tied():
     model, optimizer, _ = trained(config=replace(CONFIG, tie_embeddings=True))
     growth.grow(model, optimizer, g=2)
     assert model.head.weight is model.embed.weight
@@ -164,12 +295,12 @@ def test_tied_embeddings_stay_tied():
 @pytest.mark.gpu
 def test_nothing_passes_through_the_host_and_memory_grows_by_the_new_layers():
     model, optimizer, _ = trained(device="cuda")
-    growth.grow(model, optimizer, g=2, optimizer_state="copy")  # warms up what copying needs
+    growth.grow(model, optimizer, g=2, moments=COPY)  # warms up what copying needs
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        receipt = growth.grow(model, optimizer, g=2, optimizer_state="copy")
+        receipt = growth.grow(model, optimizer, g=2, moments=COPY)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
     assert not [name for name in names if "HtoD" in name or "DtoH" in name]

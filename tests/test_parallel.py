@@ -1,5 +1,6 @@
 """One process against two: the same losses, the same growth. gloo stands for nccl."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import torch
 from conftest import ROOT, records
 
 from nanostack import checkpoint
-from nanostack.config import Parallel
-from nanostack.parallel import mesh_shape
+from nanostack.config import Growth, Optim, Parallel
+from nanostack.parallel import Placement, mesh_shape
+from nanostack.state import State
 
 MESHES = {"data_parallel": ("--parallel.shard", "1"), "fully_sharded": ("--parallel.replicate", "1")}
 
@@ -46,27 +48,32 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("shard", "moments"), [(2, "copy"), (2, "reset"), (1, "copy")])
-def test_sharded_growth_equals_growth_in_one_process(monkeypatch, tmp_path, shard, moments):
-    """Also, inside the worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
+@pytest.mark.parametrize(
+    ("shard", "how"),
+    [
+        (2, {"g": 2, "optimizer": "copy"}),
+        (1, {"g": 2, "optimizer": "reset", "noise": 0.2}),
+        (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}),
+        (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}),
+    ],
+    ids=["stack", "noise", "zero", "random"],
+)
+def test_sharded_growth_equals_growth_in_one_process(monkeypatch, tmp_path, shard, how):
+    """Bit for bit, from the same base. Also, inside the worker: base shards stay, no collective, one FSDP root, new blocks
+    reshard."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    script = [str(ROOT / "tests/sharded_growth.py")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, command in (("one", [sys.executable]), ("two", launch)):
-        n_shard = "1" if name == "one" else str(shard)
-        done = subprocess.run(
-            [*command, *script, str(tmp_path / name), n_shard, moments], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = ({stage: checkpoint.load(tmp_path / n / f"{stage}.pt") for stage in ("base", "grown")} for n in ("one", "two"))
-    for stage in ("base", "grown"):
-        assert one[stage]["model"].keys() == two[stage]["model"].keys()
-        for name, value in one[stage]["model"].items():
-            torch.testing.assert_close(two[stage]["model"][name], value, rtol=1e-4, atol=1e-6)
-    # Growth itself is exact: what two ranks grew is bit for bit what one process grows from their base.
-    for name, value in two["grown"]["model"].items():
-        source = name if ".2." not in name and ".3." not in name else name.replace(".2.", ".0.").replace(".3.", ".1.")
-        assert torch.equal(value, two["base"]["model"][source])
+    script = [str(ROOT / "tests/sharded_growth.py"), str(tmp_path), str(shard), json.dumps(how)]
+    done = subprocess.run([*launch, *script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    base, grown = (checkpoint.load(tmp_path / f"{stage}.pt") for stage in ("base", "grown"))
+    state = State.restore(base, Optim(), Placement(torch.device("cpu")))
+    state.grow(Growth(**how))
+    model, optimizer = state.whole_tensors(keep=True)
+    assert model.keys() == grown["model"].keys() and optimizer.keys() == grown["optimizer"].keys()
+    assert all(torch.equal(value, grown["model"][name]) for name, value in model.items())
+    for name, moments in optimizer.items():
+        assert all(torch.equal(value, grown["optimizer"][name][key]) for key, value in moments.items()), name
 
 
 @pytest.mark.distributed

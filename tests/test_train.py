@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, assert_same_state, records
 
 import train
-from nanostack import checkpoint
+from nanostack import checkpoint, growth
 from nanostack.config import load
 
 
@@ -107,6 +107,46 @@ def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
     trainer.good("run", "--overwrite", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert records(out) == records(finished)
     assert_same_state(checkpoint.load(out / "ckpt.pt"), checkpoint.load(finished / "ckpt.pt"))
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("random", ("--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.optimizer", "copy")),
+        ("zero", ("--stages.1.growth.moments_old", "keep")),
+        ("insert", ("--stages.1.growth.g", "None")),
+        ("interleave", ("--stages.1.growth.noise", "0.2")),
+    ],
+)
+def test_operators_grow_live_and_resume_exactly(trainer, op, options):
+    """Also from the middle of a ramp: the checkpoint after 16 of 24 steps is half-way through that of the random layers."""
+    options = ("--stages.1.growth.op", op, *options, "--keep", "9")
+    out = trainer.good("run", *options)
+    found, whole = records(out), checkpoint.load(out / "ckpt.pt")
+    receipt = next(record["growth"] for record in found if "growth" in record)
+    assert receipt["op"] == op and whole["config"]["n_layer"] == 4
+    if op in ("random", "zero", "insert"):
+        assert receipt["max_logit_change"] < 1e-5
+        assert receipt["loss_after"] == pytest.approx(receipt["loss_before"], rel=1e-6)
+    assert [r["loss"] for r in found if r["loss"]][-1] < receipt["loss_before"]
+    for samples in (160, 192):
+        (out / f"ckpt-{samples}.pt").unlink()
+    (out / "ckpt.pt").unlink()
+    trainer.good("run", *options, "--resume")
+    assert records(out) == found
+    assert_same_state(checkpoint.load(out / "ckpt.pt"), whole)
+
+
+def test_parameters_that_stay_dead_after_growth_are_named(trainer, monkeypatch, tmp_path, corpus):
+    """Here because the ramp holds the new layers at zero for good; no operator does that."""
+    monkeypatch.setattr(growth, "set_ramp", lambda model, scale: None)
+    changes = ["--stages.1.growth.op", "random", "--stages.1.tokens", "1024", "--data.path", str(corpus)]
+    run = train.Run(load(TINY, [*changes, "--out", str(tmp_path / "run")]))
+    said = []
+    monkeypatch.setattr(run.display, "say", said.append)
+    run.train()
+    (warning,) = (line for line in said if line.startswith("warning: two updates after growth"))
+    assert "blocks.2.attn.qkv.weight" in warning and "blocks.1." not in warning
 
 
 def test_resume_without_ckpt_goes_on_from_the_newest_numbered_one_and_deletes_nothing(trainer, finished):
@@ -242,7 +282,7 @@ def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_gra
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--compile", *checkpointing]))
     graphs = []
     grow = run.state.grow
-    run.state.grow = lambda how: (graphs.append(counters["stats"]["unique_graphs"]), grow(how))[1]
+    run.state.grow = lambda *how: (graphs.append(counters["stats"]["unique_graphs"]), grow(*how))[1]
     run.train()
     assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
     expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-4) for r in records(finished)]

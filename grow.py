@@ -5,7 +5,8 @@ It is read straight to the device (the GPU where there is one), grown there in p
 """
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from nanostack import checkpoint
 from nanostack.config import Growth, Optim
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
+from nanostack.growth import connection_rate, plan
+from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
 from nanostack.state import State
 
@@ -31,12 +34,14 @@ class Command:
     """Replace what is at out."""
     device: str = "auto"
     """cuda where there is one; or cpu, cuda:1, ..."""
+    dry_run: bool = False
+    """Say what would happen, and do nothing."""
     json: bool = False
     """Print the receipt as one JSON object and nothing else."""
 
 
 def main(command: Command) -> dict:
-    """Read, grow, write. Returns the receipt."""
+    """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
     saved = checkpoint.load(command.checkpoint)
     n_layer = saved["config"]["n_layer"]
     grown = command.growth.check(n_layer)
@@ -47,10 +52,45 @@ def main(command: Command) -> dict:
     if out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
 
-    state = State.restore(saved, Optim(), Placement(choose_device(command.device)))
+    device = choose_device(command.device)
+    forecast = foresee(saved, command.growth) | {"device": str(device), "out": str(out)}
+    if forecast["bytes_needed"] > free_bytes(device):
+        needed, free = (f"{n / 2**30:.2f} GiB" for n in (forecast["bytes_needed"], free_bytes(device)))
+        raise UserError(f"growing needs {needed} on {device}, which has {free} free; choose another --device")
+    if command.dry_run:
+        return forecast
+
+    state = State.restore(saved, Optim(), Placement(device))
     receipt = state.grow(command.growth)
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
+
+
+def foresee(saved: dict, how: Growth) -> dict:
+    """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
+    config = LlamaConfig(**saved["config"])
+    layers = plan(config.n_layer, how.op, how.g, how.layers, how.k)
+    grown = replace(config, n_layer=len(layers))
+    moments_per_parameter = 2 if saved["optimizer"] else 0
+    old, new = n_params(config), n_params(grown) - n_params(config)
+    return {
+        "op": how.op,
+        "layers": [layer.source for layer in layers],
+        "rules": [layer.rule for layer in layers],
+        "rc": round(connection_rate([layer.source for layer in layers]), 6),
+        "n_params_before": old,
+        "n_params": old + new,
+        "bytes_needed": 4
+        * (old * (1 + moments_per_parameter) + new * (1 + moments_per_parameter * (how.moments().new != "zero"))),
+    }
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free there; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def choose_device(name: str) -> torch.device:

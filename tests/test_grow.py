@@ -77,6 +77,24 @@ def test_layers_out_op_json_and_copied_moments(ckpt, tmp_path):
     assert float(grown["optimizer"]["blocks.3.mlp.down.weight"]["step"]) == 12
 
 
+def test_dry_run_says_what_would_happen_and_writes_nothing(ckpt):
+    before = {file.name: file.read_bytes() for file in ckpt.parent.iterdir()}
+    said = json.loads(grow(ckpt, "--op", "insert", "--dry_run", "--json").stdout)
+    assert said["layers"] == [0, 0, 1, 1] and said["rules"] == ["kept", "zeroed"] * 2 and said["rc"] == 0.333333
+    assert {file.name: file.read_bytes() for file in ckpt.parent.iterdir()} == before
+    receipt = json.loads(grow(ckpt, "--op", "insert", "--json").stdout)
+    assert receipt["n_params"] == said["n_params"] and receipt["rules"] == said["rules"]
+
+
+def test_device_that_is_too_small_is_told_before_anything_is_touched(ckpt, monkeypatch):
+    import grow as script
+
+    monkeypatch.setattr(script, "free_bytes", lambda device: 1000.0)
+    with pytest.raises(ValueError, match=r"growing needs 0.00 GiB on cpu, which has 0.00 GiB free"):
+        script.main(script.Command(ckpt))
+    assert not ckpt.with_name("ckpt-x4.pt").exists()
+
+
 def test_default_factor_is_4(ckpt):
     assert grow(ckpt).returncode == 0
     assert checkpoint.load(ckpt.with_name("ckpt-x4.pt"))["config"]["n_layer"] == 8

@@ -136,7 +136,8 @@ class Run:
         first_sample = cursor.samples
         cursor.advance(config.batch_tokens // config.model.seq_len, model.config)
         self.step += 1
-        lr = learning_rate(self.stage, cursor.stage_tokens)
+        lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
+        self.state.rewarm(self.stage, cursor.stage_tokens)
         norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip)
         if self.stage.growth and cursor.stage_tokens == 2 * config.batch_tokens and (dead := self.state.dead()):
             self.display.say(f"warning: two updates after growth these have had no gradient: {', '.join(dead)}")

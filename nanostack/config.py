@@ -77,7 +77,7 @@ class Growth:
 @dataclass(frozen=True)
 class Stage:
     tokens: int
-    lr: float
+    lr: float = 0.0
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     min_lr: float = 0.0
     """Rate at the end of a cosine or WSD stage."""
@@ -85,16 +85,38 @@ class Stage:
     decay_tokens: int | None = None
     """WSD only: length of the final decay."""
     growth: Growth | None = None
+    continues: bool = False
+    """Go on along the schedule of the stage before: its lr, min_lr, warm-up and decay, over the tokens of both."""
+    rewarm_tokens: int = 0
+    """Rate of the parameters that growth made: up from 0 to rewarm_peak times the others' over so many tokens, and over as
+    many down to theirs."""
+    rewarm_peak: float = 1.3
 
     def __post_init__(self):
+        if self.continues:
+            if self.tokens <= 0 or self.lr or self.min_lr or self.warmup_tokens or self.decay_tokens is not None:
+                raise UserError("a stage that continues has tokens > 0, and the lr, warm-up and decay of the stage before")
+            return
+        if self.rewarm_tokens < 0 or self.rewarm_peak <= 0 or (self.rewarm_tokens and self.growth is None):
+            raise UserError("rewarm_tokens ≥ 0 and rewarm_peak > 0 belong to a stage that grows")
         if self.tokens <= 0 or self.warmup_tokens < 0 or self.warmup_tokens > self.tokens:
             raise UserError(f"a stage needs tokens > 0 and warmup_tokens within them, not {self.tokens}, {self.warmup_tokens}")
         if not (self.lr > 0 and 0 <= self.min_lr <= self.lr):
             raise UserError(f"a stage needs lr > 0 and min_lr between 0 and lr, not lr {self.lr}, min_lr {self.min_lr}")
         if (self.schedule == "wsd") != (self.decay_tokens is not None):
             raise UserError("decay_tokens belongs to schedule wsd, which needs it")
-        if self.decay_tokens is not None and not 0 < self.decay_tokens <= self.tokens - self.warmup_tokens:
-            raise UserError(f"decay_tokens {self.decay_tokens} does not fit into the stage after its warm-up")
+        if self.decay_tokens is not None and self.decay_tokens <= 0:
+            raise UserError(f"decay_tokens must be positive, not {self.decay_tokens}")
+
+
+def scheduled(stages: tuple[Stage, ...], number: int) -> Stage:
+    """The stage whose schedule rules over stage `number`, with the tokens of all the stages that continue it."""
+    first, last = number, number + 1
+    while first and stages[first].continues:
+        first -= 1
+    while last < len(stages) and stages[last].continues:
+        last += 1
+    return dataclasses.replace(stages[first], tokens=sum(stage.tokens for stage in stages[first:last]))
 
 
 def grow(op: str = "stack", g: int | None = None, **options) -> Stage:
@@ -178,6 +200,12 @@ class Train:
             raise UserError(
                 f"profile ≥ 0, 0 ≤ seed < 2^63 and an out folder are needed: {self.profile}, {self.seed}, {self.out!r}"
             )
+        if self.stages[0].continues:
+            raise UserError("the first stage cannot continue: there is no schedule before it")
+        for number in range(len(self.stages)):
+            whole = scheduled(self.stages, number)
+            if whole.decay_tokens is not None and whole.decay_tokens > whole.tokens - whole.warmup_tokens:
+                raise UserError(f"decay_tokens {whole.decay_tokens} does not fit into stage {number} after its warm-up")
         n_layer = self.model.n_layer
         for number, stage in enumerate(self.stages):  # a bad list must not end a run that has trained for days
             if stage.growth is None:

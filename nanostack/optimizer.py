@@ -17,6 +17,22 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
+def set_rate_of_new(optimizer: torch.optim.Optimizer, new: set[Tensor], rate: float) -> None:
+    """Give these parameters groups of their own, beside those they are in, whose learning rate is `rate` times the others'."""
+    groups = optimizer.param_groups
+    mine = [group for group in groups if "rate" in group]
+    if {p for group in mine for p in group["params"]} != new:
+        groups[:] = [group for group in groups if "rate" not in group]
+        for group, earlier in zip(groups, mine, strict=False):  # those of an earlier growth come home
+            group["params"] += earlier["params"]
+        mine = [{**group, "params": [p for p in group["params"] if p in new], "rate": rate} for group in groups]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in new]
+        groups += mine
+    for group in mine:
+        group["rate"] = rate
+
+
 @torch.no_grad()
 def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, lr: float, clip: float) -> tuple[Tensor, Tensor]:
     """Clip by global norm and step; where loss or norm is not finite, leave weights, moments and step counts as they are.
@@ -25,7 +41,7 @@ def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, lr: float, clip: fl
     device: nothing here waits for it. Gradients are freed.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(gradients)).float()
     skipped = (~(norm.isfinite() & loss.isfinite())).float()

@@ -9,8 +9,9 @@ from nanostack import growth
 from nanostack.config import Growth, Optim, Stage
 from nanostack.flops import flops_exact_per_token, flops_per_token
 from nanostack.model import Llama, LlamaConfig
-from nanostack.optimizer import make_optimizer
+from nanostack.optimizer import make_optimizer, set_rate_of_new
 from nanostack.parallel import Placement, assign, initialise, reshard, whole
+from nanostack.schedule import rewarming
 
 
 @dataclass
@@ -118,11 +119,19 @@ class State:
             receipt["ramp_tokens"] = stage.warmup_tokens or max(1, stage.tokens // 10)
         growth.set_ramp(self.model, _ramp_share(receipt, self.cursor))
 
+    def rewarm(self, stage: Stage, tokens: int) -> None:
+        """Set the learning rate of the parameters that the last growth made, as the stage says, for the step to `tokens`."""
+        new = set(self._new_parameters().values()) if stage.rewarm_tokens else set()
+        set_rate_of_new(self.optimizer, new, rewarming(stage, tokens))
+
+    def _new_parameters(self) -> dict[str, Tensor]:
+        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"}
+        return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
+
     def dead(self) -> list[str]:
         """Names of parameters of new layers whose moments are still zero, in this rank's share of them."""
-        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"}
-        named = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
-        moments = {n: self.optimizer.state.get(p, {}).get("exp_avg") for n, p in named.items() if p.requires_grad}
+        named = self._new_parameters().items()
+        moments = {n: self.optimizer.state.get(p, {}).get("exp_avg") for n, p in named if p.requires_grad}
         local = {n: None if m is None else getattr(m, "_local_tensor", m) for n, m in moments.items()}
         return [n for n, m in local.items() if m is None or (m.numel() and not m.any())]
 

@@ -10,7 +10,7 @@ from nanostack import growth
 from nanostack.config import Optim
 from nanostack.growth import COPY, RESET, Moments, connection_rate, parse_layers, plan
 from nanostack.model import Llama, LlamaConfig
-from nanostack.optimizer import guarded_step, make_optimizer
+from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of_new
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 
@@ -267,6 +267,30 @@ def test_moments_are_those_computed_by_hand(old, new):
                 continue
             for key, value in before[base[i % 3][name]].items():
                 assert torch.equal(state[key], value * (0.5 ** power[key] if how == "scale" else 1)), (i, name, key)
+
+
+def test_new_parameters_get_a_rate_of_their_own_and_give_it_back():
+    model, optimizer, tokens = trained()
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    for expected in (6, 12):  # two growths, one after the other
+        receipt = growth.grow(model, optimizer, g=2, moments=COPY)
+        new = {
+            p for block, rule in zip(model.blocks, receipt["rules"], strict=True) if rule != "kept" for p in block.parameters()
+        }
+        set_rate_of_new(optimizer, new, 0.5)
+        assert len(model.blocks) == expected and len(optimizer.param_groups) == 4
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+        loss = model(tokens, tokens.roll(-1, 1))
+        loss.backward()
+        guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
+        for group in optimizer.param_groups:
+            assert group["lr"] == (5e-3 if group["params"][0] in new else 1e-2)
+            assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
+            assert all(p in new for p in group["params"]) or not any(p in new for p in group["params"])
+    set_rate_of_new(optimizer, set(), 1.0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert [len(group["params"]) for group in optimizer.param_groups][:2] == [4 * sizes[0] - 3 * 2, 4 * sizes[1] - 3]
 
 
 def test_another_optimizer_only_names_its_state():

@@ -109,6 +109,9 @@ def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
     assert_same_state(checkpoint.load(out / "ckpt.pt"), checkpoint.load(finished / "ckpt.pt"))
 
 
+CONTINUES = ("--stages.1.continues", "--stages.1.lr", "0", "--stages.1.min_lr", "0", "--stages.1.warmup_tokens", "0")
+
+
 @pytest.mark.parametrize(
     ("op", "options"),
     [
@@ -116,6 +119,8 @@ def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
         ("zero", ("--stages.1.growth.moments_old", "keep")),
         ("insert", ("--stages.1.growth.g", "None")),
         ("interleave", ("--stages.1.growth.noise", "0.2")),
+        ("stack", ("--stages.1.rewarm_tokens", "1024")),
+        ("middle", ("--stages.1.growth.g", "None", "--stages.1.growth.k", "2", *CONTINUES)),
     ],
 )
 def test_operators_grow_live_and_resume_exactly(trainer, op, options):
@@ -129,6 +134,8 @@ def test_operators_grow_live_and_resume_exactly(trainer, op, options):
         assert receipt["max_logit_change"] < 1e-5
         assert receipt["loss_after"] == pytest.approx(receipt["loss_before"], rel=1e-6)
     assert [r["loss"] for r in found if r["loss"]][-1] < receipt["loss_before"]
+    if CONTINUES[0] in options:
+        assert {r["lr"] for r in found if r["lr"] and r["step"] > 2} == {1e-2}
     for samples in (160, 192):
         (out / f"ckpt-{samples}.pt").unlink()
     (out / "ckpt.pt").unlink()

@@ -296,6 +296,18 @@ def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_gra
     assert [r["loss"] for r in records(tmp_path / "run")] == expected
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_the_cpu")
+def test_compiled_blocks_see_a_ramp_come_and_go(corpus, tmp_path):
+    """torch.compile by default does not look whether a module has got or lost a hook since it was compiled."""
+    changes = ["--data.path", str(corpus), "--stages.1.growth.op", "random", "--stages.1.growth.ramp_tokens", "1024"]
+    torch._dynamo.reset()
+    for name, compile in (("eager", ()), ("compiled", ("--compile",))):
+        train.Run(load(TINY, [*changes, *compile, "--out", str(tmp_path / name)])).train()
+    eager, compiled = (records(tmp_path / name) for name in ("eager", "compiled"))
+    assert [r["loss"] for r in compiled] == [r["loss"] and pytest.approx(r["loss"], rel=1e-4) for r in eager]
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_gpu_run_through_triton_follows_the_torch_path_and_resumes(trainer):

@@ -71,7 +71,8 @@ def foresee(saved: dict, how: Growth) -> dict:
     config = LlamaConfig(**saved["config"])
     layers = plan(config.n_layer, how.op, how.g, how.layers, how.k)
     grown = replace(config, n_layer=len(layers))
-    moments_per_parameter = 2 if saved["optimizer"] else 0
+    moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
+    new_moments = 0 if how.moments().new == "zero" else moments
     old, new = n_params(config), n_params(grown) - n_params(config)
     return {
         "op": how.op,
@@ -80,8 +81,7 @@ def foresee(saved: dict, how: Growth) -> dict:
         "rc": round(connection_rate([layer.source for layer in layers]), 6),
         "n_params_before": old,
         "n_params": old + new,
-        "bytes_needed": 4
-        * (old * (1 + moments_per_parameter) + new * (1 + moments_per_parameter * (how.moments().new != "zero"))),
+        "bytes_needed": 4 * (old * (1 + moments) + new * (1 + new_moments)),
     }
 
 

@@ -93,12 +93,12 @@ class Stage:
     rewarm_peak: float = 1.3
 
     def __post_init__(self):
+        if self.rewarm_tokens < 0 or self.rewarm_peak <= 0 or (self.rewarm_tokens and self.growth is None):
+            raise UserError("rewarm_tokens ≥ 0 and rewarm_peak > 0 belong to a stage that grows")
         if self.continues:
             if self.tokens <= 0 or self.lr or self.min_lr or self.warmup_tokens or self.decay_tokens is not None:
                 raise UserError("a stage that continues has tokens > 0, and the lr, warm-up and decay of the stage before")
             return
-        if self.rewarm_tokens < 0 or self.rewarm_peak <= 0 or (self.rewarm_tokens and self.growth is None):
-            raise UserError("rewarm_tokens ≥ 0 and rewarm_peak > 0 belong to a stage that grows")
         if self.tokens <= 0 or self.warmup_tokens < 0 or self.warmup_tokens > self.tokens:
             raise UserError(f"a stage needs tokens > 0 and warmup_tokens within them, not {self.tokens}, {self.warmup_tokens}")
         if not (self.lr > 0 and 0 <= self.min_lr <= self.lr):
@@ -214,6 +214,10 @@ class Train:
                 n_layer = stage.growth.check(n_layer)
             except UserError as error:
                 raise UserError(f"stages.{number}.growth: {error}") from None
+            if (stage.growth.ramp_tokens or 0) > stage.tokens and any(s.growth for s in self.stages[number + 1 :]):
+                raise UserError(
+                    f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
+                )
 
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run: not of where its files are, nor of what they hold."""

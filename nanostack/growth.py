@@ -218,6 +218,9 @@ def grow(
         raise UserError("random layers are still being ramped in: grow again when they count in full")
     if not 0 <= noise < 1:
         raise UserError(f"noise is a share of the weights, from 0 up to 1, not {noise}")
+    unknown = {name for state in optimizer.state.values() for name in state} - set(POWER) if optimizer is not None else set()
+    if unknown:
+        raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see growth.POWER")
     device = next(model.parameters()).device
     _wait_for(device)
     started = time.perf_counter()
@@ -296,9 +299,6 @@ def _grow_optimizer(optimizer, model: nn.Module, pattern: nn.Module, source_of: 
 
     A random layer has no source: its parameters go where those of the block `pattern` are, and start without moments.
     """
-    unknown = {name for state in optimizer.state.values() for name in state} - set(POWER)
-    if unknown:
-        raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see growth.POWER")
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     group_of_name = {name: groups.get(parameter) for name, parameter in pattern.named_parameters()}
     for group in optimizer.param_groups:

@@ -79,6 +79,8 @@ class State:
 
         `probe`: tokens (B, T), the same on all ranks, by whose logits the receipt tells what a preserving operator changed.
         """
+        if self.growth and self.growth[-1].get("ramp_tokens"):  # the step that completed a ramp began before its end
+            growth.set_ramp(self.model, _ramp_share(self.growth[-1], self.cursor))
         probe = probe if how.op in growth.PRESERVING and not how.noise else None
         logits = self._logits(probe)
         reshard(self.model)

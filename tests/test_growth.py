@@ -304,6 +304,7 @@ def test_another_optimizer_only_names_its_state():
         if not known:
             with pytest.raises(ValueError, match="optimizer's sum is not known"):
                 growth.grow(model, optimizer, g=2)
+            assert model.config.n_layer == len(model.blocks) == 6, "it was touched"
             continue
         growth.grow(model, optimizer, g=2, moments=COPY)
         a, b = (optimizer.state[model.blocks[i].mlp.down.weight]["momentum_buffer"] for i in (0, 3))

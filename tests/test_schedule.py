@@ -59,6 +59,7 @@ def test_new_parameters_rise_above_the_others_and_come_back():
         ({"tokens": 10, "lr": 1.0, "schedule": "wsd", "decay_tokens": 0}, "decay_tokens must be positive"),
         ({"tokens": 10, "lr": 1.0, "continues": True}, "a stage that continues has"),
         ({"tokens": 10, "lr": 1.0, "rewarm_tokens": 5}, "belong to a stage that grows"),
+        ({"tokens": 10, "continues": True, "rewarm_tokens": 5}, "belong to a stage that grows"),
     ],
 )
 def test_stages_that_are_none_are_refused(arguments, message):

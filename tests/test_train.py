@@ -10,7 +10,10 @@ from conftest import TINY, assert_same_state, records
 
 import train
 from nanostack import checkpoint, growth
-from nanostack.config import load
+from nanostack.config import Growth, Optim, load
+from nanostack.model import LlamaConfig
+from nanostack.parallel import Placement
+from nanostack.state import State
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,6 @@ def test_loss_falls_through_both_stages_and_growth_is_recorded(finished):
 
 def test_ledger_counts_the_base_and_every_trained_token(finished):
     from nanostack.flops import flops_exact_per_token, flops_per_token
-    from nanostack.model import LlamaConfig
 
     cursor = checkpoint.load(finished / "ckpt.pt")["cursor"]
     base, grown = (LlamaConfig(n, 4, 2, 64, 96, 384, 32) for n in (2, 4))
@@ -142,6 +144,19 @@ def test_operators_grow_live_and_resume_exactly(trainer, op, options):
     trainer.good("run", *options, "--resume")
     assert records(out) == found
     assert_same_state(checkpoint.load(out / "ckpt.pt"), whole)
+
+
+def test_a_ramp_as_long_as_its_stage_is_over_when_the_next_growth_comes():
+    """The last step of the stage begins before the end of the ramp, and no step comes after it."""
+    model = LlamaConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, vocab_size=32, seq_len=8)
+    state = State.create(model, Optim(), Placement(torch.device("cpu")), seed=0)
+    state.grow(Growth("random", 2, ramp_tokens=16))
+    state.cursor.advance(1, state.model.config)
+    with pytest.raises(ValueError, match="still being ramped in"):
+        state.grow(Growth("stack", 2))
+    state.cursor.advance(1, state.model.config)
+    state.grow(Growth("stack", 2))
+    assert [len(receipt["layers"]) for receipt in state.growth] == [2, 4] and state.model.ramp is None
 
 
 def test_parameters_that_stay_dead_after_growth_are_named(trainer, monkeypatch, tmp_path, corpus):

@@ -1,30 +1,38 @@
 """Grow a checkpoint on disk: `python grow.py out/1b_base/ckpt.pt --g 4` writes ckpt-x4.pt beside it.
 
-It is read straight to the device (the GPU where there is one), grown there in place, and written. Train on with
-`train.py CONFIG --init_from CHECKPOINT`.
+It is read tensor by tensor from the memory-mapped file to the device (the GPU where there is one), grown there in place, and
+written. Train on with `train.py CONFIG --init_from CHECKPOINT`.
 """
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
+from rich.console import Console
+from rich.progress import Progress
 
 from nanostack import checkpoint
 from nanostack.config import Growth, Optim
+from nanostack.data import Tokens
+from nanostack.depth import connection_rate
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
-from nanostack.growth import connection_rate, plan
-from nanostack.model import LlamaConfig
+from nanostack.growth import Shape
+from nanostack.model import Llama, LlamaConfig
+from nanostack.moments import RESET
 from nanostack.parallel import Placement
 from nanostack.state import State
+
+TOGETHER = 4  # sequences that go through the model at a time
 
 
 @dataclass(frozen=True)
 class Command:
-    """Grow a checkpoint in depth, with its optimizer's state."""
+    """Grow a checkpoint in width, depth or both, with its optimizer's state."""
 
     checkpoint: tyro.conf.Positional[Path]
     growth: tyro.conf.OmitArgPrefixes[Growth] = field(default_factory=Growth)
@@ -34,6 +42,10 @@ class Command:
     """Replace what is at out."""
     device: str = "auto"
     """cuda where there is one; or cpu, cuda:1, ..."""
+    data: Path | None = None
+    """Prepared text: learn trains on what the run would read next, and the receipt tells the loss before and after."""
+    batch_tokens: int = 65536
+    """Tokens of one step of learn."""
     dry_run: bool = False
     """Say what would happen, and do nothing."""
     json: bool = False
@@ -43,17 +55,25 @@ class Command:
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
     saved = checkpoint.load(command.checkpoint)
-    n_layer = saved["config"]["n_layer"]
-    grown = command.growth.check(n_layer)
-    suffix = f"x{grown // n_layer}" if grown % n_layer == 0 else f"{grown}-layers"
-    out = command.out or command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix}.pt")
+    base = LlamaConfig(**saved["config"])
+    grown = command.growth.shape(base)
+    out = command.out or command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix(base, grown.config)}.pt")
     if out.exists() and out.samefile(command.checkpoint):
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
     if out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
+    if command.growth.learning_steps() and not command.data:
+        raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
+    if command.batch_tokens < base.seq_len:
+        raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {base.seq_len} tokens")
+    texts = [Tokens(command.data, split, base.seq_len, saved["seed"] or 0) for split in ("train", "val") if command.data]
+    if texts and texts[0].vocab_size > base.vocab_size:
+        raise UserError(f"{command.data} holds token ids up to {texts[0].vocab_size - 1}, the model has {base.vocab_size}")
 
     device = choose_device(command.device)
-    forecast = foresee(saved, command.growth) | {"device": str(device), "out": str(out)}
+    if command.growth.moments() == RESET:
+        saved["optimizer"] = {}  # never to be read
+    forecast = foresee(saved, command.growth, grown) | {"device": str(device), "out": str(out)}
     if forecast["bytes_needed"] > free_bytes(device):
         needed, free = (f"{n / 2**30:.2f} GiB" for n in (forecast["bytes_needed"], free_bytes(device)))
         raise UserError(f"growing needs {needed} on {device}, which has {free} free; choose another --device")
@@ -61,27 +81,78 @@ def main(command: Command) -> dict:
         return forecast
 
     state = State.restore(saved, Optim(), Placement(device))
-    receipt = state.grow(command.growth)
+    probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
+    before = mean_loss(state.model, texts[1]) if texts else None
+    with Progress(console=Console(stderr=True), disable=command.growth.learning_steps() == 0) as progress:
+        task = progress.add_task("learning how to grow", total=command.growth.learning_steps())
+        receipt = state.grow(
+            command.growth,
+            probe,
+            gradients_of(state, texts[0], command.batch_tokens, lambda: progress.advance(task)) if texts else None,
+        )
+    receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
 
 
-def foresee(saved: dict, how: Growth) -> dict:
+def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:
+    """What the name of a grown checkpoint says of it: x4, d2048, x4-d2048, 9-layers, ..."""
+    times, rest = divmod(grown.n_layer, base.n_layer)
+    said = [] if times == 1 and not rest else [f"{grown.n_layer}-layers" if rest else f"x{times}"]
+    said += [f"d{grown.d_model}"] if grown.d_model != base.d_model else []
+    return "-".join(said) or f"kv{grown.n_kv_head}-ff{grown.d_ff}"
+
+
+def gradients_of(state: State, text: Tokens, batch_tokens: int, done: Callable[[], object]) -> Callable[[], torch.Tensor]:
+    """A function that puts the gradients of the next batch into the model, moves the cursor past it, and returns the loss."""
+
+    def gradients() -> torch.Tensor:
+        model, first, loss = state.model, state.cursor.samples, torch.zeros((), device=state.placement.device)
+        size = batch_tokens // model.config.seq_len
+        for start in range(first, first + size, TOGETHER):
+            block = torch.from_numpy(text.batch(start, min(start + TOGETHER, first + size))).to(loss.device)
+            part = model(block[:, :-1], block[:, 1:]) * len(block) / size
+            part.backward()
+            loss += part.detach()
+        state.cursor.advance(size, model.config)
+        done()
+        return loss
+
+    return gradients
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, text: Tokens, tokens: int = 131072) -> float:
+    """Loss in nats per token over the first validation tokens."""
+    device, blocks = model.cos.device, max(1, min(text.n_blocks, tokens // text.seq_len))
+    total = 0.0
+    for start in range(0, blocks, TOGETHER):
+        block = torch.from_numpy(text.blocks(start, min(start + TOGETHER, blocks))).to(device)
+        total += len(block) * model(block[:, :-1], block[:, 1:]).item()
+    return total / blocks
+
+
+def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
     """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
-    config = LlamaConfig(**saved["config"])
-    layers = plan(config.n_layer, how.op, how.g, how.layers, how.k)
-    grown = replace(config, n_layer=len(layers))
+    base, config = LlamaConfig(**saved["config"]), grown.config
     moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
-    new_moments = 0 if how.moments().new == "zero" else moments
-    old, new = n_params(config), n_params(grown) - n_params(config)
+    old, new = n_params(base), n_params(config) - n_params(base)
+    numbers = old * (1 + moments) + new * (1 if how.moments().new == "zero" else 1 + moments)
+    if how.width:  # every tensor is made anew: the largest is there twice
+        numbers = (old + new) * (1 + moments) + max(config.vocab_size, 2 * config.d_ff) * config.d_model
+    if how.learning_steps():  # the old weights, and gradients of the new ones
+        numbers += old + (old + new)
     return {
-        "op": how.op,
-        "layers": [layer.source for layer in layers],
-        "rules": [layer.rule for layer in layers],
-        "rc": round(connection_rate([layer.source for layer in layers]), 6),
+        "op": grown.op,
+        "width": how.width,
+        "layers": [layer.source for layer in grown.layers],
+        "rules": [layer.rule for layer in grown.layers],
+        "rc": round(connection_rate([layer.source for layer in grown.layers]), 6),
+        "shape": vars(config),
+        "preserves": grown.preserves and not how.noise,
         "n_params_before": old,
         "n_params": old + new,
-        "bytes_needed": 4 * (old * (1 + moments) + new * (1 + new_moments)),
+        "bytes_needed": 4 * numbers,
     }
 
 

@@ -37,12 +37,14 @@ class Run:
     def __init__(self, config: Train):
         self.stop = parallel.StopFlag()
         self.placement = parallel.start(config.parallel, config.dtype, config.compile)
+        if self.placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
+            raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
         self.kernels = choose_kernels(config.kernels, self.placement)
         parallel.on_rank_0(verify, config.data.path)
         self.manifest_sha256 = manifest_sha256(config.data.path)
         config_sha256 = config.sha256()
         self.config = config = with_vocabulary(config)
-        self.micro_steps = micro_steps(config)
+        self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
         self.val = Tokens(config.data.path, "val", config.model.seq_len)
         self.token_bytes = self.val.token_bytes
@@ -66,6 +68,8 @@ class Run:
         before, later = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
         self.step = before + self.cursor.stage_tokens // config.batch_tokens
         self.steps_left = later + max(0, -(-(self.stage.tokens - self.cursor.stage_tokens) // config.batch_tokens))
+        ahead = config.stages[now + self.resuming :]
+        self.batches_left = self.steps_left + sum(stage.growth.learning_steps() for stage in ahead if stage.growth)
         self.speaks = parallel.rank() == 0
         total = (self.step + self.steps_left) * config.batch_tokens
         self.display = Display(total, self.step * config.batch_tokens, self.speaks)
@@ -90,8 +94,9 @@ class Run:
         tracing = profiler(self.config.profile if self.speaks else 0, self.steps_left, self.out / "trace.json")
         with self.display, Prefetcher(self.data, self.my_samples(), pin=pin) as batches, tracing as tracer:
             if not self.resuming:
-                self.enter_stage()
+                self.enter_stage(batches)
             while True:
+                self.state.freeze(self.stage)
                 while self.cursor.stage_tokens < self.stage.tokens:
                     self.train_step(batches)
                     tracer.step()
@@ -103,26 +108,28 @@ class Run:
                     return
                 self.cursor.stage += 1
                 self.cursor.stage_tokens = 0
-                self.enter_stage()
+                self.enter_stage(batches)
 
-    def enter_stage(self) -> None:
+    def enter_stage(self, batches: Prefetcher) -> None:
         """Grow the model where the stage says so, and look at its loss before and after."""
         if self.stage.growth is None:
             return
+        if steps := self.stage.growth.learning_steps():
+            self.display.say(f"learning how to grow on {steps} batches")
         with self.clock.paused():
             before = self.evaluate()
             probe = torch.from_numpy(self.val.blocks(0, 1)[:, :-1]).to(self.placement.device)
-            receipt = self.state.grow(self.stage.growth, probe)
+        receipt = self.state.grow(self.stage.growth, probe, lambda: self.gradients(batches))
+        with self.clock.paused():
             after = self.evaluate()
-            receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
+        receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
         self.write_record({"loss": None, "lr": None, "grad_norm": None} | after | {"growth": receipt})
         self.display.say(growth.describe(receipt))
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
-    def train_step(self, batches: Prefetcher) -> None:
-        """One optimizer step on the next batch_tokens, then what is due after it."""
+    def gradients(self, batches: Prefetcher) -> torch.Tensor:
+        """Put the gradients of the next batch_tokens into the model, and move the cursor past them. Returns their mean loss."""
         model, cursor, config = self.state.model, self.cursor, self.config
-        self.state.ramp(self.stage)
         loss = torch.zeros((), device=self.placement.device)
         for micro_step in range(self.micro_steps):
             tokens_BT, targets_BT = (part.to(self.placement.device, non_blocking=True) for part in next(batches))
@@ -132,9 +139,15 @@ class Run:
             part = model(tokens_BT, targets_BT) / self.micro_steps
             part.backward()
             loss += part.detach()
-        loss = parallel.mean(loss)
-        first_sample = cursor.samples
         cursor.advance(config.batch_tokens // config.model.seq_len, model.config)
+        return parallel.mean(loss)
+
+    def train_step(self, batches: Prefetcher) -> None:
+        """One optimizer step on the next batch, then what is due after it."""
+        cursor, config, first_sample = self.cursor, self.config, self.cursor.samples
+        self.state.ramp(self.stage)
+        loss = self.gradients(batches)
+        cursor.stage_tokens += config.batch_tokens
         self.step += 1
         lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
         self.state.rewarm(self.stage, cursor.stage_tokens)
@@ -227,7 +240,7 @@ class Run:
         """
         each, ranks = self.config.micro_batch, parallel.world_size()
         first = self.cursor.samples + parallel.rank() * each
-        for number in range(self.steps_left * self.micro_steps):
+        for number in range(self.batches_left * self.micro_steps):
             start = first + number * each * ranks
             yield start, start + each
 
@@ -237,7 +250,7 @@ class Run:
         start = f"from {source} at {describe_tokens(self.cursor.tokens)} tokens" if source else f"from seed {config.seed}"
         start += " (there was no checkpoint to resume from)" if config.resume and not self.resuming else ""
         steps, dtype = self.steps_left, str(placement.dtype).removeprefix("torch.")
-        amount, epoch = (describe_tokens(n) for n in (steps * config.batch_tokens, self.data.n_tokens))
+        amount, epoch = describe_tokens(steps * config.batch_tokens), describe_tokens(self.data.n_tokens)
         return (
             f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
             f"{steps} steps of {config.batch_tokens} tokens ({amount}) of {config.data.path} ({epoch} an epoch), "
@@ -267,23 +280,6 @@ def with_vocabulary(config: Train) -> Train:
     if wanted < n_vocab:
         raise UserError(f"model.vocab_size {wanted} is too small: {config.data.path} holds token ids up to {n_vocab - 1}")
     return config
-
-
-def micro_steps(config: Train) -> int:
-    """How many micro-batches of every rank make one step."""
-    devices, seq_len = parallel.world_size(), config.model.seq_len
-    sequences, together = config.batch_tokens // seq_len, config.micro_batch * devices
-    if sequences % together == 0:
-        return sequences // together
-    below = sequences // together * together
-    legal = [n * seq_len for n in (below, below + together) if n]
-    divisors = [n for n in range(1, sequences + 1) if sequences % (n * devices) == 0]
-    near = sorted(sorted(divisors, key=lambda n: abs(n - config.micro_batch))[:2])
-    raise UserError(
-        f"batch_tokens {config.batch_tokens} is {sequences} sequences, which {devices} device(s) × micro_batch "
-        f"{config.micro_batch} do not divide; nearest legal batch_tokens: {legal}"
-        + (f"; nearest legal micro_batch: {near}" if near else "")
-    )
 
 
 def stage_steps(config: Train, stage) -> int:  # the last one is a whole one

@@ -82,7 +82,7 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
     To start from one, its model must have the config's shape. To resume, `resuming_on` is the SHA-256 of the manifest at hand:
     going on exactly needs the same text in the same order, and the shape that the model has in the checkpoint's stage.
     """
-    n_layer = config.model.n_layer
+    model = config.model
     if resuming_on is not None:
         stage = saved["cursor"]["stage"]
         if stage >= len(config.stages):
@@ -92,8 +92,8 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
         if saved["seed"] != config.seed:
             raise UserError(f"{source} was trained with seed {saved['seed']}, not {config.seed}: other text would come next")
         for growth in (s.growth for s in config.stages[: stage + 1] if s.growth):
-            n_layer = growth.check(n_layer)
-    wanted = dataclasses.asdict(config.model) | {"n_layer": n_layer}
+            model = growth.shape(model).config
+    wanted = dataclasses.asdict(model)
     differ = [
         f"model.{k} is {saved['config'].get(k)} there, {v} here" for k, v in wanted.items() if saved["config"].get(k) != v
     ]

@@ -17,9 +17,13 @@ from typing import Literal
 
 import tyro
 
+from nanostack import depth
 from nanostack.errors import UserError
-from nanostack.growth import OPERATORS, Moments, check_moments, plan
+from nanostack.growth import Shape, shape
 from nanostack.model import LlamaConfig
+from nanostack.moments import Moments
+from nanostack.width import OPERATORS as WIDTH_OPERATORS
+from nanostack.width import Width
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,18 @@ class Data:
             raise UserError(f"data.val_tokens must be at least 1, not {self.val_tokens}")
 
 
-Operator = Literal[*OPERATORS]
+DepthOperator = Literal[*depth.OPERATORS]
+WidthOperator = Literal[*WIDTH_OPERATORS]
 
 
 @dataclass(frozen=True)
 class Growth:
     """How a stage makes its model from the one before it; see nanostack/growth.py."""
 
-    op: Operator = "stack"
+    op: DepthOperator | None = None
+    """How its depth grows. None: stack, or not at all where only its width does."""
     g: int | None = None
-    """How many times deeper: stack, interleave, zero and random. 4 where nothing is given."""
+    """How many times deeper: stack, interleave, zero, random and learn. 4 where nothing is given."""
     layers: str | None = None
     """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
     optimizer: Literal["reset", "copy"] = "reset"
@@ -60,18 +66,42 @@ class Growth:
     noise: float = 0.0
     """Share of fresh noise mixed into every matrix; the paper finds 0.2 slightly better than 0."""
     ramp_tokens: int | None = None
-    """Tokens over which random layers are ramped in; None: the warm-up of the stage, or a tenth of it."""
+    """Tokens over which what is random is ramped in; None: the warm-up of the stage, or a tenth of it."""
+    width: WidthOperator | None = None
+    """How its width grows, before its depth does; on one device, or by grow.py."""
+    d_model: int | None = None
+    """Width to grow to, by whole heads: d_head stays."""
+    n_kv_head: int | None = None
+    """Key/value heads of the wider model; None: more by the factor of d_model, as d_ff."""
+    d_ff: int | None = None
+    alpha: float | None = None
+    """What the first of several copies carries after split, from 0 to 1; None: as much as the others, which then stay alike."""
+    learn_steps: int = 100
+    """Batches on which learn trains its map; they are no part of the stage's tokens, but of the run's."""
 
     def moments(self) -> Moments:
         old, new = ("keep", "copy") if self.optimizer == "copy" else ("zero", "zero")
         return Moments(self.moments_old or old, self.moments_new or new, self.moments_factor)
 
-    def check(self, n_layer: int) -> int:
-        """Layers after the growth of a model with `n_layer`. UserError where there is no such growth."""
-        check_moments(self.moments())
+    def wider(self) -> Width | None:
+        given = {name: getattr(self, name) for name in ("d_model", "n_kv_head", "d_ff", "alpha")}
+        if self.width is not None:
+            return Width(self.width, **given)
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"{name} belongs to a growth in width: say how (width {', '.join(WIDTH_OPERATORS)})")
+        return None
+
+    def learning_steps(self) -> int:
+        """Batches that the growth takes for itself."""
+        return self.learn_steps * (self.width, self.op).count("learn")
+
+    def shape(self, base: LlamaConfig) -> Shape:
+        """What becomes of a model of shape `base`. UserError where there is no such growth."""
+        self.moments().check()
         if not 0 <= self.noise < 1 or (self.ramp_tokens is not None and self.ramp_tokens < 1):
             raise UserError(f"noise is from 0 up to 1 and ramp_tokens at least 1, not {self.noise} and {self.ramp_tokens}")
-        return len(plan(n_layer, self.op, self.g, self.layers, self.k))
+        return shape(base, self.op, self.g, self.layers, self.k, self.wider())
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,8 @@ class Stage:
     """Rate of the parameters that growth made: up from 0 to rewarm_peak times the others' over so many tokens, and over as
     many down to theirs."""
     rewarm_peak: float = 1.3
+    freeze: bool = False
+    """Train only the layers that the last growth made (LLaMA-Pro); the next stage trains all again unless it says so too."""
 
     def __post_init__(self):
         if self.rewarm_tokens < 0 or self.rewarm_peak <= 0 or (self.rewarm_tokens and self.growth is None):
@@ -119,7 +151,7 @@ def scheduled(stages: tuple[Stage, ...], number: int) -> Stage:
     return dataclasses.replace(stages[first], tokens=sum(stage.tokens for stage in stages[first:last]))
 
 
-def grow(op: str = "stack", g: int | None = None, **options) -> Stage:
+def grow(op: str | None = None, g: int | None = None, **options) -> Stage:
     """A stage that starts by growing the model: `grow("stack", g=4, tokens=..., lr=...)`, with fields of Growth and Stage."""
     how = {field.name: options.pop(field.name) for field in dataclasses.fields(Growth) if field.name in options}
     return Stage(growth=Growth(op, g, **how), **options)
@@ -206,14 +238,18 @@ class Train:
             whole = scheduled(self.stages, number)
             if whole.decay_tokens is not None and whole.decay_tokens > whole.tokens - whole.warmup_tokens:
                 raise UserError(f"decay_tokens {whole.decay_tokens} does not fit into stage {number} after its warm-up")
-        n_layer = self.model.n_layer
+        model, new_layers = self.model, bool(self.init_from)  # a checkpoint may have some
         for number, stage in enumerate(self.stages):  # a bad list must not end a run that has trained for days
+            if stage.growth is not None:
+                try:
+                    layers, model, *_ = stage.growth.shape(model)
+                except UserError as error:
+                    raise UserError(f"stages.{number}.growth: {error}") from None
+                new_layers = any(layer.rule != "kept" for layer in layers)
+            if (stage.freeze or stage.rewarm_tokens) and not new_layers:
+                raise UserError(f"stages.{number}: freeze and rewarm_tokens are about new layers, and no growth made any")
             if stage.growth is None:
                 continue
-            try:
-                n_layer = stage.growth.check(n_layer)
-            except UserError as error:
-                raise UserError(f"stages.{number}.growth: {error}") from None
             if (stage.growth.ramp_tokens or 0) > stage.tokens and any(s.growth for s in self.stages[number + 1 :]):
                 raise UserError(
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"

@@ -69,6 +69,11 @@ class Placement:
                 state._is_root = None
                 state._state_ctx = type(state._state_ctx)()
 
+    def sum_shards(self, value: Tensor) -> None:
+        """Add up, in place, a value of which each rank has the part that its shards make."""
+        if self.mesh is not None:
+            dist.all_reduce(value, group=self.mesh.get_group("shard"))
+
     def _shard(self, module: nn.Module) -> nn.Module:
         if self.mesh is None:
             return module
@@ -119,6 +124,23 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def micro_steps(batch_tokens: int, micro_batch: int, seq_len: int) -> int:
+    """How many micro-batches of every rank make one step."""
+    devices, sequences = world_size(), batch_tokens // seq_len
+    together = micro_batch * devices
+    if sequences % together == 0:
+        return sequences // together
+    below = sequences // together * together
+    legal = [n * seq_len for n in (below, below + together) if n]
+    divisors = [n for n in range(1, sequences + 1) if sequences % (n * devices) == 0]
+    near = sorted(sorted(divisors, key=lambda n: abs(n - micro_batch))[:2])
+    raise UserError(
+        f"batch_tokens {batch_tokens} is {sequences} sequences, which {devices} device(s) × micro_batch "
+        f"{micro_batch} do not divide; nearest legal batch_tokens: {legal}"
+        + (f"; nearest legal micro_batch: {near}" if near else "")
+    )
 
 
 def start(parallel: Parallel, dtype: str, compile: bool) -> Placement:

@@ -1,12 +1,14 @@
 """The one state of a run: model, optimizer, cursor, growth receipts. What is not in it cannot influence the run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nanostack import growth
+from nanostack import growth, width
 from nanostack.config import Growth, Optim, Stage
+from nanostack.errors import UserError
 from nanostack.flops import flops_exact_per_token, flops_per_token
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import make_optimizer, set_rate_of_new
@@ -23,13 +25,12 @@ class Cursor:
     flops: float = 0.0  # 6·N_total per token, as the paper counts
     flops_exact: float = 0.0  # matrix products and causal attention
     stage: int = 0
-    stage_tokens: int = 0  # of `tokens`, those of the current stage
+    stage_tokens: int = 0  # of `tokens`, those that the current stage has trained on
 
     def advance(self, samples: int, config: LlamaConfig) -> None:
         tokens = samples * config.seq_len
         self.samples += samples
         self.tokens += tokens
-        self.stage_tokens += tokens
         self.flops += float(tokens * flops_per_token(config))
         self.flops_exact += float(tokens * flops_exact_per_token(config))
 
@@ -69,32 +70,35 @@ class State:
         if placement.device.type == "cuda" and "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], placement.device)
         cursor, receipts = Cursor(**saved["cursor"]), list(saved["growth"])
-        rules = receipts[-1].get("rules", []) if receipts else []
-        if "random" in rules and (share := _ramp_share(receipts[-1], cursor)) < 1:
-            growth.attach_ramp(model, [i for i, rule in enumerate(rules) if rule == "random"], share)
+        if receipts and growth.ramps(receipts[-1]) and (share := _ramp_share(receipts[-1], cursor)) < 1:
+            growth.attach_ramp(model, receipts[-1], share)
         return cls(model, optimizer, placement, cursor, receipts)
 
-    def grow(self, how: Growth, probe: Tensor | None = None) -> dict:
+    def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> dict:
         """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.
 
         `probe`: tokens (B, T), the same on all ranks, by whose logits the receipt tells what a preserving operator changed.
+        `gradients()`, for learn: puts those of the next batch into the model, moves the cursor on, and returns the loss.
         """
         if self.growth and self.growth[-1].get("ramp_tokens"):  # the step that completed a ramp began before its end
             growth.set_ramp(self.model, _ramp_share(self.growth[-1], self.cursor))
-        probe = probe if how.op in growth.PRESERVING and not how.noise else None
+        probe = probe if how.shape(self.model.config).preserves and not how.noise else None
         logits = self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(
             self.model,
             self.optimizer,
-            *(how.op, how.g, how.layers, how.k, how.moments(), how.noise),
+            *(how.op, how.g, how.layers, how.k, how.wider(), how.moments(), how.noise),
             seed=self.cursor.samples,
+            gradients=gradients,
+            learn_steps=how.learn_steps,
             prepare_block=self.placement.block,
+            rejoin=self.placement.grown,
             write=assign,
+            sum_shards=self.placement.sum_shards,
         )
-        self.placement.grown(self.model)
         receipt |= {
-            "ramp_tokens": how.ramp_tokens if "random" in receipt["rules"] else 0,
+            "ramp_tokens": how.ramp_tokens if growth.ramps(receipt) else 0,
             "max_logit_change": None if probe is None else (self._logits(probe) - logits).abs().max().item(),
             "samples": self.cursor.samples,
             "tokens": self.cursor.tokens,
@@ -116,26 +120,41 @@ class State:
         """Let random layers count for as much as the tokens since their growth entitle them to."""
         if getattr(self.model, "ramp", None) is None:
             return
-        receipt = next(r for r in reversed(self.growth) if "random" in r["rules"])
+        receipt = self.growth[-1]  # no growth begins before the ramp of the last one has ended
         if receipt["ramp_tokens"] is None:
             receipt["ramp_tokens"] = stage.warmup_tokens or max(1, stage.tokens // 10)
         growth.set_ramp(self.model, _ramp_share(receipt, self.cursor))
 
     def rewarm(self, stage: Stage, tokens: int) -> None:
         """Set the learning rate of the parameters that the last growth made, as the stage says, for the step to `tokens`."""
-        new = set(self._new_parameters().values()) if stage.rewarm_tokens else set()
+        new = set(self._new_layers().values()) if stage.rewarm_tokens else set()
         set_rate_of_new(self.optimizer, new, rewarming(stage, tokens))
 
-    def _new_parameters(self) -> dict[str, Tensor]:
-        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"}
+    def freeze(self, stage: Stage) -> None:
+        """Leave gradients to the layers that the last growth made, or to all."""
+        new = set(self._new_layers().values())
+        if stage.freeze and not new:
+            raise UserError("a stage freezes all but new layers, and the checkpoint it starts from has not grown any")
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(not stage.freeze or parameter in new)
+
+    def _new_layers(self) -> dict[str, Tensor]:
+        """The parameters of the layers that the last growth made."""
+        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"} if self.growth else set()
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
     def dead(self) -> list[str]:
-        """Names of parameters of new layers whose moments are still zero, in this rank's share of them."""
-        named = self._new_parameters().items()
-        moments = {n: self.optimizer.state.get(p, {}).get("exp_avg") for n, p in named if p.requires_grad}
-        local = {n: None if m is None else getattr(m, "_local_tensor", m) for n, m in moments.items()}
-        return [n for n, m in local.items() if m is None or (m.numel() and not m.any())]
+        """Names of parameters of which all that is new has moments of zero, in this rank's share of them."""
+        maps = width.recorded(self.growth[-1]["width"], self.model.config, self.placement.device)
+        new_layers, dead = self._new_layers(), []
+        for name, parameter in self.model.named_parameters():
+            moment = self.optimizer.state.get(parameter, {}).get("exp_avg")
+            moment = torch.zeros_like(parameter) if moment is None else moment
+            moment = getattr(moment, "_local_tensor", moment)
+            new = [moment] if name in new_layers else width.new_parts(name, moment, maps)
+            if parameter.requires_grad and any(part.numel() and not part.any() for part in new):
+                dead.append(name)
+        return dead
 
     def whole_tensors(self, keep: bool) -> tuple[dict, dict]:
         """Model {name: tensor} and optimizer {name: {key: tensor}} on the host, gathered one by one over the mesh.

@@ -8,8 +8,9 @@ import torch
 
 from nanostack import growth
 from nanostack.config import Optim
-from nanostack.growth import COPY, RESET, Moments, connection_rate, parse_layers, plan
+from nanostack.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, plan
 from nanostack.model import Llama, LlamaConfig
+from nanostack.moments import COPY, RESET, Moments
 from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of_new
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
@@ -24,6 +25,11 @@ def trained(steps: int = 2, config: LlamaConfig = CONFIG, device: str = "cpu"):
         loss.backward()
         guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
     return model, optimizer, tokens
+
+
+def backward(loss):
+    loss.backward()
+    return loss.detach()
 
 
 @pytest.mark.parametrize(
@@ -188,16 +194,18 @@ def test_grown_model_runs_through_the_base_layers_of_the_formula(op, g, k, tied)
     receipt = growth.grow(model, optimizer, op=op, g=g, k=k)
     expected = base.head(base.norm(x))
     torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-5, atol=1e-5)
-    assert (op in growth.PRESERVING) == (SEQUENCES[op, g, k] == [0, 1, 2, 3])
+    assert growth.shape(base.config, op, g, k=k).preserves == (SEQUENCES[op, g, k] == [0, 1, 2, 3])
     assert receipt["op"] == op and len(model.blocks) == model.config.n_layer == len(receipt["rules"])
     assert receipt["rules"].count("kept") == 4
 
 
 def test_every_operator_leaves_a_model_in_which_all_parameters_train():
     """New layers with zeroed outputs have no gradient inside at the first step: after two, nothing may stand still."""
-    for op in growth.OPERATORS:
+    for op in OPERATORS:
         model, optimizer, tokens = trained(config=replace(CONFIG, n_layer=4))
-        growth.grow(model, optimizer, op=op, g=2 if op in growth.TAKES_G else None, noise=0.2 if op == "stack" else 0.0)
+        noise, text = 0.2 if op == "stack" else 0.0, (tokens, tokens.roll(-1, 1))
+        g = 2 if op in TAKES_G else None
+        growth.grow(model, optimizer, op, g, noise=noise, gradients=lambda m=model, t=text: backward(m(*t)), learn_steps=2)
         growth.set_ramp(model, 0.5)
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), op

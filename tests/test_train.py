@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import TINY, assert_same_state, records
 
 import train
 from nanostack import checkpoint, growth
-from nanostack.config import Growth, Optim, load
+from nanostack.config import Growth, Optim, grow, load
+from nanostack.flops import flops_per_token
 from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
 from nanostack.state import State
@@ -114,36 +116,85 @@ def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
 CONTINUES = ("--stages.1.continues", "--stages.1.lr", "0", "--stages.1.min_lr", "0", "--stages.1.warmup_tokens", "0")
 
 
-@pytest.mark.parametrize(
-    ("op", "options"),
-    [
-        ("random", ("--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.optimizer", "copy")),
-        ("zero", ("--stages.1.growth.moments_old", "keep")),
-        ("insert", ("--stages.1.growth.g", "None")),
-        ("interleave", ("--stages.1.growth.noise", "0.2")),
-        ("stack", ("--stages.1.rewarm_tokens", "1024")),
-        ("middle", ("--stages.1.growth.g", "None", "--stages.1.growth.k", "2", *CONTINUES)),
-    ],
-)
-def test_operators_grow_live_and_resume_exactly(trainer, op, options):
-    """Also from the middle of a ramp: the checkpoint after 16 of 24 steps is half-way through that of the random layers."""
-    options = ("--stages.1.growth.op", op, *options, "--keep", "9")
+WIDER = ("--stages.1.growth.d_model", "96", "--stages.1.growth.n_kv_head", "3")
+NO_DEPTH = ("--stages.1.growth.op", "None", "--stages.1.growth.g", "None")
+OPERATORS = {
+    "random": ("--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.optimizer", "copy"),
+    "zero": ("--stages.1.growth.moments_old", "keep"),
+    "insert": ("--stages.1.growth.g", "None", "--stages.1.freeze"),
+    "interleave": ("--stages.1.growth.noise", "0.2"),
+    "stack": ("--stages.1.rewarm_tokens", "1024"),
+    "middle": ("--stages.1.growth.g", "None", "--stages.1.growth.k", "2", *CONTINUES),
+    "learn": ("--stages.1.growth.learn_steps", "4"),
+    "width split": (*NO_DEPTH, *WIDER, "--stages.1.growth.alpha", "0.7", "--stages.1.growth.optimizer", "copy"),
+    "width random": (*WIDER, "--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.op", "zero"),
+    "width learn": (*NO_DEPTH, *WIDER, "--stages.1.growth.learn_steps", "4"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_grow_live_and_resume_exactly(trainer, name):
+    """Also from the middle of a ramp: the checkpoint after 16 of 24 steps is half-way through that of what is random."""
+    kind, op = name.split() if " " in name else ("op", name)
+    options = (f"--stages.1.growth.{kind}", op, *OPERATORS[name], "--keep", "9")
     out = trainer.good("run", *options)
     found, whole = records(out), checkpoint.load(out / "ckpt.pt")
     receipt = next(record["growth"] for record in found if "growth" in record)
-    assert receipt["op"] == op and whole["config"]["n_layer"] == 4
-    if op in ("random", "zero", "insert"):
+    assert (receipt["width"] or {}).get("op") == op if kind == "width" else receipt["op"] == op
+    assert whole["config"]["n_layer"] == (2 if NO_DEPTH[0] in options and receipt["op"] is None else 4)
+    assert whole["config"]["d_model"] == (96 if kind == "width" else 64)
+    if name in ("random", "zero", "insert", "width random"):
         assert receipt["max_logit_change"] < 1e-5
         assert receipt["loss_after"] == pytest.approx(receipt["loss_before"], rel=1e-6)
     assert [r["loss"] for r in found if r["loss"]][-1] < receipt["loss_before"]
     if CONTINUES[0] in options:
         assert {r["lr"] for r in found if r["lr"] and r["step"] > 2} == {1e-2}
-    for samples in (160, 192):
-        (out / f"ckpt-{samples}.pt").unlink()
+    if "--stages.1.freeze" in options:
+        base, grown = (checkpoint.load(out / f"ckpt-{samples}.pt")["model"] for samples in (96, 192))
+        same = {name for name in grown if name in base and torch.equal(grown[name], base[name])}
+        assert {"embed.weight", "head.weight", "norm.weight", "blocks.0.attn.qkv.weight"} <= same
+        assert not torch.equal(grown["blocks.1.mlp.down.weight"], torch.zeros(64, 96))
+    learned = 4 * 256 if op == "learn" else 0
+    assert whole["cursor"]["tokens"] == 24 * 256 + learned and whole["cursor"]["stage_tokens"] == 12 * 256
+    before_growth = [r for r in found if r["stage"] == 0][-1]
+    shape = LlamaConfig(**whole["config"])
+    assert whole["cursor"]["flops"] == before_growth["flops"] + flops_per_token(shape) * (12 * 256 + learned)
+    for file in checkpoint.numbered_checkpoints(out / "ckpt.pt")[-2:]:
+        file.unlink()
     (out / "ckpt.pt").unlink()
     trainer.good("run", *options, "--resume")
     assert records(out) == found
     assert_same_state(checkpoint.load(out / "ckpt.pt"), whole)
+
+
+def test_several_growths_in_one_run_each_in_place(corpus, tmp_path):
+    """Stack, then insert, then width and a ramp in depth: every growth starts from what the last one trained."""
+    first = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--keep", "20", "--eval_interval", "99999"])
+    more = [
+        grow("insert", k=2, tokens=1024, lr=2e-3, warmup_tokens=256),
+        grow("random", g=2, width="zero", d_model=80, n_kv_head=5, d_ff=100, tokens=1024, lr=2e-3, ramp_tokens=512),
+    ]
+    stages = tuple(replace(stage, tokens=1024) for stage in first.stages)
+    with pytest.raises(ValueError, match=r"stages.3.growth: 5 key/value heads for 5 leave no place"):
+        replace(first, stages=(*stages, *more))
+    more[1] = replace(more[1], growth=replace(more[1].growth, d_model=96, n_kv_head=3))
+    run = train.Run(replace(first, stages=(*stages, *more)))
+    addresses = {}
+
+    def remember(how, probe, gradients, grow=run.state.grow):
+        before = {p.data_ptr() for p in run.state.model.parameters()}
+        receipt = grow(how, probe, gradients)
+        addresses[len(run.state.growth)] = before, {p.data_ptr() for p in run.state.model.parameters()}
+        return receipt
+
+    run.state.grow = remember
+    run.train()
+    assert [len(r["layers"]) for r in run.state.growth] == [4, 6, 12] and run.state.model.config.d_model == 96
+    assert all(before <= after for before, after in (addresses[1], addresses[2]))
+    assert [r["tokens"] for r in run.state.growth] == [1024, 2048, 3072]
+    assert max(r["max_logit_change"] for r in run.state.growth[1:]) < 1e-5
+    losses = [r["loss"] for r in records(tmp_path / "run") if r["loss"]]
+    assert len(losses) == 16 and losses[-1] < losses[0] - 0.5
 
 
 def test_a_ramp_as_long_as_its_stage_is_over_when_the_next_growth_comes():

@@ -1,0 +1,37 @@
+"""What growth makes of an optimizer's state: a choice for what was there, one for what is new."""
+
+from typing import NamedTuple
+
+from nanostack.errors import UserError
+
+
+class Moments(NamedTuple):
+    """What becomes of the optimizer's state: of old parameters keep, zero or scale; of new ones copy, zero or scale.
+
+    scale multiplies a copied first moment by `factor` and a second one by its square. zero takes the step count along:
+    a zeroed moment with an old step would make the first update up to 3 times too large.
+    """
+
+    old: str = "zero"
+    new: str = "zero"
+    factor: float = 1.0
+
+    def of_old(self, key: str) -> float:
+        """What a value of this name is multiplied by where it was before."""
+        return {"keep": 1.0, "zero": 0.0, "scale": self.factor ** POWER[key]}[self.old]
+
+    def of_new(self, key: str) -> float:
+        """What its copy is multiplied by."""
+        return {"copy": 1.0, "zero": 0.0, "scale": self.factor ** POWER[key]}[self.new]
+
+    def check(self) -> None:
+        """Raise `UserError` unless the choices exist."""
+        if self.old not in ("keep", "zero", "scale") or self.new not in ("copy", "zero", "scale"):
+            raise UserError(f"moments are old keep|zero|scale and new copy|zero|scale, not {self.old!r} and {self.new!r}")
+        if not self.factor >= 0:
+            raise UserError(f"moments are scaled by a factor of 0 or more, not {self.factor}")
+
+
+RESET = Moments()
+COPY = Moments("keep", "copy")
+POWER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}  # of the gradient; another optimizer adds its own

@@ -168,6 +168,8 @@ def _sizes(config: LlamaConfig) -> dict:
 def _deepen(model, optimizer, grown: Shape, moments: Moments, seed: int, prepare_block, write) -> tuple[int, int]:
     """Put the grown model's blocks in place. Returns the bytes allocated, and those copied on the device."""
     base, device = list(model.blocks), next(model.parameters()).device
+    if optimizer is not None and (moments.old, moments.new) == ("zero", "zero"):
+        optimizer.state.clear()  # before anything is allocated: it may go where the moments were
     blocks, source_of, allocated, copied = [], {}, 0, 0
     for number, layer in enumerate(grown.layers):
         if layer.rule == "kept":
@@ -237,11 +239,12 @@ def _grow_optimizer(optimizer, model: nn.Module, pattern: nn.Module, source_of: 
                 state[key] = torch.empty_like(value)
                 local(state[key]).copy_(local(value)).mul_(moments.of_new(key))
                 copied += local(value).nbytes
-    for parameter, state in optimizer.state.items():
-        if parameter in source_of or moments.old == "keep":
-            continue
-        for key, value in state.items():
-            local(value).mul_(moments.of_old(key)) if moments.old == "scale" else local(value).zero_()
+    for parameter in [p for p in optimizer.state if p not in source_of]:
+        if moments.old == "zero":
+            del optimizer.state[parameter]  # as it was before the first update, which makes it anew
+        elif moments.old == "scale":
+            for key, value in optimizer.state[parameter].items():
+                local(value).mul_(moments.of_old(key))
     return copied
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from nanostack import checkpoint, parallel
-from nanostack.config import Growth, Optim, Parallel
+from nanostack.config import Growth, Optim, Parallel, Stage
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.state import State
@@ -17,14 +17,18 @@ from nanostack.state import State
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 
 
-def train(state: State, steps: int) -> None:
+def gradients(state: State) -> torch.Tensor:
     rows = slice(4 * parallel.rank() // parallel.world_size(), 4 * (parallel.rank() + 1) // parallel.world_size())
     tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))[rows]
+    loss = state.model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    state.cursor.advance(4, state.model.config)
+    return parallel.mean(loss.detach())
+
+
+def train(state: State, steps: int) -> None:
     for _ in range(steps):
-        loss = state.model(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        guarded_step(state.optimizer, parallel.mean(loss.detach()), 1e-2, 1.0)
-        state.cursor.advance(4, state.model.config)
+        guarded_step(state.optimizer, gradients(state), 1e-2, 1.0)
 
 
 def roots(state: State) -> list[str]:
@@ -38,9 +42,12 @@ def main(out: str, shard: int, how: Growth) -> None:
     train(state, 2)
     checkpoint.save(state, f"{out}/base.pt")
     held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
-    with CommDebugMode() as collectives:
-        receipt = state.grow(how)
-    assert collectives.get_total_counts() == 0, collectives.get_comm_counts()
+    if how.op == "learn":
+        receipt = state.grow(how, gradients=lambda: gradients(state))
+    else:
+        with CommDebugMode() as collectives:
+            receipt = state.grow(how)
+        assert collectives.get_total_counts() == 0, collectives.get_comm_counts()
     after = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
     moved = {held[name] for name in held} - set(after.values())
     assert not moved, "a base shard moved"
@@ -49,6 +56,14 @@ def main(out: str, shard: int, how: Growth) -> None:
     local = sum(p.to_local().nbytes for b in new for p in b.parameters())
     assert receipt["bytes_allocated"] >= local and (how.moments().new != "zero" or receipt["bytes_allocated"] == local)
     checkpoint.save(state, f"{out}/grown.pt")
+    if how.op == "insert":
+        held = {name: p.to_local().clone() for name, p in state.model.named_parameters()}
+        state.freeze(Stage(1, lr=1.0, freeze=True))
+        train(state, 2)
+        same = {name for name, p in state.model.named_parameters() if torch.equal(p.to_local(), held[name])}
+        assert same == {name for name in held if not name.startswith(("blocks.1.", "blocks.3."))}
+        assert not state.dead()
+        state.freeze(Stage(1, lr=1.0))
     train(state, 2)
     assert roots(state) == [""], roots(state)
     assert all(isinstance(block, FSDPModule) for block in state.model.blocks)

@@ -77,6 +77,43 @@ def test_layers_out_op_json_and_copied_moments(ckpt, tmp_path):
     assert float(grown["optimizer"]["blocks.3.mlp.down.weight"]["step"]) == 12
 
 
+def test_width_and_depth_in_one_command_and_training_goes_on(base, ckpt):
+    done = grow(ckpt, "--width", "split", "--d_model", "96", "--n_kv_head", "3", "--op", "zero", "--g", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    receipt, out = json.loads(done.stdout), ckpt.with_name("ckpt-x2-d96.pt")
+    assert receipt["width"]["from"]["d_model"] == 64 and receipt["width"]["to"]["d_ff"] == 144 and len(receipt["layers"]) == 4
+    grown = checkpoint.load(out)["config"]
+    assert (grown["d_model"], grown["n_head"], grown["n_kv_head"], grown["n_layer"]) == (96, 6, 3, 4)
+    assert receipt["max_logit_change"] is None, "96 is not a whole number of times 64"
+    shape = [
+        word for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff") for word in (f"--model.{name}", grown[name])
+    ]
+    trainer = Trainer(base.corpus, ckpt.parent)
+    options = ("--init_from", str(out), "--stages.0.tokens", "1024", "--stages.1.tokens", "1024")
+    run = trainer.good("wide", *map(str, shape), *options)
+    assert [r["loss"] for r in records(run) if r["loss"]][-1] < 6
+
+
+def test_zero_width_keeps_the_logits_and_says_so(ckpt):
+    receipt = json.loads(grow(ckpt, "--width", "zero", "--d_ff", "128", "--json").stdout)
+    assert receipt["max_logit_change"] < 1e-5 and receipt["op"] is None
+    assert checkpoint.load(ckpt.with_name("ckpt-kv2-ff128.pt"))["config"]["d_ff"] == 128
+
+
+def test_learn_reads_on_in_the_text_and_the_ledger_counts_it(base, ckpt):
+    learn = ("--op", "learn", "--g", "2", "--learn_steps", "3", "--batch_tokens", "256", "--data", base.corpus, "--json")
+    done = grow(ckpt, *learn)
+    assert done.returncode == 0, done.stderr
+    receipt, grown = json.loads(done.stdout), checkpoint.load(ckpt.with_name("ckpt-x2.pt"))
+    assert receipt["learned"][0]["steps"] == 3 and receipt["loss_before"] > 0 and receipt["loss_after"] > 0
+    before = checkpoint.load(ckpt)["cursor"]
+    assert grown["cursor"]["tokens"] == before["tokens"] + 3 * 256 and grown["cursor"]["samples"] == before["samples"] + 24
+    assert grown["cursor"]["flops"] > before["flops"]
+    base.good("learned", "--stages.1.growth.op", "learn", "--stages.1.growth.learn_steps", "3", "--keep", "20")
+    live = next(r["growth"] for r in records(base.folder / "learned") if "growth" in r)
+    assert live["learned"][0] == pytest.approx(receipt["learned"][0], rel=1e-5), "the same batches as in a run"
+
+
 def test_dry_run_says_what_would_happen_and_writes_nothing(ckpt):
     before = {file.name: file.read_bytes() for file in ckpt.parent.iterdir()}
     said = json.loads(grow(ckpt, "--op", "insert", "--dry_run", "--json").stdout)
@@ -111,6 +148,10 @@ def test_default_factor_is_4(ckpt):
         (("--op", "sideways"), "sideways"),
         (("--device", "cuda:7"), "cuda:7"),
         (("--out", "/dev/null/x.pt"), "could not save"),
+        (("--op", "learn"), "give it prepared text, --data"),
+        (("--d_model", "128"), "d_model belongs to a growth in width"),
+        (("--width", "split", "--d_model", "100"), "d_model 100 is not a whole number of heads of 16 channels"),
+        (("--data", "nowhere"), "nowhere"),
     ],
 )
 def test_mistakes_leave_everything_as_it_was(ckpt, arguments, message):

@@ -117,11 +117,14 @@ def test_base_keeps_its_storage_and_new_layers_are_exact_unaliased_copies(argume
     assert addresses.items() <= after.items() or "layers" in arguments  # a list may put base layers elsewhere
     assert set(addresses.values()) <= set(after.values())
     assert len(set(after.values())) == len(after), "two layers share storage"
-    assert all(optimizer.state[p]["exp_avg"].data_ptr() == address for p, (address, _) in moments.items())
+    if state is COPY:
+        assert all(optimizer.state[p]["exp_avg"].data_ptr() == address for p, (address, _) in moments.items())
+    else:
+        assert not optimizer.state, "a state of zeros is none, and none takes no memory"
 
     new_bytes = sum(p.nbytes for p in model.parameters()) - base_bytes
     optimizer_bytes = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
-    optimizer_bytes -= sum(v.nbytes for p in moments for v in optimizer.state[p].values())
+    optimizer_bytes -= sum(v.nbytes for p in moments for v in optimizer.state.get(p, {}).values())
     assert receipt["bytes_allocated"] == receipt["bytes_copied_on_device"] == new_bytes + optimizer_bytes
     assert receipt["bytes_through_host"] == 0 and receipt["seconds"] > 0
 

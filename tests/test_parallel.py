@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, records
+from sharded_growth import gradients
 
 from nanostack import checkpoint
 from nanostack.config import Growth, Optim, Parallel
@@ -55,12 +56,14 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
         (1, {"g": 2, "optimizer": "reset", "noise": 0.2}),
         (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}),
         (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}),
+        (2, {"op": "insert", "optimizer": "copy"}),
+        (2, {"op": "learn", "g": 2, "learn_steps": 3}),
     ],
-    ids=["stack", "noise", "zero", "random"],
+    ids=["stack", "noise", "zero", "random", "insert and freeze", "learn"],
 )
 def test_sharded_growth_equals_growth_in_one_process(monkeypatch, tmp_path, shard, how):
-    """Bit for bit, from the same base. Also, inside the worker: base shards stay, no collective, one FSDP root, new blocks
-    reshard."""
+    """Bit for bit, from the same base, but for what is learned: there sums are taken in another order. Also, inside the
+    worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(ROOT / "tests/sharded_growth.py"), str(tmp_path), str(shard), json.dumps(how)]
@@ -68,9 +71,15 @@ def test_sharded_growth_equals_growth_in_one_process(monkeypatch, tmp_path, shar
     assert done.returncode == 0, done.stderr
     base, grown = (checkpoint.load(tmp_path / f"{stage}.pt") for stage in ("base", "grown"))
     state = State.restore(base, Optim(), Placement(torch.device("cpu")))
-    state.grow(Growth(**how))
+    receipt = state.grow(Growth(**how), gradients=lambda: gradients(state))
     model, optimizer = state.whole_tensors(keep=True)
     assert model.keys() == grown["model"].keys() and optimizer.keys() == grown["optimizer"].keys()
+    if receipt["learned"]:
+        for name, value in model.items():
+            torch.testing.assert_close(value, grown["model"][name], rtol=1e-5, atol=1e-7)
+        losses = [pytest.approx(receipt["learned"][0][name], rel=1e-5) for name in ("loss_first", "loss_last")]
+        assert [grown["growth"][0]["learned"][0][name] for name in ("loss_first", "loss_last")] == losses
+        return
     assert all(torch.equal(value, grown["model"][name]) for name, value in model.items())
     for name, moments in optimizer.items():
         assert all(torch.equal(value, grown["optimizer"][name][key]) for key, value in moments.items()), name

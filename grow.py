@@ -6,6 +6,7 @@ written. Train on with `train.py CONFIG --init_from CHECKPOINT`.
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from nanostack.data import Tokens
 from nanostack.depth import connection_rate
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
-from nanostack.growth import Shape
+from nanostack.growth import Shape, caution
 from nanostack.model import Llama, LlamaConfig
 from nanostack.moments import RESET
 from nanostack.parallel import Placement
@@ -177,6 +178,8 @@ if __name__ == "__main__":
     with exits_cleanly():
         command = tyro.cli(Command, use_underscores=True)
         receipt = main(command)
+        if not command.dry_run and (said := caution(receipt)):
+            print(f"warning: {said}", file=sys.stderr)
         if command.json:
             print(json.dumps(receipt))
         else:

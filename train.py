@@ -125,6 +125,8 @@ class Run:
         receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
         self.write_record({"loss": None, "lr": None, "grad_norm": None} | after | {"growth": receipt})
         self.display.say(growth.describe(receipt))
+        if caution := growth.caution(receipt):
+            self.display.say(f"warning: {caution}")
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
     def gradients(self, batches: Prefetcher) -> torch.Tensor:

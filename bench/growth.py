@@ -8,9 +8,9 @@ by way of the host what else one does: state dict to the host, old model freed, 
                    it), layers copied, moved to the device, a new optimizer; its moments are lost
 
 Every sample is a process of its own, which warms up on a tiny model, so that nothing is in any cache or pool. Reported are the
-median and the range; the peak beyond the larger of the states before and after, in layers; bytes between host and device (from a trace; none exist
-where the device is the host); and the share of the device's own copy rate that the copying reached, allocation included.
-Shapes that do not fit are named and left out. Results go to bench/results/.
+median and the range; the peak beyond the larger of the states before and after, in layers; bytes between host and device
+(from a trace; none exist where the device is the host); and the share of the device's own copy rate that the copying
+reached, allocation included. Shapes that do not fit are named and left out. Results go to bench/results/.
 """
 
 import gc
@@ -270,7 +270,7 @@ def table(rows: list[dict], device: str) -> Table:
         "range",
         "× in place",
         "peak GiB",
-        "layers beyond state",
+        "layers beyond",
         "host GiB",
         "% of copy rate",
     )

@@ -148,4 +148,4 @@ def _checked(layers: list[int], n_layer: int) -> list[int]:
 def connection_rate(layers: list[int | None]) -> float:
     """Rc: share of adjacent pairs of the grown model that were adjacent in the base (arXiv 2405.15319)."""
     kept = sum(None not in (before, after) and after == before + 1 for before, after in itertools.pairwise(layers))
-    return kept / (len(layers) - 1)
+    return kept / (len(layers) - 1) if len(layers) > 1 else 1.0

@@ -306,6 +306,14 @@ def describe(receipt: dict) -> str:
     return f"grown to {size}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
+def caution(receipt: dict) -> str | None:
+    """What someone who trains on should know of a growth."""
+    wide = receipt["width"]
+    if wide and wide["op"] == "split" and wide["alpha"] is None and not receipt["noise"]:
+        return "copies of an even split get equal gradients and stay alike: give alpha (0.7, say) or noise"
+    return None
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

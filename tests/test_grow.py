@@ -84,6 +84,9 @@ def test_width_and_depth_in_one_command_and_training_goes_on(base, ckpt):
     assert receipt["width"]["from"]["d_model"] == 64 and receipt["width"]["to"]["d_ff"] == 144 and len(receipt["layers"]) == 4
     grown = checkpoint.load(out)["config"]
     assert (grown["d_model"], grown["n_head"], grown["n_kv_head"], grown["n_layer"]) == (96, 6, 3, 4)
+    assert (
+        done.stderr == "warning: copies of an even split get equal gradients and stay alike: give alpha (0.7, say) or noise\n"
+    )
     assert receipt["max_logit_change"] is None, "96 is not a whole number of times 64"
     shape = [
         word for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff") for word in (f"--model.{name}", grown[name])
@@ -97,6 +100,8 @@ def test_width_and_depth_in_one_command_and_training_goes_on(base, ckpt):
 def test_zero_width_keeps_the_logits_and_says_so(ckpt):
     receipt = json.loads(grow(ckpt, "--width", "zero", "--d_ff", "128", "--json").stdout)
     assert receipt["max_logit_change"] < 1e-5 and receipt["op"] is None
+    assert checkpoint.load(ckpt)["optimizer"], "which is left behind, as the default is a reset"
+    assert not checkpoint.load(ckpt.with_name("ckpt-kv2-ff128.pt"))["optimizer"]
     assert checkpoint.load(ckpt.with_name("ckpt-kv2-ff128.pt"))["config"]["d_ff"] == 128
 
 

@@ -1,6 +1,7 @@
 """Growth in place: exact copies, storages that stay, an optimizer that fits."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from nanostack.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, p
 from nanostack.model import Llama, LlamaConfig
 from nanostack.moments import COPY, RESET, Moments
 from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of_new
+from nanostack.width import Width
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 
@@ -320,6 +322,35 @@ def test_another_optimizer_only_names_its_state():
         growth.grow(model, optimizer, g=2, moments=COPY)
         a, b = (optimizer.state[model.blocks[i].mlp.down.weight]["momentum_buffer"] for i in (0, 3))
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+@pytest.mark.parametrize("state", [RESET, COPY], ids=["reset", "copy"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"g": 4}, {"op": "zero", "g": 3}, {"op": "random", "g": 2}, {"op": "solar"}, {"wider": Width("split", d_model=256)}],
+    ids=str,
+)
+def test_peak_memory_is_the_larger_state_and_at_most_one_layer(arguments, state):
+    """Every allocation and every free of the growth, from the profiler, which has to see the base come to be."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model, optimizer, _ = trained(config=replace(CONFIG, n_layer=6, d_model=128, d_ff=192))
+        before = held(model, optimizer)
+        with torch.profiler.record_function("growth"):
+            growth.grow(model, optimizer, moments=state, **arguments)
+    events = profile.profiler.kineto_results.events()
+    (growing,) = (event for event in events if event.name() == "growth")
+    events = [e for e in events if e.name() == "[memory]" and growing.start_ns() <= e.start_ns() <= growing.end_ns()]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    after = held(model, optimizer)
+    assert sum(changes) == pytest.approx(after - before, abs=4096)
+    peak = before + max(itertools.accumulate(changes))
+    layer = sum(p.nbytes for p in model.blocks[0].parameters())
+    assert 0.99 * max(before, after) <= peak <= max(before, after) + layer
+
+
+def held(model, optimizer) -> int:
+    states = (value for values in optimizer.state.values() for value in values.values())
+    return sum(p.nbytes for p in model.parameters()) + sum(value.nbytes for value in states)
 
 
 def test_tied_embeddings_stay_tied():

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -83,3 +84,29 @@ def test_pictures_and_files_named_in_the_readme_exist():
 def test_floors_in_the_kernel_notes_are_the_benchmarks():
     done = subprocess.run([sys.executable, "bench/kernels.py", "--floor"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in (ROOT / "docs/kernels.md").read_text()
+
+
+def test_costs_in_the_growth_page_are_the_measured_ones():
+    page = (ROOT / "docs/growth.md").read_text().split("## What it costs")[1]
+    measured = json.loads((ROOT / "bench/results/growth-intel-xeon-processor.json").read_text())
+    rows = [row for row in measured["rows"] if row["shape"] == "1b"]
+    for row, line in zip(rows, [line for line in page.splitlines() if "GiB |" in line], strict=True):
+        assert line.endswith(f"| {row['seconds']:.1f} | {row['peak_bytes'] / 2**30:.1f} GiB |"), line
+    assert max(row["layers_beyond"] for row in measured["rows"] if row["way"].startswith("in place")) <= 0.15
+
+
+def test_growth_is_timed_beside_the_way_through_the_host(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script puts the root first
+    from bench import growth
+
+    monkeypatch.setattr(growth, "copy_rate", partial(growth.copy_rate, size=2**20))
+    monkeypatch.setattr(growth, "alone", growth.sample)  # one process will do here
+    monkeypatch.setattr(growth.torch.cuda, "is_available", lambda: False)
+    answer = growth.main(growth.Command(("tiny",), samples=2, out=tmp_path / "growth.json"))
+    assert json.loads((tmp_path / "growth.json").read_text()) == answer
+    assert [row["way"] for row in answer["rows"]] == list(growth.WAYS)
+    weights, moments, host = answer["rows"]
+    assert weights["state_bytes"] == host["state_bytes"] and moments["state_bytes"] > 2.9 * weights["state_bytes"]
+    assert all(row["seconds"] > 0 and row["of_copy_rate"] > 0 for row in answer["rows"])
+    with pytest.raises(ValueError, match="there is no shape 9b"):
+        growth.main(growth.Command(("9b",)))

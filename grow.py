@@ -75,9 +75,9 @@ def main(command: Command) -> dict:
     if command.growth.moments() == RESET:
         saved["optimizer"] = {}  # never to be read
     forecast = foresee(saved, command.growth, grown) | {"device": str(device), "out": str(out)}
-    if forecast["bytes_needed"] > free_bytes(device):
-        needed, free = (f"{n / 2**30:.2f} GiB" for n in (forecast["bytes_needed"], free_bytes(device)))
-        raise UserError(f"growing needs {needed} on {device}, which has {free} free; choose another --device")
+    check_room(device, forecast["bytes_needed"])
+    if device.type != "cpu":
+        check_room(torch.device("cpu"), forecast["bytes_written"])  # the file is put together there
     if command.dry_run:
         return forecast
 
@@ -94,6 +94,12 @@ def main(command: Command) -> dict:
     receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
+
+
+def check_room(device: torch.device, needed: int) -> None:
+    """Raise UserError unless so many bytes are free there."""
+    if needed > (free := free_bytes(device)):
+        raise UserError(f"growing needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
 
 
 def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:
@@ -154,6 +160,7 @@ def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
         "n_params_before": old,
         "n_params": old + new,
         "bytes_needed": 4 * numbers,
+        "bytes_written": 4 * (old + new) * (1 + moments),
     }
 
 

@@ -46,9 +46,11 @@ def write(contents: dict, path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, KeyboardInterrupt) as error:  # torch's zip writer reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
 
 

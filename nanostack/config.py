@@ -118,9 +118,10 @@ class Stage:
     continues: bool = False
     """Go on along the schedule of the stage before: its lr, min_lr, warm-up and decay, over the tokens of both."""
     rewarm_tokens: int = 0
-    """Rate of the parameters that growth made: up from 0 to rewarm_peak times the others' over so many tokens, and over as
-    many down to theirs."""
+    """After a growth: rate up from 0 to rewarm_peak times the schedule's over so many tokens, and over as many down to it."""
     rewarm_peak: float = 1.3
+    rewarm: Literal["new", "all"] = "new"
+    """Whose rate: that of the layers that growth made, or that of all."""
     freeze: bool = False
     """Train only the layers that the last growth made (LLaMA-Pro); the next stage trains all again unless it says so too."""
 
@@ -246,11 +247,14 @@ class Train:
                 except UserError as error:
                     raise UserError(f"stages.{number}.growth: {error}") from None
                 new_layers = any(layer.rule != "kept" for layer in layers)
-            if (stage.freeze or stage.rewarm_tokens) and not new_layers:
-                raise UserError(f"stages.{number}: freeze and rewarm_tokens are about new layers, and no growth made any")
+            if (stage.freeze or (stage.rewarm_tokens and stage.rewarm == "new")) and not new_layers:
+                raise UserError(
+                    f"stages.{number}: to freeze all but new layers, or to re-warm new ones, a growth must make some"
+                )
             if stage.growth is None:
                 continue
-            if (stage.growth.ramp_tokens or 0) > stage.tokens and any(s.growth for s in self.stages[number + 1 :]):
+            next_growth = next((n for n, s in enumerate(self.stages) if n > number and s.growth), None)
+            if next_growth and (stage.growth.ramp_tokens or 0) > sum(s.tokens for s in self.stages[number:next_growth]):
                 raise UserError(
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
                 )

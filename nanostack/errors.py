@@ -1,4 +1,4 @@
-"""A user's mistake: one message that names it, exit code 2, no traceback, from one rank."""
+"""A user's mistake: one message that names it, exit code 2, no traceback, from one rank. And Ctrl-C: one message, 130."""
 
 import contextlib
 import os
@@ -13,9 +13,12 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exits_cleanly():
-    """Wrap a command line's main: a `UserError` ends the process with its message and exit code 2."""
+    """Wrap a command line's main: a `UserError` ends the process with its message and exit code 2, Ctrl-C with 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             # Nearly every mistake is seen by all ranks, and rank 0 tells it. Its exit makes torchrun end this process;

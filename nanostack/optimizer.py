@@ -17,17 +17,17 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def set_rate_of_new(optimizer: torch.optim.Optimizer, new: set[Tensor], rate: float) -> None:
+def set_rate_of(optimizer: torch.optim.Optimizer, which: set[Tensor], rate: float) -> None:
     """Give these parameters groups of their own, beside those they are in, whose learning rate is `rate` times the others'."""
     groups = optimizer.param_groups
     mine = [group for group in groups if "rate" in group]
-    if {p for group in mine for p in group["params"]} != new:
+    if {p for group in mine for p in group["params"]} != which:
         groups[:] = [group for group in groups if "rate" not in group]
         for group, earlier in zip(groups, mine, strict=False):  # those of an earlier growth come home
             group["params"] += earlier["params"]
-        mine = [{**group, "params": [p for p in group["params"] if p in new], "rate": rate} for group in groups]
+        mine = [{**group, "params": [p for p in group["params"] if p in which], "rate": rate} for group in groups]
         for group in groups:
-            group["params"] = [p for p in group["params"] if p not in new]
+            group["params"] = [p for p in group["params"] if p not in which]
         groups += mine
     for group in mine:
         group["rate"] = rate

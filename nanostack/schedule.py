@@ -30,6 +30,6 @@ def learning_rate(stages: tuple[Stage, ...], number: int, tokens: int) -> float:
 
 
 def rewarming(stage: Stage, tokens: int) -> float:
-    """Factor on the rate of the parameters that the stage's growth made, after `tokens` of its tokens (arXiv 2602.02472)."""
+    """Factor on the rate of what the stage re-warms, after `tokens` of its tokens (arXiv 2602.02472)."""
     up = tokens / stage.rewarm_tokens if stage.rewarm_tokens else 2.0
     return stage.rewarm_peak * up if up <= 1 else stage.rewarm_peak + (1 - stage.rewarm_peak) * min(1.0, up - 1)

@@ -11,7 +11,7 @@ from nanostack.config import Growth, Optim, Stage
 from nanostack.errors import UserError
 from nanostack.flops import flops_exact_per_token, flops_per_token
 from nanostack.model import Llama, LlamaConfig
-from nanostack.optimizer import make_optimizer, set_rate_of_new
+from nanostack.optimizer import make_optimizer, set_rate_of
 from nanostack.parallel import Placement, assign, initialise, reshard, whole
 from nanostack.schedule import rewarming
 
@@ -82,6 +82,8 @@ class State:
         """
         if self.growth and self.growth[-1].get("ramp_tokens"):  # the step that completed a ramp began before its end
             growth.set_ramp(self.model, _ramp_share(self.growth[-1], self.cursor))
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)  # whatever was frozen so far
         probe = probe if how.shape(self.model.config).preserves and not how.noise else None
         logits = self._logits(probe)
         reshard(self.model)
@@ -126,9 +128,9 @@ class State:
         growth.set_ramp(self.model, _ramp_share(receipt, self.cursor))
 
     def rewarm(self, stage: Stage, tokens: int) -> None:
-        """Set the learning rate of the parameters that the last growth made, as the stage says, for the step to `tokens`."""
-        new = set(self._new_layers().values()) if stage.rewarm_tokens else set()
-        set_rate_of_new(self.optimizer, new, rewarming(stage, tokens))
+        """Set the learning rate of what is re-warmed after the last growth, as the stage says, for the step to `tokens`."""
+        which = self._new_layers() if stage.rewarm == "new" else dict(self.model.named_parameters())
+        set_rate_of(self.optimizer, set(which.values()) if stage.rewarm_tokens else set(), rewarming(stage, tokens))
 
     def freeze(self, stage: Stage) -> None:
         """Leave gradients to the layers that the last growth made, or to all."""

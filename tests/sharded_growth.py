@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -10,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from nanostack import checkpoint, parallel
 from nanostack.config import Growth, Optim, Parallel, Stage
+from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.state import State
@@ -42,6 +44,8 @@ def main(out: str, shard: int, how: Growth) -> None:
     train(state, 2)
     checkpoint.save(state, f"{out}/base.pt")
     held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
+    with pytest.raises(UserError, match="a sharded model does not grow in width"):
+        state.grow(Growth(width="split", d_model=64))
     if how.op == "learn":
         receipt = state.grow(how, gradients=lambda: gradients(state))
     else:

@@ -58,6 +58,10 @@ def test_overrides_reach_every_level():
         ("--stages.1.growth.layers 0-1*3", "g and layers exclude each other"),
         ("--stages.1.growth.g None --stages.1.growth.layers 0-3", "names layer 2, but the model has layers 0 to 1"),
         ("--stages.1.growth.g None --stages.1.growth.layers 0:1", "bad layer list '0:1'"),
+        ("--stages.1.growth.d_model 128", "stages.1.growth: d_model belongs to a growth in width"),
+        ("--stages.1.growth.width zero --stages.1.growth.d_model 72", "72 is not a whole number of heads of 16 channels"),
+        ("--stages.1.growth.ramp_tokens 0", "ramp_tokens at least 1"),
+        ("--stages.0.freeze", "stages.0: to freeze all but new layers, or to re-warm new ones, a growth must make some"),
         ("--dtype float16", "invalid choice 'float16'"),
         ("stray", "stray"),
         ("--optim.betas 2 3", "betas in"),
@@ -98,6 +102,16 @@ def test_missing_config_file_lists_the_ones_there_are(monkeypatch):
 def test_run_must_not_start_by_growing_nothing():
     with pytest.raises(ValueError, match="no model before it"):
         dataclasses.replace(load(TINY, []), stages=(grow("stack", 2, tokens=100, lr=1.0),))
+
+
+def test_ramp_must_end_before_the_next_growth_begins():
+    config = load(TINY, [])
+    first, later = grow("random", 2, tokens=100, lr=1.0, ramp_tokens=250), grow("stack", 2, tokens=100, lr=1.0)
+    between = Stage(100, 1.0)
+    dataclasses.replace(config, stages=(config.stages[0], first, between, between, later))
+    dataclasses.replace(config, stages=(config.stages[0], first))
+    with pytest.raises(ValueError, match=r"stages.1.growth.ramp_tokens 250 ends after the next growth begins"):
+        dataclasses.replace(config, stages=(config.stages[0], first, between, later))
 
 
 def test_hash_follows_the_result_not_the_place():

@@ -1,8 +1,10 @@
 """grow.py on real checkpoints."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -135,6 +137,24 @@ def test_device_that_is_too_small_is_told_before_anything_is_touched(ckpt, monke
     with pytest.raises(ValueError, match=r"growing needs 0.00 GiB on cpu, which has 0.00 GiB free"):
         script.main(script.Command(ckpt))
     assert not ckpt.with_name("ckpt-x4.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_write_leaves_the_source_intact_and_no_half_checkpoint(ckpt, number):
+    before, partial, out = ckpt.read_bytes(), ckpt.with_name("ckpt-x64.pt.partial"), ckpt.with_name("ckpt-x64.pt")
+    command = [sys.executable, str(ROOT / "grow.py"), str(ckpt), "--g", "64", "--optimizer", "copy"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not partial.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.0005)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert ckpt.read_bytes() == before and not out.exists(), "not killed in time"
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert said == "error: interrupted\n" and not partial.exists()
+    assert grow(ckpt, "--g", "64").returncode == 0 and checkpoint.load(out)["config"]["n_layer"] == 128
+    assert not partial.exists()
 
 
 def test_default_factor_is_4(ckpt):

@@ -12,7 +12,7 @@ from nanostack.config import Optim
 from nanostack.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, plan
 from nanostack.model import Llama, LlamaConfig
 from nanostack.moments import COPY, RESET, Moments
-from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of_new
+from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of
 from nanostack.width import Width
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
@@ -282,7 +282,7 @@ def test_moments_are_those_computed_by_hand(old, new):
                 assert torch.equal(state[key], value * (0.5 ** power[key] if how == "scale" else 1)), (i, name, key)
 
 
-def test_new_parameters_get_a_rate_of_their_own_and_give_it_back():
+def test_new_parameters_or_all_get_a_rate_of_their_own_and_give_it_back():
     model, optimizer, tokens = trained()
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     for expected in (6, 12):  # two growths, one after the other
@@ -290,7 +290,7 @@ def test_new_parameters_get_a_rate_of_their_own_and_give_it_back():
         new = {
             p for block, rule in zip(model.blocks, receipt["rules"], strict=True) if rule != "kept" for p in block.parameters()
         }
-        set_rate_of_new(optimizer, new, 0.5)
+        set_rate_of(optimizer, new, 0.5)
         assert len(model.blocks) == expected and len(optimizer.param_groups) == 4
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
@@ -301,7 +301,9 @@ def test_new_parameters_get_a_rate_of_their_own_and_give_it_back():
             assert group["lr"] == (5e-3 if group["params"][0] in new else 1e-2)
             assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
             assert all(p in new for p in group["params"]) or not any(p in new for p in group["params"])
-    set_rate_of_new(optimizer, set(), 1.0)
+    set_rate_of(optimizer, set(model.parameters()), 0.25)
+    assert {group.get("rate", 1.0) for group in optimizer.param_groups if group["params"]} == {0.25}
+    set_rate_of(optimizer, set(), 1.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert [len(group["params"]) for group in optimizer.param_groups][:2] == [4 * sizes[0] - 3 * 2, 4 * sizes[1] - 3]
 

@@ -156,10 +156,18 @@ def test_restart_does_not_adopt_a_run_that_the_first_attempt_was_refused(trainer
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_mistake_is_told_once_by_rank_0(trainer):
-    done = trainer("run", "--micro_batch", "3", processes=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--micro_batch", "3"), "nearest legal micro_batch: [2, 4]"),
+        (("--stages.1.growth.width", "zero", "--stages.1.growth.d_ff", "128"), "width grows on one device only"),
+    ],
+    ids=["batch", "width"],
+)
+def test_mistake_is_told_once_by_rank_0(trainer, options, message):
+    done = trainer("run", *options, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "nearest legal micro_batch: [2, 4]" in done.stderr
+    assert done.stderr.count("error: ") == 1 and message in done.stderr
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 

@@ -55,6 +55,9 @@ class Command:
 
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if command.checkpoint.is_file():
+        console.print(f"reading and checking {command.checkpoint} ({command.checkpoint.stat().st_size / 2**30:.2f} GiB)")
     saved = checkpoint.load(command.checkpoint)
     base = LlamaConfig(**saved["config"])
     grown = command.growth.shape(base)
@@ -81,10 +84,13 @@ def main(command: Command) -> dict:
     if command.dry_run:
         return forecast
 
+    console.print(
+        f"growing on {device}, {forecast['n_params_before'] / 1e6:.1f}M to {forecast['n_params'] / 1e6:.1f}M parameters"
+    )
     state = State.restore(saved, Optim(), Placement(device))
     probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
     before = mean_loss(state.model, texts[1]) if texts else None
-    with Progress(console=Console(stderr=True), disable=command.growth.learning_steps() == 0) as progress:
+    with Progress(console=console, disable=command.growth.learning_steps() == 0) as progress:
         task = progress.add_task("learning how to grow", total=command.growth.learning_steps())
         receipt = state.grow(
             command.growth,
@@ -92,6 +98,7 @@ def main(command: Command) -> dict:
             gradients_of(state, texts[0], command.batch_tokens, lambda: progress.advance(task)) if texts else None,
         )
     receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
+    console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
 

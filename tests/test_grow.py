@@ -152,7 +152,7 @@ def test_interrupted_write_leaves_the_source_intact_and_no_half_checkpoint(ckpt,
     assert ckpt.read_bytes() == before and not out.exists(), "not killed in time"
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     if number == signal.SIGINT:
-        assert said == "error: interrupted\n" and not partial.exists()
+        assert said.endswith("error: interrupted\n") and "Traceback" not in said and not partial.exists()
     assert grow(ckpt, "--g", "64").returncode == 0 and checkpoint.load(out)["config"]["n_layer"] == 128
     assert not partial.exists()
 

@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     layers: list[Layer]
     config: LlamaConfig
     op: str | None  # None: only its width grows
-    preserves: bool  # whether the grown model computes what the base did
+    preserves: bool  # whether the grown model computes what the base did, but for noise
 
 
 def shape(
@@ -92,31 +92,9 @@ def grow(
     sizes are those on this rank. Losses before and after are the caller's to add. Raises `UserError` before anything is
     touched.
     """
-    base, asked = model.config, moments
+    base, device, asked, moments = model.config, next(model.parameters()).device, moments, moments.settled()
     grown = shape(base, op, g, layers, k, wider)
     _check(model, optimizer, grown, wider, moments, noise, gradients, learn_steps)
-    device = next(model.parameters()).device
-    _wait_for(device)
-    started = time.perf_counter()
-    allocated = copied = 0
-    learned = []
-    if wider is not None:
-        mixed = None
-        if wider.op == "learn":
-            wide = wider.config(base)
-            mixed = learn.WidthMap(model, wide, width.axes(base, wide, wider, device), seed)
-        allocated, copied = width.widen(model, optimizer, wider, moments, seed, mixed)
-        moments = moments._replace(old="keep")  # what depth finds is done with
-        if mixed is not None:
-            learned.append(learn.train(model, mixed, gradients, learn_steps))
-    if grown.op is not None:
-        more = _deepen(model, optimizer, grown, moments, seed, prepare_block, write)
-        allocated, copied = allocated + more[0], copied + more[1]
-        rejoin(model)
-    if grown.op == "learn":
-        learned.append(learn.train(model, learn.DepthMap(model, base.n_layer, write), gradients, learn_steps, sum_shards))
-    if noise:
-        _add_noise(model, base, noise, seed, write)
     receipt = {
         "op": grown.op if layers is None or grown.op != "stack" else "layers",
         "g": len(grown.layers) // base.n_layer if layers is None and grown.op in TAKES_G else None,
@@ -125,14 +103,41 @@ def grow(
         "rules": [layer.rule for layer in grown.layers],
         "rc": round(connection_rate([layer.source for layer in grown.layers]), 6),
         "width": None if wider is None else vars(wider) | {"from": _sizes(base), "to": _sizes(grown.config)},
-        "learned": learned or None,
         "moments": None if optimizer is None else asked._asdict(),
         "noise": noise,
     }
+    _wait_for(device)
+    started = time.perf_counter()
+    allocated = copied = 0
+    learned = []
+    if optimizer is not None and (moments.old, moments.new) == ("zero", "zero"):
+        optimizer.state.clear()  # before anything is allocated: that may go where the moments were
+    if wider is not None:
+        mixed = None
+        if wider.op == "learn":
+            wide = wider.config(base)
+            mixed = learn.WidthMap(model, wide, width.axes(base, wide, wider, device), seed)
+        allocated, copied = width.widen(model, optimizer, wider, seed, mixed)
+        if mixed is not None:
+            learned.append(learn.train(model, mixed, gradients, learn_steps))
+    if grown.op is not None:
+        old = moments.old if wider is None else "keep"  # wide moments are settled below
+        more = _deepen(model, optimizer, grown, moments._replace(old=old), seed, prepare_block, write)
+        allocated, copied = allocated + more[0], copied + more[1]
+        rejoin(model)
+    if wider is not None and optimizer is not None:
+        new_layers = tuple(f"blocks.{i}." for i, layer in enumerate(grown.layers) if layer.rule != "kept")
+        wide_ones = {name: p for name, p in model.named_parameters() if not name.startswith(new_layers)}
+        width.settle_moments(optimizer, wide_ones, width.recorded(receipt["width"], grown.config, device), moments)
     if ramps(receipt):
         attach_ramp(model, receipt)
+    if grown.op == "learn":
+        learned.append(learn.train(model, learn.DepthMap(model, base.n_layer, write), gradients, learn_steps, sum_shards))
+    if noise:
+        _add_noise(model, base, noise, seed, write)
     _wait_for(device)
     return receipt | {
+        "learned": learned or None,
         "bytes_allocated": allocated,
         "bytes_copied_on_device": copied,
         "bytes_through_host": 0,
@@ -167,16 +172,14 @@ def _sizes(config: LlamaConfig) -> dict:
 
 def _deepen(model, optimizer, grown: Shape, moments: Moments, seed: int, prepare_block, write) -> tuple[int, int]:
     """Put the grown model's blocks in place. Returns the bytes allocated, and those copied on the device."""
-    base, device = list(model.blocks), next(model.parameters()).device
-    if optimizer is not None and (moments.old, moments.new) == ("zero", "zero"):
-        optimizer.state.clear()  # before anything is allocated: it may go where the moments were
+    base, device, dtype = list(model.blocks), next(model.parameters()).device, next(model.parameters()).dtype
     blocks, source_of, allocated, copied = [], {}, 0, 0
     for number, layer in enumerate(grown.layers):
         if layer.rule == "kept":
             blocks.append(base[layer.source])
             continue
         with torch.device("meta"):
-            block = type(base[0])(grown.config)
+            block = type(base[0])(grown.config).to(dtype)
         block = prepare_block(block).to_empty(device=device)
         like = base[0 if layer.source is None else layer.source]
         for (name, new), old in zip(block.named_parameters(), like.parameters(), strict=True):
@@ -309,7 +312,8 @@ def describe(receipt: dict) -> str:
 def caution(receipt: dict) -> str | None:
     """What someone who trains on should know of a growth."""
     wide = receipt["width"]
-    if wide and wide["op"] == "split" and wide["alpha"] is None and not receipt["noise"]:
+    more_channels = wide and any(wide["from"][name] != wide["to"][name] for name in ("d_model", "d_ff"))
+    if more_channels and wide["op"] == "split" and wide["alpha"] is None and not receipt["noise"]:
         return "copies of an even split get equal gradients and stay alike: give alpha (0.7, say) or noise"
     return None
 

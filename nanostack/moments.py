@@ -16,6 +16,10 @@ class Moments(NamedTuple):
     new: str = "zero"
     factor: float = 1.0
 
+    def settled(self) -> "Moments":
+        """The same choices, where scaling by 0 is zero."""
+        return self._replace(**{side: "zero" for side in ("old", "new") if getattr(self, side) == "scale" and self.factor == 0})
+
     def of_old(self, key: str) -> float:
         """What a value of this name is multiplied by where it was before."""
         return {"keep": 1.0, "zero": 0.0, "scale": self.factor ** POWER[key]}[self.old]

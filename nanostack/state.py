@@ -1,5 +1,6 @@
 """The one state of a run: model, optimizer, cursor, growth receipts. What is not in it cannot influence the run."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ class State:
     placement: Placement
     cursor: Cursor = field(default_factory=Cursor)
     growth: list[dict] = field(default_factory=list)  # receipts
+    seed: int = 0
 
     @classmethod
     def create(cls, config: LlamaConfig, optim: Optim, placement: Placement, seed: int) -> "State":
@@ -49,7 +51,7 @@ class State:
         torch.manual_seed(seed)
         model = placement.model(config)
         initialise(model, seed)
-        return cls(model, make_optimizer(model, optim), placement)
+        return cls(model, make_optimizer(model, optim), placement, seed=seed)
 
     @classmethod
     def restore(cls, saved: dict, optim: Optim, placement: Placement) -> "State":
@@ -72,7 +74,7 @@ class State:
         cursor, receipts = Cursor(**saved["cursor"]), list(saved["growth"])
         if receipts and growth.ramps(receipts[-1]) and (share := _ramp_share(receipts[-1], cursor)) < 1:
             growth.attach_ramp(model, receipts[-1], share)
-        return cls(model, optimizer, placement, cursor, receipts)
+        return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0)
 
     def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> dict:
         """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.
@@ -91,7 +93,7 @@ class State:
             self.model,
             self.optimizer,
             *(how.op, how.g, how.layers, how.k, how.wider(), how.moments(), how.noise),
-            seed=self.cursor.samples,
+            seed=self._growth_seed(),
             gradients=gradients,
             learn_steps=how.learn_steps,
             prepare_block=self.placement.block,
@@ -109,6 +111,11 @@ class State:
         }
         self.growth.append(receipt)
         return receipt
+
+    def _growth_seed(self) -> int:
+        """Of what this growth draws: another one in each run, at each place in it, and for each of several growths there."""
+        place = f"{self.seed}:{self.cursor.samples}:{len(self.growth)}"
+        return int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "little")
 
     @torch.no_grad()
     def _logits(self, tokens_BT: Tensor | None) -> Tensor | None:

@@ -4,7 +4,8 @@ Every axis of a weight has a map, which says for each channel of the wide model 
 d old and D new channels, weights as (out, in) and norm gains μ:
 
     split    rows are copied, and what reads from copies is shared among them, evenly or α : 1 − α    G_direct→, Net2Net
-    zero     [[W, A], [0, C]] with A and C as initialised: new channels are 0 until they learn        G_zero→
+    zero     [[W, A], [0, C]] with A and C as initialised: new channels are 0 until they learn; if    G_zero→
+             d_ff grows alone, new neurons are as initialised and what reads them is 0
     random   all that is new as initialised, its outputs masked and ramped in from 0                  G_random→, MSG
     learn    B W Bᵀ with trained B, see nanostack/learn.py                                            G_learn→, LiGO
 
@@ -180,12 +181,12 @@ def widen(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     width: Width,
-    moments: Moments,
     seed: int,
     learned: Callable[[str], Tensor] | None = None,
 ) -> tuple[int, int]:
     """Put the wide parameter in the place of each narrow one, in the model and in the optimizer; old ones are freed one by one.
 
+    Moments are those of the source everywhere, 0 where there is none: `settle_moments` makes of them what was asked for.
     `learned(name)` is the value of a parameter for learn. Returns the bytes allocated, and those copied from old ones.
     """
     base, grown = model.config, width.config(model.config)
@@ -204,9 +205,8 @@ def widen(
         if group is None:
             continue
         group[i] = new
-        state = optimizer.state.pop(old, {})
-        if state and (moments.old, moments.new) != ("zero", "zero"):
-            optimizer.state[new] = {key: _moment(name, key, v, maps, moments) for key, v in state.items()}
+        if state := optimizer.state.pop(old, {}):
+            optimizer.state[new] = {key: _moment(name, value, maps) for key, value in state.items()}
             moved = sum(v.nbytes for v in optimizer.state[new].values())
             allocated, copied = allocated + moved, copied + moved
     if grown.tie_embeddings:
@@ -227,7 +227,7 @@ def _value(name: str, old: Tensor, maps: dict[str, Axis], op: str, config: Llama
         if op == "split":
             value = old[out.source]
             return value * out.share if name == "norm.weight" and config.tie_embeddings else value
-        value = initial_value(name, out.source.shape, config, seed, old.device)
+        value = initial_value(name, out.source.shape, config, seed, old.device).to(old.dtype)
         value[out.first] = old * (len(old) / len(value)) ** 0.5
         return value
     into, embedding = into[0], name == "embed.weight"
@@ -240,12 +240,14 @@ def _value(name: str, old: Tensor, maps: dict[str, Axis], op: str, config: Llama
         return value.T.contiguous() if embedding else value
     rows, columns = (slice(None) if axis is None else axis.first for axis in (out, into))
     shape = [old.shape[i] if axis is None else len(axis.source) for i, axis in enumerate((out, into))]
-    value = initial_value(name, shape[::-1] if embedding else shape, config, seed, old.device)
+    value = initial_value(name, shape[::-1] if embedding else shape, config, seed, old.device).to(old.dtype)
     wide = value.T if embedding else value
-    if op == "zero" and out is not None:
-        wide[_pair(~out.first, columns)] = 0
-    if op == "zero" and into is not None:
-        wide[:, into.source == BORROWS] = 0  # these inputs are not zero
+    if op == "zero":
+        silent = not maps["model"].first.all()  # without new channels to listen to, new neurons would be 0 for good
+        if out is not None and silent:
+            wide[_pair(~out.first, columns)] = 0
+        if into is not None:
+            wide[:, into.source == BORROWS if silent else ~into.first] = 0  # these inputs are not zero
     wide[_pair(rows, columns)] = _in_new_order(old, out, into)
     return value
 
@@ -265,20 +267,35 @@ def _in_new_order(old: Tensor, out: Axis | None, into: Axis | None) -> Tensor:
     return old
 
 
-def _moment(name: str, key: str, old: Tensor, maps: dict[str, Axis], moments: Moments) -> Tensor:
-    """The wide value of a moment: that of the source, times what becomes of old entries and of copies; 0 without a source.
-
-    A tensor has one step count, so that stays unless all of its moments are zeroed.
-    """
+def _moment(name: str, old: Tensor, maps: dict[str, Axis]) -> Tensor:
+    """The wide value of a moment: that of the source."""
     if old.ndim == 0:
         return old.clone()
-    value, was_there, has_source = old, torch.ones((), dtype=torch.bool), torch.ones((), dtype=torch.bool)
+    value = old
     for dim, axis in enumerate(maps.get(n) for n in stored_axes(name)):
-        if axis is None:
+        if axis is not None:
+            value = value.index_select(dim, axis.source.clamp(min=0))
+            value *= (axis.source >= 0).view([-1 if i == dim else 1 for i in range(old.ndim)])
+    return value.clone() if value is old else value
+
+
+@torch.no_grad()
+def settle_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], maps: dict[str, Axis], moments: Moments):
+    """Multiply the moments of wide `parameters` by what becomes of old entries, and of copies.
+
+    A tensor has one step count, which goes with its moments where all of them are zeroed, and stays elsewhere.
+    """
+    for name, parameter in parameters.items():
+        was_there = torch.ones((), dtype=torch.bool, device=parameter.device)
+        copies = False
+        for dim, axis in enumerate(maps.get(n) for n in stored_axes(name)):
+            if axis is not None:
+                was_there = was_there & axis.first.view([-1 if i == dim else 1 for i in range(parameter.ndim)])
+                copies = copies or bool(((axis.source >= 0) & ~axis.first).any())
+        if moments.old == "zero" and (moments.new == "zero" or not copies):
+            optimizer.state.pop(parameter, None)
             continue
-        shape = [-1 if i == dim else 1 for i in range(old.ndim)]
-        value = value.index_select(dim, axis.source.clamp(min=0))
-        was_there = was_there.to(old.device) & axis.first.view(shape)
-        has_source = has_source.to(old.device) & (axis.source >= 0).view(shape)
-    of_old, of_new = (torch.tensor(f, device=old.device) for f in (moments.of_old(key), moments.of_new(key)))
-    return value * torch.where(was_there, of_old, torch.where(has_source, of_new, 0.0))
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value.ndim:
+                of_old, of_new = (torch.tensor(f, device=value.device) for f in (moments.of_old(key), moments.of_new(key)))
+                value *= torch.where(was_there, of_old, of_new)

@@ -65,7 +65,7 @@ def test_gradient_of_B_is_that_of_the_products_it_stands_for(base):
     wider = Width("learn", d_model=48, d_ff=64, n_kv_head=6 if base.n_kv_head == 4 else 3)
     grown = wider.config(base)
     mixed = learn.WidthMap(model, grown, width.axes(base, grown, wider, torch.device("cpu")), seed=3)
-    width.widen(model, None, wider, growth.RESET, 3, mixed)
+    width.widen(model, None, wider, 3, mixed)
     B = {name: matrix.detach().double().requires_grad_() for name, matrix in mixed.B.items()}
     if base.n_kv_head == base.n_head:
         assert mixed.B["heads"] is mixed.B["v"]
@@ -128,6 +128,16 @@ def test_without_training_a_learned_growth_is_stack_and_the_base_keeps_its_stora
     for a, b in zip(stacked.parameters(), learned.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert addresses <= {p.data_ptr() for p in learned.parameters()}
+
+
+def test_what_is_random_in_width_counts_for_nothing_while_depth_is_learned():
+    model, optimizer = trained(GQA)
+    stacked = copy.deepcopy(model)
+    growth.grow(stacked, op="stack", g=2)
+    options = {"op": "learn", "g": 2, "wider": Width("random", d_model=64), "learn_steps": 1}
+    receipt = growth.grow(model, optimizer, gradients=gradients_of(model), **options)
+    expected = stacked(TOKENS, TOKENS.roll(-1, 1)).item()
+    assert receipt["learned"][0]["loss_first"] == pytest.approx(expected, rel=1e-5) and model.ramp == 0
 
 
 def test_rate_is_the_papers():

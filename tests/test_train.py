@@ -210,6 +210,19 @@ def test_a_ramp_as_long_as_its_stage_is_over_when_the_next_growth_comes():
     assert [len(receipt["layers"]) for receipt in state.growth] == [2, 4] and state.model.ramp is None
 
 
+def test_each_growth_draws_something_else():
+    """Two at the same place in a run, and the same growth in runs of two seeds."""
+    noises = []
+    for seed in (0, 1):
+        model = LlamaConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, vocab_size=32, seq_len=8)
+        state = State.create(model, Optim(), Placement(torch.device("cpu")), seed=seed)
+        for _ in range(2):
+            before = 0.5 * state.model.embed.weight.detach()
+            state.grow(Growth("stack", 2, noise=0.5))
+            noises.append((state.model.embed.weight.detach() - before).flatten())
+    assert torch.corrcoef(torch.stack(noises)).fill_diagonal_(0).abs().max() < 0.2
+
+
 def test_parameters_that_stay_dead_after_growth_are_named(trainer, monkeypatch, tmp_path, corpus):
     """Here because the ramp holds the new layers at zero for good; no operator does that."""
     monkeypatch.setattr(growth, "set_ramp", lambda model, scale: None)

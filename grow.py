@@ -5,7 +5,7 @@ written. Train on with `train.py CONFIG --init_from CHECKPOINT`.
 """
 
 import json
-import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from rich.progress import Progress
 
 from nanostack import checkpoint
 from nanostack.config import Growth, Optim
-from nanostack.data import Tokens
+from nanostack.data import Tokens, manifest_sha256
 from nanostack.depth import connection_rate
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
-from nanostack.growth import Shape, caution
+from nanostack.growth import Shape, caution, ramp_left
 from nanostack.model import Llama, LlamaConfig
 from nanostack.moments import RESET
-from nanostack.parallel import Placement
+from nanostack.parallel import Placement, check_room, free_bytes
 from nanostack.state import State
 
 TOGETHER = 4  # sequences that go through the model at a time
@@ -47,6 +47,8 @@ class Command:
     """Prepared text: learn trains on what the run would read next, and the receipt tells the loss before and after."""
     batch_tokens: int = 65536
     """Tokens of one step of learn."""
+    document_mask: bool = False
+    """With data: whether a token attends only within its own document, as data.document_mask of a run."""
     dry_run: bool = False
     """Say what would happen, and do nothing."""
     json: bool = False
@@ -66,10 +68,14 @@ def main(command: Command) -> dict:
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
     if out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
+    if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
+        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
     if command.growth.learning_steps() and not command.data:
         raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
     if command.batch_tokens < base.seq_len:
         raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {base.seq_len} tokens")
+    if command.growth.learning_steps() and manifest_sha256(command.data) != (saved["manifest_sha256"] or ""):
+        raise UserError(f"{command.checkpoint} was trained on other text than {command.data}: learn goes on where it stopped")
     texts = [Tokens(command.data, split, base.seq_len, saved["seed"] or 0) for split in ("train", "val") if command.data]
     if texts and texts[0].vocab_size > base.vocab_size:
         raise UserError(f"{command.data} holds token ids up to {texts[0].vocab_size - 1}, the model has {base.vocab_size}")
@@ -78,16 +84,17 @@ def main(command: Command) -> dict:
     if command.growth.moments() == RESET:
         saved["optimizer"] = {}  # never to be read
     forecast = foresee(saved, command.growth, grown) | {"device": str(device), "out": str(out)}
-    check_room(device, forecast["bytes_needed"])
-    if device.type != "cpu":
-        check_room(torch.device("cpu"), forecast["bytes_written"])  # the file is put together there
     if command.dry_run:
-        return forecast
+        return forecast | {"bytes_free": free_bytes(device)}
+    check_room(device, forecast["bytes_needed"], "growing")
+    if device.type != "cpu":
+        check_room(torch.device("cpu"), forecast["bytes_written"], "putting the file together")
 
     console.print(
         f"growing on {device}, {forecast['n_params_before'] / 1e6:.1f}M to {forecast['n_params'] / 1e6:.1f}M parameters"
     )
     state = State.restore(saved, Optim(), Placement(device))
+    state.model.end_of_text = texts[0].manifest["tokenizer"]["eot"] if texts and command.document_mask else None
     probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
     before = mean_loss(state.model, texts[1]) if texts else None
     with Progress(console=console, disable=command.growth.learning_steps() == 0) as progress:
@@ -99,14 +106,8 @@ def main(command: Command) -> dict:
         )
     receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
-    checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"], saved["seed"]), out)
+    checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
-
-
-def check_room(device: torch.device, needed: int) -> None:
-    """Raise UserError unless so many bytes are free there."""
-    if needed > (free := free_bytes(device)):
-        raise UserError(f"growing needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
 
 
 def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:
@@ -152,13 +153,15 @@ def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
     moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
     old, new = n_params(base), n_params(config) - n_params(base)
     numbers = old * (1 + moments) + new * (1 if how.moments().new == "zero" else 1 + moments)
-    if how.width:  # every tensor is made anew: the largest is there twice
-        numbers = (old + new) * (1 + moments) + max(config.vocab_size, 2 * config.d_ff) * config.d_model
+    if how.width:
+        numbers = (old + new) * (1 + moments)
+    if how.width or how.noise:  # the largest tensor is there twice
+        numbers += max(config.vocab_size, 2 * config.d_ff) * config.d_model
     if how.learning_steps():  # the old weights, and gradients of the new ones
         numbers += old + (old + new)
     return {
+        "growth": vars(how),
         "op": grown.op,
-        "width": how.width,
         "layers": [layer.source for layer in grown.layers],
         "rules": [layer.rule for layer in grown.layers],
         "rc": round(connection_rate([layer.source for layer in grown.layers]), 6),
@@ -169,14 +172,6 @@ def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
         "bytes_needed": 4 * numbers,
         "bytes_written": 4 * (old + new) * (1 + moments),
     }
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free there; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def choose_device(name: str) -> torch.device:
@@ -190,6 +185,7 @@ def choose_device(name: str) -> torch.device:
 
 if __name__ == "__main__":
     with exits_cleanly():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half file behind
         command = tyro.cli(Command, use_underscores=True)
         receipt = main(command)
         if not command.dry_run and (said := caution(receipt)):

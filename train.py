@@ -44,6 +44,8 @@ class Run:
         self.manifest_sha256 = manifest_sha256(config.data.path)
         config_sha256 = config.sha256()
         self.config = config = with_vocabulary(config)
+        state_bytes = 16 * n_params(config.largest()) / self.placement.shards
+        parallel.check_room(self.placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
         self.val = Tokens(config.data.path, "val", config.model.seq_len)
@@ -57,6 +59,7 @@ class Run:
             saved = checkpoint.load(source)
             checkpoint.check_fits(saved, source, config, self.manifest_sha256 if self.resuming else None)
             self.state = State.restore(saved, config.optim, self.placement)
+            self.state.seed = config.seed
         else:
             self.state = State.create(config.model, config.optim, self.placement, config.seed)
         self.state.model.end_of_text = self.data.manifest["tokenizer"]["eot"] if config.data.document_mask else None
@@ -97,6 +100,7 @@ class Run:
                 self.enter_stage(batches)
             while True:
                 self.state.freeze(self.stage)
+                self.state.ramp(self.stage)
                 while self.cursor.stage_tokens < self.stage.tokens:
                     self.train_step(batches)
                     tracer.step()
@@ -118,7 +122,8 @@ class Run:
             self.display.say(f"learning how to grow on {steps} batches")
         with self.clock.paused():
             before = self.evaluate()
-            probe = torch.from_numpy(self.val.blocks(0, 1)[:, :-1]).to(self.placement.device)
+            rows = min(self.config.micro_batch, self.val.n_blocks)
+            probe = torch.from_numpy(self.val.blocks(0, rows)[:, :-1]).to(self.placement.device)
         receipt = self.state.grow(self.stage.growth, probe, lambda: self.gradients(batches))
         with self.clock.paused():
             after = self.evaluate()
@@ -147,15 +152,18 @@ class Run:
     def train_step(self, batches: Prefetcher) -> None:
         """One optimizer step on the next batch, then what is due after it."""
         cursor, config, first_sample = self.cursor, self.config, self.cursor.samples
-        self.state.ramp(self.stage)
         loss = self.gradients(batches)
         cursor.stage_tokens += config.batch_tokens
         self.step += 1
         lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
         self.state.rewarm(self.stage, cursor.stage_tokens)
+        grown = self.state.growth[-1] if self.state.growth else {}
+        if cursor.tokens - grown.get("tokens", 0) == 2 * config.batch_tokens and grown:
+            grown["dead"] = self.state.dead()
+            if grown["dead"]:
+                self.display.say(f"warning: in the second step after growth these have no gradient: {', '.join(grown['dead'])}")
         norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip)
-        if self.stage.growth and cursor.stage_tokens == 2 * config.batch_tokens and (dead := self.state.dead()):
-            self.display.say(f"warning: two updates after growth these have had no gradient: {', '.join(dead)}")
+        self.state.ramp(self.stage)  # for the next step, and for an evaluation before it
 
         stage_ends = cursor.stage_tokens >= self.stage.tokens
         evaluating = stage_ends or self.crossed(config.eval_interval)
@@ -233,7 +241,7 @@ class Run:
 
     def save(self) -> None:
         with self.clock.paused():
-            checkpoint.save(self.state, self.out / "ckpt.pt", self.manifest_sha256, self.config.seed, self.config.keep)
+            checkpoint.save(self.state, self.out / "ckpt.pt", self.manifest_sha256, self.config.keep)
 
     def my_samples(self):
         """The (start, stop) of every micro-batch that this rank trains on, to the end of the run.

@@ -35,7 +35,6 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from grow import free_bytes  # noqa: E402
 from nanostack import growth  # noqa: E402
 from nanostack.config import Optim, load  # noqa: E402
 from nanostack.errors import UserError, exits_cleanly  # noqa: E402
@@ -44,6 +43,7 @@ from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
 from nanostack.model import Llama, LlamaConfig  # noqa: E402
 from nanostack.moments import COPY, RESET  # noqa: E402
 from nanostack.optimizer import make_optimizer  # noqa: E402
+from nanostack.parallel import free_bytes  # noqa: E402
 
 G = 4
 WAYS = ("in place", "in place, moments", "by way of the host")

@@ -20,18 +20,19 @@ from torch import Tensor
 
 from nanostack.config import Train
 from nanostack.errors import UserError
+from nanostack.growth import ramp_left
 from nanostack.parallel import on_rank_0, rank
 from nanostack.state import State
 
 FORMAT = "nanostack-checkpoint-1"
 
 
-def save(state: State, path: str | Path, manifest_sha256: str | None = None, seed: int | None = None, keep: int = 2) -> None:
+def save(state: State, path: str | Path, manifest_sha256: str | None = None, keep: int = 2) -> None:
     """Write `state` as `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
 
     Every rank must call it. Raises `UserError` where the file cannot be written; what was there before is intact then.
     """
-    contents = pack(state, manifest_sha256, seed)
+    contents = pack(state, manifest_sha256)
     on_rank_0(_write_and_link, contents, Path(path), keep)
 
 
@@ -85,6 +86,8 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
     going on exactly needs the same text in the same order, and the shape that the model has in the checkpoint's stage.
     """
     model = config.model
+    if resuming_on is None:
+        _check_growths(saved, source, config)
     if resuming_on is not None:
         stage = saved["cursor"]["stage"]
         if stage >= len(config.stages):
@@ -103,7 +106,18 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
         raise UserError(f"checkpoint {source} does not fit the config: {'; '.join(differ)}")
 
 
-def pack(state: State, manifest_sha256: str | None, seed: int | None) -> dict | None:
+def _check_growths(saved: dict, source: str | Path, config: Train) -> None:
+    """Raise `UserError` for a stage that asks for what the growths of the checkpoint do not allow."""
+    first = next((n for n, stage in enumerate(config.stages) if stage.growth), len(config.stages))
+    left, until = ramp_left(saved["growth"], saved["cursor"]["tokens"]), sum(stage.tokens for stage in config.stages[:first])
+    if first < len(config.stages) and left > until:
+        raise UserError(f"{source} is still ramping in its last growth, for {left} tokens; stage {first} grows after {until}")
+    new_layers = saved["growth"] and any(rule != "kept" for rule in saved["growth"][-1].get("rules", ()))
+    if not new_layers and any(stage.freeze for stage in config.stages[:first]):
+        raise UserError(f"freeze trains new layers only, and {source} has none: no growth made any")
+
+
+def pack(state: State, manifest_sha256: str | None) -> dict | None:
     """The dict that a checkpoint is, on the host; every rank must call it, rank 0 gets it."""
     model, optimizer = state.whole_tensors(keep=rank() == 0)
     if rank() != 0:
@@ -120,7 +134,7 @@ def pack(state: State, manifest_sha256: str | None, seed: int | None) -> dict | 
         "rng": rng,
         "growth": state.growth,
         "manifest_sha256": manifest_sha256,
-        "seed": seed,
+        "seed": state.seed,
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
     }
     return contents | {"hashes": _hashes(contents)}

@@ -19,7 +19,7 @@ import tyro
 
 from nanostack import depth
 from nanostack.errors import UserError
-from nanostack.growth import Shape, shape
+from nanostack.growth import Shape, check, shape
 from nanostack.model import LlamaConfig
 from nanostack.moments import Moments
 from nanostack.width import OPERATORS as WIDTH_OPERATORS
@@ -98,10 +98,14 @@ class Growth:
 
     def shape(self, base: LlamaConfig) -> Shape:
         """What becomes of a model of shape `base`. UserError where there is no such growth."""
-        self.moments().check()
-        if not 0 <= self.noise < 1 or (self.ramp_tokens is not None and self.ramp_tokens < 1):
-            raise UserError(f"noise is from 0 up to 1 and ramp_tokens at least 1, not {self.noise} and {self.ramp_tokens}")
-        return shape(base, self.op, self.g, self.layers, self.k, self.wider())
+        wider = self.wider()
+        grown = shape(base, self.op, self.g, self.layers, self.k, wider)
+        check(grown, wider, self.moments(), self.noise, self.learn_steps)
+        if self.moments_factor != 1 and "scale" not in (self.moments_old, self.moments_new):
+            raise UserError(f"moments_factor {self.moments_factor} is for moments that are scaled, and none are")
+        if self.ramp_tokens is not None and (self.ramp_tokens < 1 or "random" not in (self.op, self.width)):
+            raise UserError(f"ramp_tokens {self.ramp_tokens} must be at least 1, and be for random layers or channels")
+        return grown
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,13 @@ class Train:
                 raise UserError(
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
                 )
+
+    def largest(self) -> LlamaConfig:
+        """The model of the last stage: growth makes nothing smaller."""
+        model = self.model
+        for stage in self.stages:
+            model = stage.growth.shape(model).config if stage.growth else model
+        return model
 
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run: not of where its files are, nor of what they hold."""

@@ -82,6 +82,8 @@ def _factor(g: int | None, k: int | None) -> None:
         raise UserError("k belongs to middle, solar and insert; this operator takes g")
     if isinstance(g, bool) or not isinstance(g, int) or g < 2:
         raise UserError(f"g must be a whole number of 2 or more, not {g!r}")
+    if g > 1000:
+        raise UserError(f"g is {g}: no model is made of a thousand times its layers")
 
 
 def _number_of_layers(n_layer: int, g: int | None, k: int | None, default: int, most: int) -> int:

@@ -7,6 +7,7 @@ Nothing passes through the host and, sharded, no collective runs: each rank fill
 every parameter, one at a time.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,8 +46,8 @@ def shape(
 ) -> Shape:
     """The shape that a growth gives to a model of shape `base`. Raises `UserError` where there is no such growth."""
     wide = base if wider is None else wider.config(base)
-    if op is None and (wider is None or not (g is layers is k is None)):
-        op = "stack"
+    only_wider = wider is not None and op is None and g is None and layers is None and k is None
+    op = op if op is not None or only_wider else "stack"
     grown = [Layer(i, "kept") for i in range(base.n_layer)] if op is None else plan(base.n_layer, op, g, layers, k)
     kept = [layer.source for layer in grown if layer.rule == "kept"]
     same = kept == sorted(kept) and all(layer.rule in ("kept", "zeroed", "random") for layer in grown)
@@ -90,11 +91,12 @@ def grow(
     What is random is ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Returns the receipt: op, g, k,
     layers, rules, rc, width, learned, moments, noise, bytes_allocated, bytes_copied_on_device, bytes_through_host, seconds;
     sizes are those on this rank. Losses before and after are the caller's to add. Raises `UserError` before anything is
-    touched.
+    touched, and where learning diverges.
     """
     base, device, asked, moments = model.config, next(model.parameters()).device, moments, moments.settled()
     grown = shape(base, op, g, layers, k, wider)
-    _check(model, optimizer, grown, wider, moments, noise, gradients, learn_steps)
+    check(grown, wider, moments, noise, learn_steps)
+    _check_state(model, optimizer, grown, wider, gradients)
     receipt = {
         "op": grown.op if layers is None or grown.op != "stack" else "layers",
         "g": len(grown.layers) // base.n_layer if layers is None and grown.op in TAKES_G else None,
@@ -145,25 +147,30 @@ def grow(
     }
 
 
-def _check(model, optimizer, grown: Shape, wider: Width | None, moments: Moments, noise, gradients, learn_steps) -> None:
-    """Raise `UserError` for what `grow` cannot do."""
+def check(grown: Shape, wider: Width | None, moments: Moments, noise: float, learn_steps: int) -> None:
+    """Raise `UserError` for options that cannot be together, whatever the model."""
     moments.check()
-    if getattr(model, "ramp", None) is not None:
-        raise UserError("what the last growth made is still being ramped in: grow again when it counts in full")
     if not 0 <= noise < 1:
         raise UserError(f"noise is a share of the weights, from 0 up to 1, not {noise}")
+    if grown.op == "learn" or (wider is not None and wider.op == "learn"):
+        settled = moments.settled()
+        if (settled.old, settled.new) != ("zero", "zero"):
+            raise UserError("a learned growth mixes weights, and their moments with it no more mean anything: reset them")
+        if learn_steps < 1:
+            raise UserError(f"learn needs at least 1 step, not {learn_steps}")
+
+
+def _check_state(model, optimizer, grown: Shape, wider: Width | None, gradients) -> None:
+    """Raise `UserError` for a model or an optimizer that cannot grow like this."""
+    if getattr(model, "ramp", None) is not None:
+        raise UserError("what the last growth made is still being ramped in: grow again when it counts in full")
     unknown = {name for state in optimizer.state.values() for name in state} - set(POWER) if optimizer is not None else set()
     if unknown:
         raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see nanostack/moments.py")
     if wider is not None and any(hasattr(p, "to_local") for p in model.parameters()):
         raise UserError("a sharded model does not grow in width: grow its checkpoint with grow.py, or train on one device")
-    if grown.op == "learn" or (wider is not None and wider.op == "learn"):
-        if gradients is None:
-            raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")
-        if (moments.old, moments.new) != ("zero", "zero"):
-            raise UserError("a learned growth mixes weights, and their moments with it no more mean anything: reset them")
-        if learn_steps < 1:
-            raise UserError(f"learn needs at least 1 step, not {learn_steps}")
+    if gradients is None and (grown.op == "learn" or (wider is not None and wider.op == "learn")):
+        raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")
 
 
 def _sizes(config: LlamaConfig) -> dict:
@@ -214,9 +221,11 @@ def _add_noise(model: nn.Module, base: LlamaConfig, noise: float, seed: int, wri
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
-        fresh = torch.empty_like(parameter)
-        initial = initial_value(f"noise:{name}", parameter.shape, base, seed, parameter.device)
-        write(fresh, initial.mul_((parameter.shape[1] / base.d_model) ** 0.5))  # a variance over d_model, whatever the fan-in
+        fresh = initial_value(f"noise:{name}", parameter.shape, base, seed, parameter.device)
+        fresh.mul_((parameter.shape[1] / base.d_model) ** 0.5)  # a variance over d_model, whatever the fan-in
+        if local(parameter) is not parameter:
+            whole, fresh = fresh, torch.empty_like(parameter)
+            write(fresh, whole)
         local(parameter).mul_(1 - noise).add_(local(fresh), alpha=noise)
 
 
@@ -253,7 +262,15 @@ def _grow_optimizer(optimizer, model: nn.Module, pattern: nn.Module, source_of: 
 
 def ramps(receipt: dict) -> bool:
     """Whether a growth makes anything random, which is to be ramped in."""
-    return "random" in receipt["rules"] or bool(receipt["width"] and receipt["width"]["op"] == "random")
+    return "random" in receipt.get("rules", ()) or (receipt.get("width") or {}).get("op") == "random"
+
+
+def ramp_left(receipts: list[dict], tokens: int) -> int:
+    """Tokens that the ramp of the last growth still has to go, `tokens` into the run; 1 where its length is not decided."""
+    if not receipts or not ramps(receipts[-1]):
+        return 0
+    length = receipts[-1]["ramp_tokens"]
+    return 1 if length is None else max(0, length - (tokens - receipts[-1]["tokens"]))
 
 
 def attach_ramp(model: nn.Module, receipt: dict, scale: float = 0.0) -> None:
@@ -270,22 +287,25 @@ def attach_ramp(model: nn.Module, receipt: dict, scale: float = 0.0) -> None:
     if receipt["width"] and receipt["width"]["op"] == "random":
         maps = width.recorded(receipt["width"], model.config, device)
         scaled.append((model.embed, maps["model"].first))
+        reads_its_own = maps["heads"].source != width.BORROWS
         for block in model.blocks:
             scaled += [(block.attn.qkv, maps["qkv"].first), (block.attn.out, maps["model"].first)]
             scaled += [(block.mlp.gate_up, maps["gate_up"].first), (block.mlp.down, maps["model"].first)]
-            inputs_scaled.append((block.attn.out, maps["heads"].source != width.BORROWS))
+            inputs_scaled += [] if reads_its_own.all() else [(block.attn.out, reads_its_own)]
 
     def times_ramp(x: Tensor, old: Tensor | None) -> Tensor:
         return x * (model.ramp if old is None else torch.where(old, 1.0, model.ramp)).to(x.dtype)
 
+    @functools.cache  # one hook for all blocks: torch.compile makes a graph for each
     def after(old: Tensor | None) -> Callable:
         return lambda module, arguments, output: times_ramp(output, old)
 
+    @functools.cache
     def before(old: Tensor) -> Callable:
         return lambda module, arguments: times_ramp(arguments[0], old)
 
     model.ramp_hooks = [module.register_forward_hook(after(old)) for module, old in scaled]
-    model.ramp_hooks += [module.register_forward_pre_hook(before(old)) for module, old in inputs_scaled if not old.all()]
+    model.ramp_hooks += [module.register_forward_pre_hook(before(old)) for module, old in inputs_scaled]
 
 
 def set_ramp(model: nn.Module, scale: float) -> None:
@@ -313,7 +333,7 @@ def caution(receipt: dict) -> str | None:
     """What someone who trains on should know of a growth."""
     wide = receipt["width"]
     more_channels = wide and any(wide["from"][name] != wide["to"][name] for name in ("d_model", "d_ff"))
-    if more_channels and wide["op"] == "split" and wide["alpha"] is None and not receipt["noise"]:
+    if more_channels and wide["op"] == "split" and wide["alpha"] in (None, 0.5) and not receipt["noise"]:
         return "copies of an even split get equal gradients and stay alike: give alpha (0.7, say) or noise"
     return None
 

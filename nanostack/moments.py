@@ -1,5 +1,6 @@
 """What growth makes of an optimizer's state: a choice for what was there, one for what is new."""
 
+import math
 from typing import NamedTuple
 
 from nanostack.errors import UserError
@@ -32,7 +33,7 @@ class Moments(NamedTuple):
         """Raise `UserError` unless the choices exist."""
         if self.old not in ("keep", "zero", "scale") or self.new not in ("copy", "zero", "scale"):
             raise UserError(f"moments are old keep|zero|scale and new copy|zero|scale, not {self.old!r} and {self.new!r}")
-        if not self.factor >= 0:
+        if not 0 <= self.factor < math.inf:
             raise UserError(f"moments are scaled by a factor of 0 or more, not {self.factor}")
 
 

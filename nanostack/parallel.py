@@ -5,12 +5,14 @@ it gets storage and values. Nothing here changes what is computed; one device is
 """
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import types
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Placement:
             block.forward = types.MethodType(_checkpointed, block)
         if self.compile:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
+            torch._dynamo.config.recompile_limit = 64  # ramps, frozen layers and widths are graphs of their own
             block.compile()
         return self._shard(block)
 
@@ -69,6 +72,11 @@ class Placement:
                 state._is_root = None
                 state._state_ctx = type(state._state_ctx)()
 
+    @property
+    def shards(self) -> int:
+        """In how many parts a parameter lies."""
+        return 1 if self.mesh is None else self.mesh["shard"].size()
+
     def sum_shards(self, value: Tensor) -> None:
         """Add up, in place, a value of which each rank has the part that its shards make."""
         if self.mesh is not None:
@@ -82,6 +90,8 @@ class Placement:
 
 
 def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
+    if not (arguments[0].requires_grad or any(p.requires_grad for p in block.parameters())):
+        return type(block).forward(block, *arguments)  # frozen, and so is all before it: torch.compile fails at the other
     return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
 
 
@@ -201,6 +211,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free there, what torch holds in reserve included; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def check_room(device: torch.device, needed: float, what: str) -> None:
+    """Raise `UserError` unless so many bytes are free there."""
+    if needed > (free := free_bytes(device)):
+        raise UserError(f"{what} needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
 
 
 def on_rank_0(work, *args) -> Any:

@@ -76,8 +76,10 @@ def shape_for(params: float, vocab_size: int, seq_len: int) -> LlamaConfig:
 
 def advise(command: Command) -> dict:
     """Everything that the command reports. Raises UserError for budgets that are none."""
-    if not (command.params > 0 and command.tokens > 0 and command.count > 0 and 0 < command.mfu <= 1 and command.speedup >= 0):
-        raise UserError("params, tokens and count must be positive, mfu from 0 to 1, and speedup 0 or more")
+    if not (0 < command.params < 1e14 and 0 < command.tokens < 1e18 and command.count > 0):
+        raise UserError("params must be from 0 to 1e14, tokens from 0 to 1e18, count positive")
+    if not (0 < command.mfu <= 1 and 0 <= command.speedup <= 4):
+        raise UserError("mfu must be from 0 to 1, speedup from 0 to 4")
     peaks = {name.lower(): peak for name, peak in PEAK_BF16.items()}
     if command.gpu.lower() not in peaks:
         raise UserError(f"there is no GPU {command.gpu!r} in the table of peak rates; there are {', '.join(PEAK_BF16)}")
@@ -110,12 +112,12 @@ def advise(command: Command) -> dict:
 
 def config_text(advice: dict) -> str:
     """A file for config/ that follows the advice, with the paper's learning rates and batch."""
-    base, batch = advice["base"], 2_097_152
-    warmup = 3000 * batch
-    stages = [-(-round(advice[name]) // batch) * batch for name in ("d_tokens", "tokens_grown")]
+    base = advice["base"]
+    batch = 2_097_152 // base["seq_len"] * base["seq_len"]
+    stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]
     lr = 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
     shape = ", ".join(f"{name}={base[name]!r}" for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff"))
-    first, second = (f"tokens={tokens:_}, warmup_tokens={min(warmup, tokens):_}" for tokens in stages)
+    first, second = (f"tokens={tokens:_}, warmup_tokens={min(3000 * batch, tokens * 3 // 5):_}" for tokens in stages)
     return f"""from nanostack.config import Data, Stage, Train, grow
 from nanostack.model import LlamaConfig
 

@@ -9,8 +9,11 @@ import tyro
 from torch import Tensor
 
 from nanostack import checkpoint, tokenizer
+from nanostack.config import Optim
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.model import Llama, LlamaConfig
+from nanostack.parallel import Placement
+from nanostack.state import State
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,9 @@ def main(command: Command) -> str:
     if text.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer of {command.data} has {text.n_vocab} entries, the model only {config.vocab_size}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Llama(config)
-    model.load_state_dict(saved["model"] | ({"head.weight": saved["model"]["embed.weight"]} if config.tie_embeddings else {}))
+    model = State.restore(saved | {"optimizer": {}}, Optim(), Placement(device)).model  # with the ramp of a growth, if in one
     start = torch.tensor([text.encode(command.prompt) or [text.eot]], device=device)
-    out = generate(model.to(device), start, command.tokens, command.temperature, command.top_k, text.n_vocab, command.seed)
+    out = generate(model, start, command.tokens, command.temperature, command.top_k, text.n_vocab, command.seed)
     return text.decode(out[0].tolist())
 
 

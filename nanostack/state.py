@@ -10,10 +10,11 @@ from torch import Tensor
 from nanostack import growth, width
 from nanostack.config import Growth, Optim, Stage
 from nanostack.errors import UserError
-from nanostack.flops import flops_exact_per_token, flops_per_token
+from nanostack.flops import flops_exact_per_token, flops_per_token, n_params
+from nanostack.learn import local
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import make_optimizer, set_rate_of
-from nanostack.parallel import Placement, assign, initialise, reshard, whole
+from nanostack.parallel import Placement, assign, check_room, initialise, reshard, whole
 from nanostack.schedule import rewarming
 
 
@@ -43,7 +44,7 @@ class State:
     placement: Placement
     cursor: Cursor = field(default_factory=Cursor)
     growth: list[dict] = field(default_factory=list)  # receipts
-    seed: int = 0
+    seed: int = 0  # of the order of the text, and of what growth draws
 
     @classmethod
     def create(cls, config: LlamaConfig, optim: Optim, placement: Placement, seed: int) -> "State":
@@ -82,11 +83,15 @@ class State:
         `probe`: tokens (B, T), the same on all ranks, by whose logits the receipt tells what a preserving operator changed.
         `gradients()`, for learn: puts those of the next batch into the model, moves the cursor on, and returns the loss.
         """
-        if self.growth and self.growth[-1].get("ramp_tokens"):  # the step that completed a ramp began before its end
+        grown = how.shape(self.model.config)
+        probe = probe if grown.preserves and not how.noise else None
+        if self.growth and self.growth[-1].get("ramp_tokens"):
             growth.set_ramp(self.model, _ramp_share(self.growth[-1], self.cursor))
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)  # whatever was frozen so far
-        probe = probe if how.shape(self.model.config).preserves and not how.noise else None
+        more = n_params(grown.config) - n_params(self.model.config)
+        copies = 1 if how.moments().new == "zero" else 3  # of the weights, and of both moments
+        check_room(self.placement.device, 4 * copies * more / self.placement.shards, "growing")
         logits = self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(
@@ -121,7 +126,10 @@ class State:
     def _logits(self, tokens_BT: Tensor | None) -> Tensor | None:
         if tokens_BT is None:
             return None
+        # The whole batch goes through the blocks, in a shape they are compiled for, and one row of it through the head.
+        one_row = self.model.head.register_forward_pre_hook(lambda head, arguments: (arguments[0][:1],))
         logits_BTV = self.model(tokens_BT).float()
+        one_row.remove()
         reshard(self.model)
         return logits_BTV
 
@@ -149,18 +157,16 @@ class State:
 
     def _new_layers(self) -> dict[str, Tensor]:
         """The parameters of the layers that the last growth made."""
-        new = {i for i, rule in enumerate(self.growth[-1]["rules"]) if rule != "kept"} if self.growth else set()
+        new = {i for i, rule in enumerate(self.growth[-1].get("rules", ())) if rule != "kept"} if self.growth else set()
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
     def dead(self) -> list[str]:
-        """Names of parameters of which all that is new has moments of zero, in this rank's share of them."""
-        maps = width.recorded(self.growth[-1]["width"], self.model.config, self.placement.device)
+        """Names of parameters of which all that is new has a gradient of zero, in this rank's share of them."""
+        maps = width.recorded(self.growth[-1].get("width"), self.model.config, self.placement.device)
         new_layers, dead = self._new_layers(), []
         for name, parameter in self.model.named_parameters():
-            moment = self.optimizer.state.get(parameter, {}).get("exp_avg")
-            moment = torch.zeros_like(parameter) if moment is None else moment
-            moment = getattr(moment, "_local_tensor", moment)
-            new = [moment] if name in new_layers else width.new_parts(name, moment, maps)
+            gradient = local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            new = [gradient] if name in new_layers else width.new_parts(name, gradient, maps)
             if parameter.requires_grad and any(part.numel() and not part.any() for part in new):
                 dead.append(name)
         return dead

@@ -50,7 +50,7 @@ class Width:
     d_model: int | None = None
     n_kv_head: int | None = None
     d_ff: int | None = None
-    alpha: float | None = None  # split: what the first of several copies carries; None: as much as the others
+    alpha: float | None = None  # split: what the first of several copies carries, and of the rest the next; None: all the same
 
     def config(self, base: LlamaConfig) -> LlamaConfig:
         """The shape of the wide model. Raises `UserError` where there is none."""
@@ -124,7 +124,7 @@ def recorded(record: dict | None, config: LlamaConfig, device: torch.device) -> 
 
 
 def new_parts(name: str, value: Tensor, maps: dict[str, Axis]) -> list[Tensor]:
-    """The new rows and the new columns of a wide parameter, or of a moment of it."""
+    """The new rows and the new columns of a wide parameter, or of its gradient."""
     maps_of = ((dim, maps.get(axis)) for dim, axis in enumerate(stored_axes(name)))
     return [value.index_select(dim, (~axis.first).nonzero()[:, 0]) for dim, axis in maps_of if axis is not None]
 
@@ -158,13 +158,14 @@ def _heads(base: LlamaConfig, grown: LlamaConfig, copies: bool) -> tuple[list[in
 
 def _axis(sources: list[int], each: int, alpha: float | None, device: torch.device) -> Axis:
     """The map of an axis whose units (heads, say) are `each` channels wide."""
-    copies, met = Counter(sources), set()
+    copies, met = Counter(sources), Counter()
     first, share = [], []
     for source in sources:
-        first.append(source >= 0 and source not in met)
-        met.add(source)
-        n = copies[source]
-        share.append(1 / n if alpha is None or n == 1 else alpha if first[-1] else (1 - alpha) / (n - 1))
+        n, nth = copies[source], met[source]
+        met[source] += 1
+        first.append(source >= 0 and nth == 0)
+        uneven = (1 - (alpha or 0)) ** nth * (alpha or 0 if nth < n - 1 else 1)  # α of what is left; the last one takes it all
+        share.append(1 / n if alpha is None else uneven)
     units = torch.tensor(sources).repeat_interleave(each)
     channels = torch.where(units < 0, units, units * each + torch.arange(each).repeat(len(sources)))
     spread = (torch.tensor(values).repeat_interleave(each).to(device) for values in (first, share))
@@ -223,21 +224,19 @@ def widen(
 def _value(name: str, old: Tensor, maps: dict[str, Axis], op: str, config: LlamaConfig, seed: int) -> Tensor:
     """The wide value of a parameter."""
     out, *into = (maps.get(axis) for axis in AXES[kind(name)])
+    if op == "split":
+        value = old
+        for dim, axis in enumerate(maps.get(axis) for axis in stored_axes(name)):
+            value = value if axis is None else value.index_select(dim, axis.source)
+        reads = out if config.tie_embeddings and name == "norm.weight" else into[0] if into else None
+        return value if reads is None else value.mul_(reads.share)
     if not into:
-        if op == "split":
-            value = old[out.source]
-            return value * out.share if name == "norm.weight" and config.tie_embeddings else value
         value = initial_value(name, out.source.shape, config, seed, old.device).to(old.dtype)
         value[out.first] = old * (len(old) / len(value)) ** 0.5
         return value
     into, embedding = into[0], name == "embed.weight"
     if embedding:
         old = old.T
-    if op == "split":
-        value = old if out is None else old.index_select(0, out.source)
-        if into is not None:
-            value = value.index_select(1, into.source).mul_(into.share)
-        return value.T.contiguous() if embedding else value
     rows, columns = (slice(None) if axis is None else axis.first for axis in (out, into))
     shape = [old.shape[i] if axis is None else len(axis.source) for i, axis in enumerate((out, into))]
     value = initial_value(name, shape[::-1] if embedding else shape, config, seed, old.device).to(old.dtype)

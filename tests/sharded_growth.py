@@ -63,10 +63,12 @@ def main(out: str, shard: int, how: Growth) -> None:
     if how.op == "insert":
         held = {name: p.to_local().clone() for name, p in state.model.named_parameters()}
         state.freeze(Stage(1, lr=1.0, freeze=True))
-        train(state, 2)
+        train(state, 1)
+        loss = gradients(state)
+        assert not state.dead()
+        guarded_step(state.optimizer, loss, 1e-2, 1.0)
         same = {name for name, p in state.model.named_parameters() if torch.equal(p.to_local(), held[name])}
         assert same == {name for name in held if not name.startswith(("blocks.1.", "blocks.3."))}
-        assert not state.dead()
         state.freeze(Stage(1, lr=1.0))
     train(state, 2)
     assert roots(state) == [""], roots(state)

@@ -36,14 +36,14 @@ def trained(steps: int = 2) -> State:
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoint.save(trained(), tmp_path / "ckpt.pt", "manifest", 0)
+    checkpoint.save(trained(), tmp_path / "ckpt.pt", "manifest")
     return tmp_path / "ckpt.pt"
 
 
 def test_restored_state_is_the_saved_one_bit_for_bit(saved):
     state = State.restore(checkpoint.load(saved), Optim(), CPU)
     again = saved.with_name("again.pt")
-    checkpoint.save(state, again, "manifest", 0)
+    checkpoint.save(state, again, "manifest")
     assert_same_state(checkpoint.load(saved), checkpoint.load(again))
     original = trained()
     for a, b in zip(original.model.parameters(), state.model.parameters(), strict=True):
@@ -149,13 +149,13 @@ def test_full_disk_is_told_and_the_previous_checkpoint_survives(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
         with pytest.raises(ValueError, match=r"could not save .*ckpt-6\.pt: .*; earlier checkpoints are intact"):
-            checkpoint.save(state, saved, "manifest", 0)
+            checkpoint.save(state, saved, "manifest")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert saved.read_bytes() == before
     assert sorted(file.name for file in saved.parent.iterdir()) == ["ckpt-4.pt", "ckpt.pt"]
-    checkpoint.save(state, saved, "manifest", 0)
+    checkpoint.save(state, saved, "manifest")
     assert checkpoint.load(saved)["cursor"]["samples"] == 6
 
 
@@ -169,7 +169,7 @@ state = trained(1)
 print("go", flush=True)
 while True:
     state.cursor.samples += 1
-    checkpoint.save(state, {str(tmp_path / "ckpt.pt")!r}, "manifest", 0)
+    checkpoint.save(state, {str(tmp_path / "ckpt.pt")!r}, "manifest")
 """
     seen = []
     for attempt in range(6):
@@ -186,13 +186,13 @@ while True:
 def test_folder_without_permission_or_in_the_way_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="could not save"):
-        checkpoint.save(trained(1), tmp_path / "file" / "ckpt.pt", "manifest", 0)
+        checkpoint.save(trained(1), tmp_path / "file" / "ckpt.pt", "manifest")
 
 
 def test_growth_receipts_travel_with_the_state(tmp_path):
     state = trained()
     receipt = state.grow(Growth("stack", 3))
-    checkpoint.save(state, tmp_path / "ckpt.pt", "manifest", 0)
+    checkpoint.save(state, tmp_path / "ckpt.pt", "manifest")
     back = State.restore(checkpoint.load(tmp_path / "ckpt.pt"), Optim(), CPU)
     assert back.growth == [receipt] and back.model.config.n_layer == 6
     assert os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt-4.pt")

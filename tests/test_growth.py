@@ -1,6 +1,7 @@
 """Growth in place: exact copies, storages that stay, an optimizer that fits."""
 
 import copy
+import gc
 import itertools
 from dataclasses import replace
 
@@ -216,12 +217,12 @@ def test_every_operator_leaves_a_model_in_which_all_parameters_train():
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), op
         losses = []
         for _ in range(6):
-            before = [p.detach().clone() for p in model.parameters()]
             loss = model(tokens, tokens.roll(-1, 1))
             loss.backward()
+            gradients = {name: p.grad.count_nonzero() for name, p in model.named_parameters()}
             guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
             losses.append(loss.item())
-        assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)), op
+        assert all(gradients.values()), (op, gradients)
         assert losses[-1] < losses[0], op
 
 
@@ -337,6 +338,7 @@ def test_peak_memory_is_the_larger_state_and_at_most_one_layer(arguments, state)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model, optimizer, _ = trained(config=replace(CONFIG, n_layer=6, d_model=128, d_ff=192))
         before = held(model, optimizer)
+        gc.collect()
         with torch.profiler.record_function("growth"):
             growth.grow(model, optimizer, moments=state, **arguments)
     events = profile.profiler.kineto_results.events()

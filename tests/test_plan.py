@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from nanostack.config import load
-from nanostack.plan import growth_tokens, in_range
+from nanostack.plan import Command, advise, config_text, growth_tokens, in_range
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,18 @@ def test_printed_config_loads(tmp_path):
     assert len(config.stages) == 2 and config.stages[1].growth.g == 4
 
 
-@pytest.mark.parametrize("arguments", [("--params", "-1"), ("--gpu", "abacus"), ("--params", "1e3"), ("--mfu", "2")])
+def test_config_text_is_a_run_whatever_the_numbers(tmp_path):
+    for arguments in ({"seq_len": 3000}, {"speedup": 4.0}, {"tokens": 1e9, "params": 1e9}):
+        text = config_text(advise(Command(**{"params": 7e9, "tokens": 300e9} | arguments)))
+        (tmp_path / "planned.py").write_text(text)
+        stages = load(str(tmp_path / "planned.py"), []).stages
+        assert all(stage.warmup_tokens < stage.tokens for stage in stages)
+
+
+BAD = [("--params", "-1"), ("--gpu", "abacus"), ("--params", "1e3"), ("--mfu", "2"), ("--params", "inf"), ("--speedup", "100")]
+
+
+@pytest.mark.parametrize("arguments", BAD)
 def test_impossible_budgets_are_named(arguments):
     done = run("--params", "7e9", "--tokens", "300e9", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

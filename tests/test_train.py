@@ -10,8 +10,8 @@ import torch
 from conftest import TINY, assert_same_state, records
 
 import train
-from nanostack import checkpoint, growth
-from nanostack.config import Growth, Optim, grow, load
+from nanostack import checkpoint, growth, parallel
+from nanostack.config import Growth, Optim, Stage, grow, load
 from nanostack.flops import flops_per_token
 from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
@@ -210,6 +210,51 @@ def test_a_ramp_as_long_as_its_stage_is_over_when_the_next_growth_comes():
     assert [len(receipt["layers"]) for receipt in state.growth] == [2, 4] and state.model.ramp is None
 
 
+def test_checkpoint_in_a_ramp_is_refused_by_a_run_that_grows_before_its_end(corpus, tmp_path):
+    """Before anything is deleted or trained. So is a freeze on a checkpoint that never grew."""
+    growing = ("--stages.1.growth.op", "random", "--stages.1.tokens", "1024", "--stages.1.growth.ramp_tokens", "4096")
+    run_in_process(corpus, tmp_path / "base", *growing, "--stages.0.tokens", "1024", "--keep", "9")
+    ckpt = tmp_path / "base/ckpt.pt"
+    held = checkpoint.load(ckpt)["cursor"]["tokens"]
+    again = ("--init_from", str(ckpt), "--model.n_layer", "4", "--out", str(tmp_path / "base"), "--overwrite")
+    with pytest.raises(ValueError, match=r"is still ramping in its last growth, for 3072 tokens; stage 1 grows after 1024"):
+        run_in_process(corpus, tmp_path / "base", *again, "--stages.0.tokens", "1024")
+    never = ("--init_from", str(tmp_path / "base/ckpt-32.pt"), "--stages.0.freeze", "--out", str(tmp_path / "next"))
+    with pytest.raises(ValueError, match=r"freeze trains new layers only, and .*ckpt-32.pt has none"):
+        run_in_process(corpus, tmp_path / "next", *never)
+    assert checkpoint.load(ckpt)["cursor"]["tokens"] == held == 2048
+    run = run_in_process(corpus, tmp_path / "next", *again[:4], "--stages.0.tokens", "4096", "--stages.0.freeze")
+    assert run.state.growth[0]["ramp_tokens"] == 4096 and len(run.state.growth) == 2
+
+
+def test_resume_from_the_end_of_a_ramp_and_its_stage_is_exact(corpus, tmp_path):
+    """The next growth looks at the loss of what the ramp has become, not of what it was in the last step."""
+    first = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--keep", "20"])
+    ramped = grow("random", g=2, tokens=1024, lr=2e-3, ramp_tokens=1024)
+    config = replace(first, stages=(Stage(1024, lr=5e-3), ramped, grow("zero", g=2, tokens=512, lr=2e-3)))
+    train.Run(config).train()
+    found, ckpt = records(tmp_path / "run"), tmp_path / "run/ckpt.pt"
+    whole = checkpoint.load(ckpt)
+    for file in [ckpt, *checkpoint.numbered_checkpoints(ckpt)]:
+        if file.name != "ckpt-64.pt":
+            file.unlink()
+    train.Run(replace(config, resume=True)).train()
+    assert records(tmp_path / "run") == found
+    assert_same_state(checkpoint.load(ckpt), whole)
+
+
+def test_model_too_large_for_the_device_is_refused_before_anything_is_touched(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "free_bytes", lambda device: 2e6)
+    with pytest.raises(ValueError, match=r"the largest stage, weights, gradients and moments, needs 0.00 GiB on cpu"):
+        run_in_process(corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    state = State.create(load(TINY, ["--model.vocab_size", "64"]).model, Optim(), Placement(torch.device("cpu")), seed=0)
+    monkeypatch.setattr(parallel, "free_bytes", lambda device: 1e3)
+    with pytest.raises(ValueError, match=r"growing needs 0.00 GiB on cpu"):
+        state.grow(Growth("stack", 2))
+    assert len(state.model.blocks) == 2
+
+
 def test_each_growth_draws_something_else():
     """Two at the same place in a run, and the same growth in runs of two seeds."""
     noises = []
@@ -231,7 +276,7 @@ def test_parameters_that_stay_dead_after_growth_are_named(trainer, monkeypatch, 
     said = []
     monkeypatch.setattr(run.display, "say", said.append)
     run.train()
-    (warning,) = (line for line in said if line.startswith("warning: two updates after growth"))
+    (warning,) = (line for line in said if line.startswith("warning: in the second step after growth"))
     assert "blocks.2.attn.qkv.weight" in warning and "blocks.1." not in warning
 
 
@@ -359,18 +404,21 @@ def test_profile_writes_a_trace(trainer):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("checkpointing", [(), ("--parallel.activation_checkpointing",)])
-def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_graph(corpus, tmp_path, finished, checkpointing):
+@pytest.mark.parametrize("options", [(), ("--parallel.activation_checkpointing",), ("--stages.1.growth.op", "zero")])
+def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_graph(corpus, tmp_path, finished, options):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--compile", *checkpointing]))
+    run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--compile", *options]))
     graphs = []
     grow = run.state.grow
     run.state.grow = lambda *how: (graphs.append(counters["stats"]["unique_graphs"]), grow(*how))[1]
     run.train()
     assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
+    if "zero" in options:
+        assert run.state.growth[0]["max_logit_change"] < 1e-5
+        return
     expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-4) for r in records(finished)]
     assert [r["loss"] for r in records(tmp_path / "run")] == expected
 

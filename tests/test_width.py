@@ -173,7 +173,7 @@ def test_random_channels_are_masked_and_ramped_in():
             block.attn.out.weight.data *= mask[64][:, None]
             block.mlp.down.weight.data *= mask[64][:, None]
         torch.testing.assert_close(model(TOKENS).double(), scaled(TOKENS), rtol=1e-5, atol=1e-5)
-    assert model.ramp is None and not any(module._forward_hooks for module in model.modules())
+    assert model.ramp is None and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("op", ["split", "zero", "random"])
@@ -217,8 +217,9 @@ def test_training_goes_on_and_nothing_new_stays_dead(op, base):
     grouped = [p for group in state.optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, state.model.parameters()))
     assert [all(p.ndim == n for p in group["params"]) for n, group in zip((2, 1), state.optimizer.param_groups, strict=True)]
-    assert state.dead(), "before the first update all is still"
-    losses = [step(state.model, state.optimizer) for _ in range(2)]
+    assert state.dead(), "before any gradient all is still"
+    losses = [step(state.model, state.optimizer)]
+    state.model(TOKENS, TOKENS.roll(-1, 1)).backward()
     assert state.dead() == []
     losses += [step(state.model, state.optimizer) for _ in range(6)]
     assert losses[-1] < losses[0]
@@ -227,11 +228,13 @@ def test_training_goes_on_and_nothing_new_stays_dead(op, base):
 def test_copies_of_an_even_split_stay_alike_and_those_of_an_uneven_one_part():
     for alpha, alike in ((None, True), (0.7, False)):
         model, optimizer = trained(MHA)
-        growth.grow(model, optimizer, wider=Width("split", d_ff=96, alpha=alpha))
+        receipt = growth.grow(model, optimizer, wider=Width("split", d_ff=3 * 48, alpha=alpha))
+        assert bool(growth.caution(receipt)) == alike
         for _ in range(5):
             step(model, optimizer)
-        a, b = model.blocks[0].mlp.gate_up.weight[:96].chunk(2)
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6) == alike
+        a, b, c = model.blocks[0].mlp.gate_up.weight[: 3 * 48].chunk(3)
+        for one, other in ((a, b), (b, c), (a, c)):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6) == alike
 
 
 @pytest.mark.parametrize("op", ["split", "zero"])

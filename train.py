@@ -42,8 +42,8 @@ class Run:
         self.kernels = choose_kernels(config.kernels, self.placement)
         parallel.on_rank_0(verify, config.data.path)
         self.manifest_sha256 = manifest_sha256(config.data.path)
-        config_sha256 = config.sha256()
-        self.config = config = with_vocabulary(config)
+        as_given, self.config = config, with_vocabulary(config)
+        config = self.config
         state_bytes = 16 * n_params(config.largest()) / self.placement.shards
         parallel.check_room(self.placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
@@ -77,7 +77,7 @@ class Run:
         total = (self.step + self.steps_left) * config.batch_tokens
         self.display = Display(total, self.step * config.batch_tokens, self.speaks)
         self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks)
-        head = header(config_sha256, self.manifest_sha256, parallel.world_size(), self.placement)
+        head = header(as_given, self.manifest_sha256, parallel.world_size(), self.placement)
         self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples, head) if self.resuming else 0.0)
         if not self.resuming:
             self.metrics.begin(head)

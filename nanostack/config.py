@@ -271,11 +271,15 @@ class Train:
         return model
 
     def sha256(self) -> str:
-        """Hash of everything that shapes the records of a run: not of where its files are, nor of what they hold."""
+        """Hash of everything that shapes the records of a run."""
+        return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
+
+    def shaping(self) -> dict:
+        """All that shapes the records of a run, as plain values: not where its files are, nor what they hold."""
         ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values
 
 
 def load(path: str, overrides: list[str]) -> Train:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.profiler import profile, schedule
 
-from nanostack.config import describe_tokens
+from nanostack.config import Train, describe_tokens
 from nanostack.errors import UserError
 from nanostack.parallel import Placement
 
@@ -106,10 +106,11 @@ class Metrics:
             raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
 
 
-def header(config_sha256: str, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
+def header(config: Train, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
     """The first record of metrics.jsonl: what is needed to tell whether two runs can be compared."""
     return {
-        "config_sha256": config_sha256,
+        "config_sha256": config.sha256(),
+        "config": config.shaping(),
         "manifest_sha256": manifest_sha256,
         "git_commit": git_commit(),
         "versions": versions(),

@@ -1,0 +1,48 @@
+"""Which operator? The paper's figure 3 at our size: 2 layers to 8 by each, at the FLOPs of 8 layers from scratch.
+
+`python bench/speedup.py config/study/operators.py --data data/stdlib512`; that is the standard library in bpe:512.
+middle cannot make 8 layers of 2: it grows 4 layers to 6 and to 8, as MIDAS does in stages.
+"""
+
+from bench.study import Arm, Jump, Size, Study
+from nanostack.config import Growth
+from nanostack.model import LlamaConfig
+
+AT = 0.15  # of the largest budget
+
+
+def grown(op: str, **options) -> Arm:
+    return Arm(f"2 → 8 layers, {op}", 2, (Jump(AT, Growth(op, 4, **options)),))
+
+
+study = Study(
+    name="operators",
+    question="Which operator grows best in depth?",
+    arms={
+        "scratch": Arm("8 layers from scratch", 8),
+        "base": Arm("2 layers, never grown", 2),
+        "base4": Arm("4 layers, never grown", 4),
+        "stack": grown("stack"),
+        "interleave": grown("interleave"),
+        "zero": grown("zero"),
+        "random": grown("random"),
+        "learn": grown("learn"),
+        "middle": Arm("4 → 6 → 8 layers, middle", 4, (Jump(0.08, Growth("middle", k=2)), Jump(AT, Growth("middle", k=2)))),
+    },
+    sizes={
+        "cpu": Size(
+            model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=64, d_ff=176, vocab_size=None, seq_len=256),
+            budgets=(4e12, 8e12, 1.5e13),
+            batch_tokens=4096,
+            micro_batch=16,
+            warmup_tokens=122_880,
+        ),
+        "gpu": Size(
+            model=LlamaConfig(n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=704, vocab_size=None, seq_len=512),
+            budgets=(2e14, 4e14, 8e14),
+            batch_tokens=65_536,
+            micro_batch=128,
+            warmup_tokens=3_276_800,
+        ),
+    },
+)

@@ -70,6 +70,22 @@ class Size:
     val_tokens: int = 65536
 
 
+CPU = Size(  # two cores, an hour or two a study
+    model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=64, d_ff=176, vocab_size=None, seq_len=256),
+    budgets=(4e12, 8e12, 1.5e13),
+    batch_tokens=4096,
+    micro_batch=16,
+    warmup_tokens=122_880,
+)
+GPU = Size(  # meant for one H200 and ten minutes a study; not run yet
+    model=LlamaConfig(n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=704, vocab_size=None, seq_len=512),
+    budgets=(1e15, 2e15, 4e15),
+    batch_tokens=65_536,
+    micro_batch=128,
+    warmup_tokens=1_966_080,
+)
+
+
 @dataclass(frozen=True)
 class Study:
     name: str
@@ -294,6 +310,7 @@ def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int
     runner.run([job for jobs_ in of_arm.values() for job in jobs_], "all arms and seeds")
     arms = {arm: {"label": study.arms[arm].label, "lr": tuned[arm], "sweep": sweep[arm], "seeds": {}} for arm in order}
     for (arm, seed), jobs_ in of_arm.items():
+        arms[arm] |= {"at": [jump.at for jump in study.arms[arm].jumps], "n_layer": study.arms[arm].n_layer}
         arms[arm]["grows"] = bool(study.arms[arm].jumps)
         arms[arm]["seeds"][str(seed)] = [job.name for job in jobs_]
     runner.results |= {"arms": arms, "git_commit": git_commit(), "date": date.today().isoformat()}
@@ -311,7 +328,10 @@ def base_rate(plan: Plan, arm: str, tuned: dict[str, float]) -> float:
 def tune(
     arms: list[str], lrs: tuple[float, ...], jobs_of: Callable[[str, float], list[Job]], runner: Runner, sweep: dict
 ) -> None:
-    """Fill `sweep[arm]` with {rate: loss at the smallest budget} until the best rate of each arm lies inside."""
+    """Fill `sweep[arm]` with {rate: loss at the smallest budget} until the best rate of each arm lies inside.
+
+    A single rate is taken as it is.
+    """
     todo = {arm: set(lrs) for arm in arms}
     while todo:
         jobs = {(arm, lr): jobs_of(arm, lr) for arm, rates in todo.items() for lr in sorted(rates)}
@@ -322,5 +342,5 @@ def tune(
         for arm in arms:
             rates = sorted(map(float, sweep[arm]))
             best = float(min(sweep[arm], key=sweep[arm].get))
-            if best in (rates[0], rates[-1]) and len(rates) < len(lrs) + 4:
+            if len(lrs) > 1 and best in (rates[0], rates[-1]) and len(rates) < len(lrs) + 4:
                 todo[arm] = {best / 2 if best == rates[0] else best * 2}

@@ -4,11 +4,10 @@
 middle cannot make 8 layers of 2: it grows 4 layers to 6 and to 8, as MIDAS does in stages.
 """
 
-from bench.study import Arm, Jump, Size, Study
+from bench.study import CPU, GPU, Arm, Jump, Study
 from nanostack.config import Growth
-from nanostack.model import LlamaConfig
 
-AT = 0.15  # of the largest budget
+AT = 0.1  # of the largest budget
 
 
 def grown(op: str, **options) -> Arm:
@@ -27,22 +26,7 @@ study = Study(
         "zero": grown("zero"),
         "random": grown("random"),
         "learn": grown("learn"),
-        "middle": Arm("4 → 6 → 8 layers, middle", 4, (Jump(0.08, Growth("middle", k=2)), Jump(AT, Growth("middle", k=2)))),
+        "middle": Arm("4 → 6 → 8 layers, middle", 4, (Jump(AT / 2, Growth("middle", k=2)), Jump(AT, Growth("middle", k=2)))),
     },
-    sizes={
-        "cpu": Size(
-            model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=64, d_ff=176, vocab_size=None, seq_len=256),
-            budgets=(4e12, 8e12, 1.5e13),
-            batch_tokens=4096,
-            micro_batch=16,
-            warmup_tokens=122_880,
-        ),
-        "gpu": Size(
-            model=LlamaConfig(n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=704, vocab_size=None, seq_len=512),
-            budgets=(2e14, 4e14, 8e14),
-            batch_tokens=65_536,
-            micro_batch=128,
-            warmup_tokens=3_276_800,
-        ),
-    },
+    sizes={"cpu": CPU, "gpu": GPU},
 )

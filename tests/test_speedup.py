@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, Trainer
+from conftest import ROOT, TINY, Trainer
 
+import train
 from bench.speedup import (
     Crossing,
     compare,
@@ -24,6 +26,7 @@ from bench.speedup import (
     speedup,
     summarise,
 )
+from nanostack.config import Stage, load
 
 SCRATCH = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]
 
@@ -180,10 +183,9 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
 @pytest.mark.slow
 def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     trainer = Trainer(corpus, tmp_path)
-    one_stage = ("--stages.0.schedule", "cosine", "--stages.0.min_lr", "0")
-    short = ("--stages.1.growth", "None", "--stages.1.tokens", "256", "--stages.1.warmup_tokens", "0", "--stages.1.min_lr", "0")
-    grown = trainer.good("grown", "--stages.1.min_lr", "0")
-    scratch = trainer.good("scratch", "--model.n_layer", "4", *one_stage, *short)
+    grown, scratch = trainer.good("grown", "--stages.1.min_lr", "0"), tmp_path / "scratch"
+    deep = load(TINY, ["--data.path", str(corpus), "--out", str(scratch), "--model.n_layer", "4"])
+    train.Run(replace(deep, stages=(Stage(24 * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
     answer = compare((scratch, grown))
     assert len(answer["runs"]) == 1 and answer["runs"][0]["seed"] == 0
     assert answer["runs"][0]["speedup"] == speedup(*(curve(read_run(folder)[1]) for folder in (scratch, grown)))

@@ -64,18 +64,7 @@ def main(command: Command) -> dict:
     base = LlamaConfig(**saved["config"])
     grown = command.growth.shape(base)
     out = command.out or command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix(base, grown.config)}.pt")
-    if out.exists() and out.samefile(command.checkpoint):
-        raise UserError(f"{out} is the checkpoint to grow; choose another --out")
-    if out.exists() and not command.overwrite:
-        raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
-    if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
-        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
-    if command.growth.learning_steps() and not command.data:
-        raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
-    if command.batch_tokens < base.seq_len:
-        raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {base.seq_len} tokens")
-    if command.growth.learning_steps() and manifest_sha256(command.data) != (saved["manifest_sha256"] or ""):
-        raise UserError(f"{command.checkpoint} was trained on other text than {command.data}: learn goes on where it stopped")
+    check(command, saved, out)
     texts = [Tokens(command.data, split, base.seq_len, saved["seed"] or 0) for split in ("train", "val") if command.data]
     if texts and texts[0].vocab_size > base.vocab_size:
         raise UserError(f"{command.data} holds token ids up to {texts[0].vocab_size - 1}, the model has {base.vocab_size}")
@@ -108,6 +97,22 @@ def main(command: Command) -> dict:
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
+
+
+def check(command: Command, saved: dict, out: Path) -> None:
+    """Raise UserError for what can be known before any weight is read."""
+    if out.exists() and out.samefile(command.checkpoint):
+        raise UserError(f"{out} is the checkpoint to grow; choose another --out")
+    if out.exists() and not command.overwrite:
+        raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
+    if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
+        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
+    if command.growth.learning_steps() and not command.data:
+        raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
+    if command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
+        raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {seq_len} tokens")
+    if command.growth.learning_steps() and manifest_sha256(command.data) != (saved["manifest_sha256"] or ""):
+        raise UserError(f"{command.checkpoint} was trained on other text than {command.data}: learn goes on where it stopped")
 
 
 def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:

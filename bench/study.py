@@ -64,7 +64,7 @@ class Size:
     batch_tokens: int
     micro_batch: int
     warmup_tokens: int
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     decay: float = 0.2  # of a budget's FLOPs
     val_tokens: int = 65536

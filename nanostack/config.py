@@ -275,11 +275,11 @@ class Train:
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
 
     def shaping(self) -> dict:
-        """All that shapes the records of a run, as plain values: not where its files are, nor what they hold."""
+        """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold."""
         ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
-        return values
+        return json.loads(json.dumps(values))
 
 
 def load(path: str, overrides: list[str]) -> Train:

@@ -240,6 +240,8 @@ def main(command: Command) -> dict:
     known = [*sorted(path.stem for path in (ROOT / "config").glob("*.py")), "tiny"]
     if unknown := set(command.shapes) - set(known):
         raise UserError(f"there is no shape {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise UserError("memory without a GPU is read from Linux's /proc, which is not here")
     room = 0.9 * free_bytes(device)
     left_out = {name: bytes_needed(name) for name in command.shapes if bytes_needed(name) > room}
     for name, needed in left_out.items():

@@ -11,6 +11,7 @@ Each run is train.py's, on a CPU with one thread. What was run is in the result 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -222,6 +223,13 @@ class Runner:
 
     def __init__(self, plan: Plan, name: str, results: Path, jobs: int, console: Console):
         self.plan, self.path, self.workers, self.console = plan, results, jobs, console
+        results.parent.mkdir(parents=True, exist_ok=True)
+        plan.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(plan.out / "lock", "w")  # noqa: SIM115  held to the end of the process
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is running the study in {plan.out}") from error
         self.manifest = manifest_sha256(plan.data)
         self.results = json.loads(results.read_text()) if results.exists() else {"runs": {}}
         about = {"study": plan.study.name, "question": plan.study.question, "size": name, "manifest_sha256": self.manifest}
@@ -274,7 +282,6 @@ class Runner:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(json.dumps(self.results, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
         os.replace(partial, self.path)

@@ -158,6 +158,8 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
     while not (results.exists() and len(json.loads(results.read_text())["runs"]) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
+    second = subprocess.run(command, **options)
+    assert second.returncode == 2 and "another process is running the study" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = json.loads(results.read_text())["runs"]

@@ -44,7 +44,7 @@ class Run:
         self.manifest_sha256 = manifest_sha256(config.data.path)
         as_given, self.config = config, with_vocabulary(config)
         config = self.config
-        state_bytes = 16 * n_params(config.largest()) / self.placement.shards
+        state_bytes = 16 * n_params(config.shapes()[-1]) / self.placement.shards
         parallel.check_room(self.placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)

@@ -26,7 +26,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,7 +36,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before 
 
 from nanostack import growth  # noqa: E402
 from nanostack.config import Optim, load  # noqa: E402
-from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import n_params  # noqa: E402
 from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
 from nanostack.model import Llama, LlamaConfig  # noqa: E402
@@ -289,8 +288,4 @@ def table(rows: list[dict], device: str) -> Table:
 
 
 if __name__ == "__main__":
-    with exits_cleanly():
-        command = tyro.cli(Command, use_underscores=True)
-        result = main(command)
-        if command.json:
-            print(json.dumps(result))
+    command_line(Command, main)

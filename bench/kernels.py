@@ -25,7 +25,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +37,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before 
 
 import kernels  # noqa: E402
 from kernels.timing import interleaved  # noqa: E402
-from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
 
 EPS = 1e-5
@@ -436,8 +435,4 @@ def _liger_version() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with exits_cleanly():
-        command = tyro.cli(Command, use_underscores=True)
-        result = main(command)
-        if command.json:
-            print(json.dumps(result))
+    command_line(Command, main)

@@ -20,7 +20,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +28,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before 
 
 from bench.speedup import curve, flops_to_reach, read_run, speedup  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
-from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.metrics import git_commit  # noqa: E402
 
 ARMS = {  # config file, colour, line, what the picture says
@@ -268,8 +267,4 @@ def combine(command: Command, console: Console) -> dict:
 
 
 if __name__ == "__main__":
-    with exits_cleanly():
-        command = tyro.cli(Command, use_underscores=True)
-        result = main(command)
-        if command.json:
-            print(json.dumps(result))
+    command_line(Command, main)

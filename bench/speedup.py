@@ -16,7 +16,8 @@ import os
 import runpy
 import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from nanostack.errors import UserError, exits_cleanly  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
 
@@ -59,7 +60,10 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no metrics.jsonl)")
-    header, *records = map(json.loads, path.read_text().splitlines())
+    try:
+        header, *records = map(json.loads, path.read_text().splitlines())
+    except ValueError as error:
+        raise UserError(f"{path} is not whole: the run died while it was written, or is under way; resume it first") from error
     return header, records
 
 
@@ -113,68 +117,94 @@ def mean_and_interval(values: list[float]) -> dict:
     return {"mean": mean, "half_width": half, "values": values}
 
 
-def points_of(results: dict, arm: str, seed: str, count: str = "flops") -> list[tuple[float, float]]:
-    """The decayed points of an arm and seed, in order of FLOPs."""
-    ends = [results["runs"][name]["evaluations"][-1] for name in branches_of(results, arm, seed)]
-    return sorted((end[count], end["val_loss"]) for end in ends)
+def ends_of(results: dict, arm: str, seed: str) -> dict[float, tuple[str, dict]]:
+    """{budget: (run, its last evaluation)} of an arm and seed, in order of budget: the fully decayed points."""
+    named = {results["runs"][name]["budget"]: name for name in results["arms"][arm]["seeds"].get(seed, ())}
+    return {b: (named[b], results["runs"][named[b]]["evaluations"][-1]) for b in sorted(named.keys() - {None})}
 
 
-def branches_of(results: dict, arm: str, seed: str) -> list[str]:
-    return [name for name in results["arms"][arm]["seeds"][seed] if results["runs"][name]["budget"] is not None]
+def path_of(results: dict, name: str) -> list[dict]:
+    """The evaluations on the way to the end of a run, those of the runs it started from included; seconds are of all of it."""
+    run = results["runs"][name]
+    if run["needs"] is None:
+        return run["evaluations"]
+    before = [e for e in path_of(results, run["needs"]) if e["tokens"] <= run["begins"]]
+    seconds = before[-1]["seconds"] if before else 0.0
+    return before + [e | {"seconds": e["seconds"] + seconds} for e in run["evaluations"]]
 
 
-def seconds_of(results: dict, name: str) -> float:
-    """Of training from the first token to the end of a run, the runs it started from included."""
-    run, total = results["runs"][name], 0.0
-    total += run["evaluations"][-1]["seconds"]
-    while run["needs"] is not None:
-        begun = run["evaluations"][0]["flops"] if run["growth"] else None
-        tokens = run["evaluations"][0]["tokens"]
-        run = results["runs"][run["needs"]]
-        before = [e for e in run["evaluations"] if (e["flops"] <= begun if begun else e["tokens"] <= tokens)]
-        total += before[-1]["seconds"] if before else 0.0
-    return total
+def grown_after(results: dict, name: str | None) -> int:
+    """Tokens before the last growth on the way to the end of a run; 0 if there is none."""
+    while name is not None:
+        run = results["runs"][name]
+        if run["growth"]:
+            return run["growth"]["tokens"]
+        name = run["needs"]
+    return 0
+
+
+def gain(results: dict, arm: str, seed: str, count: str) -> dict | None:
+    """Speedup of an arm at the last loss of scratch, as a fraction, and whether it may be more; None if it is not reached.
+
+    Where the arm's first decayed point is below already, its undecayed curve on the way there gives a bound.
+    """
+    flops, target = [(end[count], end["val_loss"]) for _, end in ends_of(results, "scratch", seed).values()][-1]
+    needed = crossing([(end[count], end["val_loss"]) for _, end in ends_of(results, arm, seed).values()], target)
+    if needed is None:
+        return None
+    if needed.at_most and arm != "scratch":
+        first = next(iter(ends_of(results, arm, seed).values()))[0]
+        way = [e for e in path_of(results, first) if e["tokens"] > grown_after(results, first)]
+        needed = replace(needed, flops=flops_to_reach([(e[count], e["val_loss"]) for e in way], target))
+    return {"gain": flops / needed.flops - 1, "at_least": needed.at_most and arm != "scratch"}
 
 
 def summarise(results: dict) -> dict:
-    """What a study has found: per arm losses, speedups by both counts, and the difference to the base that never grew."""
-    arms, seeds = results["arms"], list(next(iter(results["arms"].values()))["seeds"])
+    """What a study has found: per arm losses, speedups by both counts, and the difference to the base that never grew.
+
+    Lists go by budget, with None where an arm has no point; all other numbers are means over seeds with their interval.
+    """
+    arms, seeds, budgets = results["arms"], list(results["arms"]["scratch"]["seeds"]), results["budgets"]
     base = next((name for name, arm in arms.items() if not arm["grows"] and name != "scratch"), None)
+    losses = {
+        name: {seed: {b: end["val_loss"] for b, (_, end) in ends_of(results, name, seed).items()} for seed in seeds}
+        for name in arms
+    }
+
+    def over_seeds(value: Callable[[str, float], float], *needed: str) -> list[dict | None]:
+        """Of every budget that the needed arms have in all seeds."""
+        there = [all(b in losses[arm][seed] for arm in needed for seed in seeds) for b in budgets]
+        values = [[value(seed, b) for seed in seeds] if ok else None for b, ok in zip(budgets, there, strict=True)]
+        return [None if one is None else mean_and_interval(one) for one in values]
+
     answer = {}
     for name, arm in arms.items():
-        losses = [[loss for _, loss in points_of(results, name, seed)] for seed in seeds]
-        found = {
-            "label": arm["label"],
-            "lr": arm["lr"],
-            "losses": [mean_and_interval(list(one)) for one in zip(*losses, strict=True)],
-        }
+        found = {"label": arm["label"], "lr": arm["lr"], "grows": arm["grows"]}
+        found["losses"] = over_seeds(lambda seed, b, name=name: losses[name][seed][b], name)
         for count in ("flops", "flops_exact"):
-            gains, bound = [], False
-            for seed in seeds:
-                flops, target = points_of(results, "scratch", seed, count)[-1]
-                needed = crossing(points_of(results, name, seed, count), target)
-                gains.append(None if needed is None else flops / needed.flops - 1)
-                bound = bound or (needed is not None and needed.at_most)
-            found[f"speedup_{count}"] = None if None in gains else mean_and_interval(gains) | {"at_least": bound}
+            gains = [gain(results, name, seed, count) for seed in seeds]
+            reached = None not in gains
+            bound = reached and any(one["at_least"] for one in gains)
+            found[f"speedup_{count}"] = (
+                mean_and_interval([one["gain"] for one in gains]) | {"at_least": bound} if reached else None
+            )
         if base is not None and name != base:
-            other = [[loss for _, loss in points_of(results, base, seed)] for seed in seeds]
-            differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(losses, other, strict=True)]
-            found["minus_base"] = [mean_and_interval(list(one)) for one in zip(*differences, strict=True)]
+            found["minus_base"] = over_seeds(
+                lambda seed, b, name=name: losses[name][seed][b] - losses[base][seed][b], name, base
+            )
         answer[name] = found
-    grown = [name for name, arm in arms.items() if arm["grows"]]
-    best = min(grown, key=lambda name: answer[name]["losses"][-1]["mean"]) if grown else None
-    pays = None
-    if base is not None and best is not None:
-        wins = [difference["mean"] < 0 for difference in answer[best]["minus_base"]]
-        pays = next((budget for i, budget in enumerate(results["budgets"]) if all(wins[i:])), None)
-    about = ("study", "question", "size", "budgets", "device", "date", "git_commit", "versions", "manifest_sha256")
-    return {key: results[key] for key in about} | {
-        "seeds": seeds,
-        "arms": answer,
-        "base": base,
-        "best": best,
-        "pays_from": pays,
-    }
+    best = []  # grown arm of every budget
+    for i in range(len(budgets)):
+        there = [name for name, arm in answer.items() if arm["grows"] and arm["losses"][i]]
+        best.append(min(there, key=lambda name, i=i: answer[name]["losses"][i]["mean"]) if there else None)
+    known = {}  # budget: whether the best grown model beats the base there
+    for i, arm in enumerate(best):
+        if base is not None and arm is not None and (difference := answer[arm]["minus_base"][i]) is not None:
+            known[budgets[i]] = difference["mean"] < 0
+    pays_from = next((budget for budget in known if all(won for later, won in known.items() if later >= budget)), None)
+    about = ("study", "question", "size", "budgets", "model", "device", "date", "git_commit", "versions", "manifest_sha256")
+    found = {"seeds": seeds, "arms": answer, "base": base, "best": best, "pays": known, "pays_from": pays_from}
+    return {key: results[key] for key in about} | found
 
 
 def percent(gain: dict | None) -> str:
@@ -186,116 +216,91 @@ def percent(gain: dict | None) -> str:
 
 def pays(summary: dict) -> str:
     """The sentence that a critic looks for."""
-    if summary["base"] is None or summary["best"] is None:
-        return "There is no base that never grew beside a grown model here."
-    grown, base = (summary["arms"][summary[name]]["label"] for name in ("best", "base"))
+    if not summary["pays"]:
+        return "No base that never grew stands beside a grown model of the same FLOPs here: whether growth pays is not known."
+    grown, base = ("“" + summary["arms"][name]["label"] + "”" for name in (summary["best"][-1], summary["base"]))
     if summary["pays_from"] is None:
-        return f"Growing does not pay at any of these budgets: “{base}” ends lower than the best grown model, “{grown}”."
-    if summary["pays_from"] == summary["budgets"][0]:
-        return f"Growing pays at all of these budgets: “{grown}” ends lower than “{base}”."
-    return f"Growing pays from {summary['pays_from']:.3g} FLOPs on: there “{grown}” ends lower than “{base}”."
+        return f"Growth does not pay at these budgets: {base} ends lower than the best grown model at the largest, {grown}."
+    if all(summary["pays"].values()):
+        return f"Growth pays at all of these budgets: the best grown model ends lower than {base} (at the largest {grown})."
+    begin = f"{summary['pays_from']:.3g} FLOPs"
+    return (
+        f"Growth pays from {begin} on: there the best grown model ({grown} at the largest) ends lower than {base}, below not."
+    )
+
+
+def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a study's table; the last row says at which budgets growth pays."""
+    head = ["arm", "lr", *(f"loss at {b:.3g}" for b in summary["budgets"]), "speedup", "exact count", "minus base"]
+    found = []
+    for arm in summary["arms"].values():
+        losses = ["-" if one is None else f"{one['mean']:.3f}" for one in arm["losses"]]
+        minus = arm.get("minus_base", [None])[-1]
+        gains = [percent(arm["speedup_flops"]), percent(arm["speedup_flops_exact"])]
+        found.append([arm["label"], f"{arm['lr']:g}", *losses, *gains, "" if minus is None else plus_minus(minus)])
+    if summary["pays"]:
+        best = [None if name is None else summary["arms"][name]["minus_base"][i] for i, name in enumerate(summary["best"])]
+        verdicts = ["-" if m is None else ("pays " if m["mean"] < 0 else "does not pay ") + plus_minus(m) for m in best]
+        found.append(["growth, the best arm minus base", "", *verdicts, "", "", ""])
+    return head, found
+
+
+def plus_minus(one: dict) -> str:
+    return f"{one['mean']:+.3f}" + ("" if one["half_width"] is None else f" ± {one['half_width']:.3f}")
 
 
 def table(summary: dict) -> Table:
     shown = Table(title=f"{summary['question']} ({summary['size']}, {len(summary['seeds'])} seeds)")
-    for name in (
-        "arm",
-        "lr",
-        *(f"loss at {budget:.3g}" for budget in summary["budgets"]),
-        "speedup",
-        "exact count",
-        "minus base",
-    ):
+    head, found = rows(summary)
+    for name in head:
         shown.add_column(name, justify="left" if name == "arm" else "right")
-    for arm in summary["arms"].values():
-        shown.add_row(*cells(arm))
+    for row in found:
+        shown.add_row(*row)
     return shown
 
 
-def cells(arm: dict) -> list[str]:
-    minus = f"{arm['minus_base'][-1]['mean']:+.3f}" if "minus_base" in arm else ""
-    losses = [f"{loss['mean']:.3f}" for loss in arm["losses"]]
-    return [arm["label"], f"{arm['lr']:g}", *losses, percent(arm["speedup_flops"]), percent(arm["speedup_flops_exact"]), minus]
-
-
 def draw(results: dict, summary: dict, path: Path) -> None:
-    """Decayed points over FLOPs and over seconds, every seed, with the growth marked."""
+    """Loss over FLOPs and over seconds: decayed points, the mean of the seeds on a line, every seed a dot; growth dotted.
+
+    An arm that has a single point shows its undecayed curve on the way there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), dpi=140, sharey=True, layout="constrained")
-    colours, marks = plt.cm.tab10.colors, "osD^vP*X<>"
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), dpi=140, sharey=True, layout="constrained")
+    colours, marks = plt.cm.tab10.colors, "osD^vP*X<>ph"
     for number, (name, arm) in enumerate(results["arms"].items()):
-        colour = {"scratch": "#333333", summary["base"]: "#999999"}.get(name, colours[number % 10])
-        for turn, seed in enumerate(arm["seeds"]):
-            branches = branches_of(results, name, seed)
-            points = [(results["runs"][run]["evaluations"][-1], seconds_of(results, run)) for run in branches]
-            line = {"color": colour, "marker": marks[number % 10], "ms": 4, "lw": 1.2, "alpha": 0.85}
-            line["label"] = None if turn else arm["label"]
-            panels[0].plot([end["flops"] for end, _ in points], [end["val_loss"] for end, _ in points], **line)
-            panels[1].plot([seconds for _, seconds in points], [end["val_loss"] for end, _ in points], **line)
-            grown = next((results["runs"][run] for run in arm["seeds"][seed] if results["runs"][run]["growth"]), None)
-            if grown is not None:
-                panels[0].axvline(grown["evaluations"][0]["flops"], color=colour, lw=0.5, ls=":")
+        colour = {"scratch": "#222222", summary["base"]: "#888888"}.get(name, colours[number % 10])
+        style = {"color": colour, "marker": marks[number % len(marks)], "ms": 5}
+        seeds = [ends_of(results, name, seed) for seed in arm["seeds"]]
+        ways = [{b: path_of(results, run) for b, (run, _) in ends.items()} for ends in seeds]
+        for panel, axis in zip(panels, ("flops", "seconds"), strict=True):
+            points = [[(way[-1][axis], way[-1]["val_loss"]) for way in of_seed.values()] for of_seed in ways]
+            means = [[statistics.mean(values) for values in zip(*one, strict=True)] for one in zip(*points, strict=False)]
+            panel.plot(*zip(*means, strict=True), **style, lw=1.4, label=arm["label"])
+            for one in points:
+                panel.plot(*zip(*one, strict=True), **style, ls="", alpha=0.25)
+            if len(means) == 1:
+                for way in (way for of_seed in ways for way in of_seed.values()):
+                    panel.plot([e[axis] for e in way], [e["val_loss"] for e in way], color=colour, lw=0.8, alpha=0.6)
+            begun = [e[axis] for e in ways[0][min(ways[0])] if e["tokens"] >= grown_after(results, seeds[0][min(ways[0])][0])]
+            if arm["grows"]:
+                panel.axvline(begun[0], color=colour, lw=0.8, ls=":")
     panels[0].set(
         xscale="log", xlabel="FLOPs (6·N per token), base included; growth dotted", ylabel="validation loss, nats per token"
     )
-    panels[1].set(xscale="log", xlabel="seconds of training, runs side by side on one machine")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[1].set(xscale="log", xlabel="seconds of training, base included; runs side by side on one machine")
+    top = max(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
+    low = min(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
+    panels[0].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
+    panels[1].legend(frameon=False, fontsize=8)
     for panel in panels:
         panel.grid(alpha=0.25, which="both")
     figure.suptitle(f"{summary['question']} Every point is a fully decayed run.", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
-
-
-def compare(folders: tuple[Path, ...]) -> dict:
-    """The speedup among finished runs of one text: the deepest that never grew is scratch, a shallower one the base."""
-    runs = {}
-    for folder in folders:
-        header, records = read_run(folder)
-        if "config" not in header:
-            raise UserError(f"{folder} was trained before headers told the config: train it anew")
-        config = header["config"]
-        planned = sum(-(-stage["tokens"] // config["batch_tokens"]) * config["batch_tokens"] for stage in config["stages"])
-        steps = [record["step"] for record in records if record["loss"] is not None]
-        if not steps or steps[-1] * config["batch_tokens"] < planned:
-            raise UserError(f"{folder} is not finished: resume it first")
-        last, rates = records[-1]["lr"], [record["lr"] for record in records if record["lr"]]
-        if last is None or last > 0.2 * max(rates):
-            raise UserError(f"{folder} ends at a learning rate of {last}, {max(rates)} at most: only decayed runs are compared")
-        grows = any("growth" in record for record in records)
-        runs[folder] = {"header": header, "curve": curve(records), "grows": grows, "seed": config["seed"]}
-        runs[folder]["n_layer"] = None if grows else config["model"]["n_layer"]
-    first = next(iter(runs.values()))["header"]
-    for folder, run in runs.items():
-        theirs, ours = run["header"], first
-        for what, a, b in (
-            ("text or tokenizer (manifest)", theirs["manifest_sha256"], ours["manifest_sha256"]),
-            ("validation tokens", theirs["config"]["data"]["val_tokens"], ours["config"]["data"]["val_tokens"]),
-            ("context", theirs["config"]["model"]["seq_len"], ours["config"]["model"]["seq_len"]),
-        ):
-            if a != b:
-                raise UserError(f"{folder} and {folders[0]} cannot be compared: {what} is {a} there and {b} here")
-    depths = [run["n_layer"] for run in runs.values() if not run["grows"]]
-    answer = []
-    for seed in sorted({run["seed"] for run in runs.values()}):
-        mine = [run for run in runs.values() if run["seed"] == seed]
-        scratch = [run for run in mine if not run["grows"] and run["n_layer"] == max(depths, default=None)]
-        grown = [run for run in mine if run["grows"]]
-        if len(scratch) != 1 or not grown:
-            raise UserError(f"seed {seed} needs one run of the target from scratch and at least one that grows")
-        for run in grown:
-            answer.append({"seed": seed, "speedup": speedup(scratch[0]["curve"], run["curve"])})
-    gains = [one["speedup"] for one in answer]
-    found = None if None in gains else mean_and_interval(gains)
-    return {
-        "what": "speedup at the loss of scratch's end; the grown curve is undecayed before its end",
-        "runs": answer,
-        "speedup": found,
-    }
 
 
 def main(command: Command) -> dict:
@@ -306,38 +311,48 @@ def main(command: Command) -> dict:
         return write_report(command.results, ROOT / "docs", console)
     if not command.paths:
         raise UserError("give a study file (config/study/*.py), folders of finished runs, or --report")
-    if command.paths[0].suffix != ".py":
-        answer = compare(command.paths)
-        found = answer["speedup"]
-        console.print("speedup not reached" if found is None else f"speedup {percent(found | {'at_least': False})}")
-        return answer
+    if command.paths[0].suffix == ".py":
+        return run_study(command, console)
+    from bench.runs import collect
+
+    results = collect(command.paths)
+    stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "speedup"
+    summary = show(results, stem, console)
+    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def show(results: dict, stem: Path, console: Console) -> dict:
+    """Table and verdict on the console, the picture beside `stem`. Returns the summary."""
+    summary = summarise(results)
+    console.print(table(summary))
+    console.print(pays(summary))
+    draw(results, summary, stem.with_name(stem.name + ".png"))
+    console.print(f"wrote {stem}.png", soft_wrap=True)
+    return summary
+
+
+def run_study(command: Command, console: Console) -> dict:
     import torch
 
     from bench import study as running
 
-    if not command.paths[0].is_file():
-        raise UserError(f"there is no study file {command.paths[0]}")
-    study = runpy.run_path(str(command.paths[0])).get("study")
+    path, *others = command.paths
+    if others or not path.is_file():
+        raise UserError(f"there is no study file {path}" if not others else f"one study at a time: {path}")
+    study = runpy.run_path(str(path)).get("study")
     if not isinstance(study, running.Study):
-        raise UserError(f"{command.paths[0]} has no variable `study` of type bench.study.Study")
+        raise UserError(f"{path} has no variable `study` of type bench.study.Study")
     cuda = torch.cuda.is_available()
     size = command.size or ("gpu" if cuda else "cpu")
     jobs = command.jobs or (1 if cuda else os.cpu_count())
-    path = command.results / f"study-{study.name}-{size}.json"
-    results = running.run(
-        study, size, command.data.resolve(), command.out.resolve() / f"{study.name}-{size}", path, jobs, console
-    )
-    summary = summarise(results)
-    console.print(table(summary))
-    console.print(pays(summary))
-    draw(results, summary, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", soft_wrap=True)
-    return summary
+    files = running.run(study, size, command.data.resolve(), command.out.resolve() / size, command.results, jobs, console)
+    summaries = {}
+    for file in files:
+        console.print(f"results are in {file}", soft_wrap=True)
+        summaries[file.stem] = show(json.loads(file.read_text()), file.with_suffix(""), console)
+    return summaries[files[0].stem] if len(files) == 1 else summaries
 
 
 if __name__ == "__main__":
-    with exits_cleanly():
-        command = tyro.cli(Command, use_underscores=True)
-        answer = main(command)
-        if command.json:
-            print(json.dumps(answer))
+    command_line(Command, main)

@@ -4,29 +4,32 @@ Warm-up, stable, decay: an arm has one trunk at a constant learning rate, and fr
 to zero over the last fifth of the budget's FLOPs. A grown arm's trunk starts from a trunk of its base, which all arms that grow
 there share. Seeds change weights and order of the text; the arms of a seed share both.
 
-Learning rates are tuned for every arm by the same sweep at the smallest budget with the first seed: a grid, widened by factors
+Learning rates are tuned for every arm by the same sweep at its smallest budget with the first seed: a grid, widened by factors
 of 2 until the best is not at its edge. A grown arm keeps the tuned rate of its base until it grows; then its own is swept.
 
-Each run is train.py's, on a CPU with one thread. What was run is in the result file: interrupted, the same command goes on.
+A trunk is a chain of runs of train.py, one to each point where something leaves it, so that its beginning is the same run for
+the sweep, for every budget and for every study that asks for it: what was run once is not run again. It is in the result file
+with its config; interrupted, the same command goes on. On a CPU each run has one thread.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date, timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.speedup import read_run
 from nanostack.config import Data, Growth, Stage, Train
@@ -43,8 +46,8 @@ class Jump:
 
     at: float  # as a share of the largest budget
     growth: Growth
-    stage: dict = field(default_factory=dict)  # further fields of its Stage, such as rewarm_tokens
     restart: bool = True  # warm up again from 0; else the rate goes on
+    rewarm: bool = False  # where the rate goes on: warm up that of the new layers alone
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,27 @@ class Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """A study at one size of machine."""
+    """A study's target at one size of machine."""
 
-    model: LlamaConfig  # the target; vocab_size None: the data's
+    model: LlamaConfig  # vocab_size None: the data's
     budgets: tuple[float, ...]  # FLOPs by the paper's count
     batch_tokens: int
     micro_batch: int
     warmup_tokens: int
-    lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    dtype: Literal["float32", "bfloat16"]  # said, so that machines do not differ
+    lrs: tuple[float, ...] = (4e-3, 8e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     decay: float = 0.2  # of a budget's FLOPs
     val_tokens: int = 65536
 
 
-CPU = Size(  # two cores, an hour or two a study
-    model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=64, d_ff=176, vocab_size=None, seq_len=256),
-    budgets=(4e12, 8e12, 1.5e13),
-    batch_tokens=4096,
-    micro_batch=16,
-    warmup_tokens=122_880,
+CPU = Size(  # two cores, an hour a study
+    model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=48, d_ff=128, vocab_size=None, seq_len=128),
+    budgets=(7.5e11, 1.5e12, 3e12),
+    batch_tokens=1024,
+    micro_batch=8,
+    warmup_tokens=61_440,
+    dtype="float32",
 )
 GPU = Size(  # meant for one H200 and ten minutes a study; not run yet
     model=LlamaConfig(n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=704, vocab_size=None, seq_len=512),
@@ -84,7 +89,14 @@ GPU = Size(  # meant for one H200 and ten minutes a study; not run yet
     batch_tokens=65_536,
     micro_batch=128,
     warmup_tokens=1_966_080,
+    dtype="bfloat16",
 )
+
+
+CONTROLS = {  # what every study compares with
+    "scratch": Arm("8 layers from scratch", 8),
+    "base": Arm("2 layers, never grown", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Study:
     name: str
     question: str
     arms: dict[str, Arm]  # "scratch" among them, and every base without jumps
-    sizes: dict[str, Size]  # "cpu", "gpu", ...
+    sizes: dict[str, tuple[Size, ...]]  # "cpu", "gpu", ...: one target, or several to compare
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class Job:
     name: str
     config: Train
     needs: str | None  # the job from whose checkpoint it starts
+    begins: int  # tokens that it starts after
     flops: float  # it will spend, to show progress
     budget: float | None = None  # of a branch
 
@@ -109,6 +122,16 @@ class Job:
         """Hash of all that shapes the run's records."""
         values = self.config.shaping() | {"init_from": self.needs, "manifest": manifest}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point on a trunk."""
+
+    model: LlamaConfig
+    job: Job | None = None  # that ends here
+    samples: int = 0
+    flops: float = 0.0
 
 
 class Plan:
@@ -123,77 +146,84 @@ class Plan:
         for name, arm in study.arms.items():
             if arm.jumps and self.base_of(arm) is None:
                 raise UserError(f"study {study.name}: arm {name} begins with {arm.n_layer} layers, which no arm keeps for good")
+            if not self.budgets(name):
+                raise UserError(f"study {study.name}: arm {name} has no room to train between its last growth and any budget")
 
     def base_of(self, arm: Arm) -> str | None:
         """Name of the arm that never grows and begins as this one."""
         return next((n for n, a in self.study.arms.items() if not a.jumps and a.n_layer == arm.n_layer), None)
 
-    def jobs(self, arm: str, seed: int, lr: float, base_lr: float, budgets: tuple[float, ...]) -> list[Job]:
-        """Trunks and branches of an arm. A trunk's name tells all that shapes it, so that arms share what is the same."""
-        jumps, model = self.study.arms[arm].jumps, replace(self.model, n_layer=self.study.arms[arm].n_layer)
-        jobs, parent, start, spent, samples = [], None, None, 0.0, 0
-        for number in range(len(jumps) + 1):
-            last = number == len(jumps)
-            if number:
-                start = self.checkpoint(parent, samples)
-                growth = jumps[number - 1].growth
-                model = growth.shape(model).config
-                learned = growth.learning_steps() * self.size.batch_tokens
-                spent, samples = spent + learned * flops_per_token(model), samples + learned // model.seq_len
+    def budgets(self, name: str) -> tuple[float, ...]:
+        """Those at which an arm has time to learn how to grow and to warm up before it decays."""
+        arm, warmup = self.study.arms[name], self.size.warmup_tokens
+        model, spent = replace(self.model, n_layer=arm.n_layer), 0.0
+        for jump in arm.jumps:
+            spent = jump.at * self.size.budgets[-1]
+            model = jump.growth.shape(model).config
+            warmup = jump.growth.learning_steps() * self.size.batch_tokens + 2 * self.size.warmup_tokens
+        return tuple(b for b in self.size.budgets if (1 - self.size.decay) * b > spent + warmup * flops_per_token(model))
+
+    def jobs(self, name: str, seed: int, lr: float, base_lr: float, budgets: tuple[float, ...]) -> list[Job]:
+        """The runs of an arm, each behind the one it needs: its trunk, and a branch where the decay of a budget begins."""
+        arm, size = self.study.arms[name], self.size
+        place, jobs = Place(replace(self.model, n_layer=arm.n_layer)), []
+        for number, jump in enumerate((None, *arm.jumps)):
+            last = number == len(arm.jumps)
             rate = lr if last else base_lr
-            until = [(1 - self.size.decay) * b for b in budgets] if last else [jumps[number].at * self.size.budgets[-1]]
-            points = [self.tokens(flops - spent, model) for flops in until]
-            if points[0] <= self.size.warmup_tokens:
-                raise UserError(f"study {self.study.name}: arm {arm} has no room between its warm-up and {until[0]:.3g} FLOPs")
-            parent = self.trunk(self.study.arms[arm], number, model, seed, rate, points, parent, start)
-            jobs.append(parent)
-            if last:
-                jobs += [self.branch(parent, model, seed, rate, *at, samples) for at in zip(points, budgets, strict=True)]
-            spent, samples = spent + points[-1] * flops_per_token(model), samples + points[-1] // model.seq_len
+            more = {"warmup_tokens": size.warmup_tokens if jump is None or jump.restart else 0}
+            if jump is not None:
+                more |= {"growth": jump.growth, "rewarm_tokens": size.warmup_tokens if jump.rewarm else 0}
+            ends = [(1 - size.decay) * b for b in budgets] if last else [arm.jumps[number].at * size.budgets[-1]]
+            for i, end in enumerate(ends):
+                place = self.segment(place, seed, end, rate, more if i == 0 else {})
+                jobs.append(place.job)
+                if last:
+                    tokens = self.tokens(size.decay * budgets[i], place.model)
+                    stage = Stage(tokens, rate, "wsd", decay_tokens=tokens)
+                    jobs.append(self.run(place, seed, stage, budgets[i]).job)
         return jobs
+
+    def segment(self, place: Place, seed: int, end: float, lr: float, more: dict) -> Place:
+        """From a place on the trunk to where it has spent `end` FLOPs, at a constant rate."""
+        growth = more.get("growth")
+        model = growth.shape(place.model).config if growth else place.model
+        learned = growth.learning_steps() * self.size.batch_tokens if growth else 0
+        tokens = self.tokens(end - place.flops, model) - learned
+        if tokens <= more.get("warmup_tokens", 0):
+            raise UserError(f"study {self.study.name}: {model.n_layer} layers have no room to warm up before {end:.3g} FLOPs")
+        return self.run(place, seed, Stage(tokens, lr, "constant", **more))
+
+    def run(self, start: Place, seed: int, stage: Stage, budget: float | None = None) -> Place:
+        """Where a run of one stage ends that begins at `start`."""
+        size, model, learned = self.size, start.model, 0
+        if stage.growth is not None:
+            model, learned = stage.growth.shape(model).config, stage.growth.learning_steps() * size.batch_tokens
+        needs = start.job.name if start.job else None
+        config = Train(
+            data=Data(str(self.data), val_tokens=size.val_tokens),
+            model=start.model,
+            stages=(stage,),
+            batch_tokens=size.batch_tokens,
+            micro_batch=size.micro_batch,
+            out=str(self.out),
+            dtype=size.dtype,
+            seed=seed,
+            init_from=str(Path(start.job.config.out) / f"ckpt-{start.samples}.pt") if start.job else None,
+            log_interval=max(1, stage.tokens // 10),
+            eval_interval=stage.tokens if budget else max(1, stage.tokens // 2),
+            save_interval=2**62,
+        )
+        about = json.dumps(config.shaping() | {"init_from": needs}, sort_keys=True)
+        name = f"{model.n_layer}-layers-lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
+        name += hashlib.sha256(about.encode()).hexdigest()[:8]
+        config = replace(config, out=str(self.out / name))
+        tokens = learned + stage.tokens
+        flops = float(tokens * flops_per_token(model))
+        job = Job(name, config, needs, start.samples * model.seq_len, flops, budget)
+        return Place(model, job, start.samples + tokens // model.seq_len, start.flops + flops)
 
     def tokens(self, flops: float, model: LlamaConfig) -> int:
         return max(1, round(flops / flops_per_token(model) / self.size.batch_tokens)) * self.size.batch_tokens
-
-    def trunk(self, arm: Arm, number: int, model, seed: int, lr: float, points: list[int], parent: Job | None, start) -> Job:
-        """The run at a constant rate before (0) or after the jump of that number, cut into stages at `points`."""
-        size, jump = self.size, arm.jumps[number - 1] if number else None
-        warmup = size.warmup_tokens if jump is None or jump.restart else 0
-        more = {} if jump is None else {"growth": jump.growth, **jump.stage}
-        stages = [Stage(points[0], lr, "constant", warmup_tokens=warmup, **more)]
-        stages += [Stage(b - a, continues=True) for a, b in itertools.pairwise(points)]
-        needs = parent.name if parent else None
-        about = json.dumps([[asdict(stage) for stage in stages], seed, needs], sort_keys=True)
-        name = f"trunk-{model.n_layer}-layers-lr{lr:g}-s{seed}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
-        began = model if parent is None else parent.config.largest()
-        return Job(name, self.config(name, began, tuple(stages), seed, start), needs, points[-1] * flops_per_token(model))
-
-    def branch(self, trunk: Job, model, seed: int, lr: float, point: int, budget: float, samples: int) -> Job:
-        tokens = self.tokens(self.size.decay * budget, model)
-        name = f"{trunk.name}-b{budget:.3g}"
-        stage = Stage(tokens, lr, "wsd", decay_tokens=tokens)
-        start = self.checkpoint(trunk, samples + point // model.seq_len)
-        return Job(name, self.config(name, model, (stage,), seed, start), trunk.name, tokens * flops_per_token(model), budget)
-
-    def checkpoint(self, job: Job, samples: int) -> str:
-        return str(Path(job.config.out) / f"ckpt-{samples}.pt")
-
-    def config(self, name: str, model: LlamaConfig, stages: tuple[Stage, ...], seed: int, init_from: str | None) -> Train:
-        total = sum(stage.tokens for stage in stages)
-        return Train(
-            data=Data(str(self.data), val_tokens=self.size.val_tokens),
-            model=model,
-            stages=stages,
-            batch_tokens=self.size.batch_tokens,
-            micro_batch=self.size.micro_batch,
-            out=str(self.out / name),
-            seed=seed,
-            init_from=init_from,
-            keep=1000,
-            log_interval=max(1, total // 20),
-            eval_interval=max(1, total // 4),
-            save_interval=2**62,
-        )
 
 
 def execute(config: Train) -> dict:
@@ -208,9 +238,8 @@ def execute(config: Train) -> dict:
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.Run(replace(config, resume=going_on)).train()
     header, records = read_run(out)
-    planned = sum(-(-stage.tokens // config.batch_tokens) * config.batch_tokens for stage in config.stages)
     steps = [record for record in records if record["loss"] is not None]
-    if not steps or steps[-1]["step"] * config.batch_tokens < planned:
+    if not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens:
         raise KeyboardInterrupt
     names = ("tokens", "flops", "flops_exact", "val_loss", "val_bits_per_byte", "seconds", "epoch", "lr")
     evaluations = [{name: record[name] for name in names} for record in records if record["val_loss"] is not None]
@@ -219,49 +248,49 @@ def execute(config: Train) -> dict:
 
 
 class Runner:
-    """Runs jobs that are not in the result file yet, several at a time, and keeps the file up to date."""
+    """Runs jobs that are not in any result file yet, several at a time, and keeps its own up to date."""
 
-    def __init__(self, plan: Plan, name: str, results: Path, jobs: int, console: Console):
-        self.plan, self.path, self.workers, self.console = plan, results, jobs, console
-        results.parent.mkdir(parents=True, exist_ok=True)
-        plan.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(plan.out / "lock", "w")  # noqa: SIM115  held to the end of the process
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is running the study in {plan.out}") from error
+    def __init__(self, plan: Plan, name: str, path: Path, jobs: int, console: Console):
+        self.plan, self.path, self.workers, self.console = plan, path, jobs, console
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.manifest = manifest_sha256(plan.data)
-        self.results = json.loads(results.read_text()) if results.exists() else {"runs": {}}
+        self.results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
         about = {"study": plan.study.name, "question": plan.study.question, "size": name, "manifest_sha256": self.manifest}
         differ = [k for k, v in about.items() if k in self.results and self.results[k] != v and k != "question"]
         if differ:
-            raise UserError(f"{results} has results of another study, size or text ({', '.join(differ)} differ): move it away")
+            raise UserError(f"{path} has results of another study, size or text ({', '.join(differ)} differ): move it away")
         self.results |= about | {"model": asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
         self.results |= {"batch_tokens": plan.size.batch_tokens, "versions": versions()}
+        self.runs = {}  # of all studies in the folder
+        for file in sorted(path.parent.glob("study-*.json")):
+            self.runs |= json.loads(file.read_text())["runs"]
+        self.runs |= self.results["runs"]
 
     def missing(self, jobs: list[Job]) -> list[Job]:
-        """Those to run, in order: jobs without a result, and trunks whose checkpoint one of them needs and is gone."""
-        named, wanted = {job.name: job for job in jobs}, {}
+        """Those to run, in order: jobs without a result, and those whose checkpoint one of them needs and is gone."""
+        wanted = {}
         for job in reversed(jobs):
-            done = self.results["runs"].get(job.name, {}).get("key") == job.key(self.manifest)
+            done = self.runs.get(job.name, {}).get("key") == job.key(self.manifest)
             needed = any(w.needs == job.name and not Path(w.config.init_from).exists() for w in wanted.values())
             if not done or needed:
                 wanted[job.name] = job
-        return [job for name, job in named.items() if name in wanted]
+            else:
+                self.results["runs"][job.name] = self.runs[job.name]
+        return list(reversed(wanted.values()))
 
     def run(self, jobs: list[Job], what: str) -> None:
         """Run what is missing of `jobs`, each after the one it needs."""
         waiting = self.missing(list({job.name: job for job in jobs}.values()))
         if not waiting:
             return
+        names, n_jobs, total = {job.name for job in waiting}, len(waiting), sum(job.flops for job in waiting)
+        spent, began = 0.0, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
-        names = {job.name for job in waiting}
         with (
-            Progress(*columns, TimeRemainingColumn(), console=self.console) as progress,
+            Progress(*columns, console=self.console) as progress,
             ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_worker) as pool,
         ):
-            task = progress.add_task(what, total=sum(job.flops for job in waiting))
-            running = {}
+            task, running = progress.add_task(what, total=total), {}
             try:
                 while waiting or running:
                     for job in [j for j in waiting if j.needs not in names][: self.workers - len(running)]:
@@ -271,14 +300,19 @@ class Runner:
                         job = running.pop(future)
                         self.keep(job, future.result())
                         names.discard(job.name)
+                        spent += job.flops
                         progress.advance(task, job.flops)
-                        progress.console.print(f"{job.name}: {self.loss(job):.4f}", highlight=False)
+                        left = timedelta(seconds=round((time.monotonic() - began) * (total - spent) / spent))
+                        said = f"{n_jobs - len(names):>3} of {n_jobs}, {left} left: {job.name} {self.loss(job):.4f}"
+                        progress.console.print(said, highlight=False, soft_wrap=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def keep(self, job: Job, result: dict) -> None:
-        self.results["runs"][job.name] = result | {"key": job.key(self.manifest), "needs": job.needs, "budget": job.budget}
+        stage = {k: v for k, v in job.config.shaping()["stages"][0].items() if v != STAGE[k]}
+        about = {"key": job.key(self.manifest), "needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
+        self.runs[job.name] = self.results["runs"][job.name] = result | about
         self.write()
 
     def write(self) -> None:
@@ -290,46 +324,62 @@ class Runner:
         return self.results["runs"][job.name]["evaluations"][-1]["val_loss"]
 
 
+STAGE = {f.name: f.default for f in fields(Stage)}  # what a result need not say of a run
+
+
 def _worker() -> None:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int, console: Console) -> dict:
-    """Tune every arm, run every seed, and return all of it. Raises UserError for a study that cannot be."""
+def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int, console: Console) -> list[Path]:
+    """Tune every arm and run every seed, target by target. Returns the result files. UserError for a study that cannot be."""
     if name not in study.sizes:
         raise UserError(f"study {study.name} has sizes {', '.join(study.sizes)}, not {name}")
-    size = study.sizes[name]
-    plan = Plan(study, size, data, out)
-    runner = Runner(plan, name, results, jobs, console)
+    out.mkdir(parents=True, exist_ok=True)
+    targets = study.sizes[name]
+    stem = f"study-{study.name}-{name}"
+    files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
+    plans = [Plan(study, size, data, out) for size in targets]
+    with open(out / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is running a study in {out}") from error
+        for plan, path in zip(plans, files, strict=True):
+            run_target(plan, Runner(plan, name, path, jobs, console))
+    return files
+
+
+def run_target(plan: Plan, runner: Runner) -> None:
+    study, size = plan.study, plan.size
     tuned: dict[str, float] = {}
     sweep: dict[str, dict[str, float]] = {}
     order = sorted(study.arms, key=lambda arm: len(study.arms[arm].jumps) > 0)
 
+    def base_rate(arm: str) -> float:
+        """Learning rate of an arm until it grows."""
+        return tuned.get(plan.base_of(study.arms[arm]), 0.0)
+
     def smallest_run(arm: str, lr: float) -> list[Job]:
-        return plan.jobs(arm, size.seeds[0], lr, base_rate(plan, arm, tuned), size.budgets[:1])
+        return plan.jobs(arm, size.seeds[0], lr, base_rate(arm), plan.budgets(arm)[:1])
 
     for group in ([a for a in order if not study.arms[a].jumps], [a for a in order if study.arms[a].jumps]):
         tune(group, size.lrs, smallest_run, runner, sweep)
         tuned |= {arm: float(min(sweep[arm], key=sweep[arm].get)) for arm in group}
     work = [(arm, seed) for seed in size.seeds for arm in order]
-    of_arm = {pair: plan.jobs(*pair, tuned[pair[0]], base_rate(plan, pair[0], tuned), size.budgets) for pair in work}
+    of_arm = {pair: plan.jobs(*pair, tuned[pair[0]], base_rate(pair[0]), plan.budgets(pair[0])) for pair in work}
     runner.run([job for jobs_ in of_arm.values() for job in jobs_], "all arms and seeds")
-    arms = {arm: {"label": study.arms[arm].label, "lr": tuned[arm], "sweep": sweep[arm], "seeds": {}} for arm in order}
-    for (arm, seed), jobs_ in of_arm.items():
-        arms[arm] |= {"at": [jump.at for jump in study.arms[arm].jumps], "n_layer": study.arms[arm].n_layer}
-        arms[arm]["grows"] = bool(study.arms[arm].jumps)
-        arms[arm]["seeds"][str(seed)] = [job.name for job in jobs_]
-    runner.results |= {"arms": arms, "git_commit": git_commit(), "date": date.today().isoformat()}
+    arms = {}
+    for name in order:
+        arm = study.arms[name]
+        arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
+        arms[name] |= {"lr": tuned[name], "sweep": sweep[name]}
+        arms[name]["seeds"] = {str(seed): [job.name for job in of_arm[name, seed]] for seed in size.seeds}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runner.results |= {"device": device_name(device), "processes": jobs}
+    about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
+    runner.results |= {"arms": arms, "processes": runner.workers} | about
     runner.write()
-    return runner.results
-
-
-def base_rate(plan: Plan, arm: str, tuned: dict[str, float]) -> float:
-    """Learning rate of an arm until it grows."""
-    return tuned.get(plan.base_of(plan.study.arms[arm]), 0.0)
 
 
 def tune(

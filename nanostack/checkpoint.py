@@ -88,7 +88,7 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
     model = config.model
     if resuming_on is None:
         _check_growths(saved, source, config)
-    if resuming_on is not None:
+    else:
         stage = saved["cursor"]["stage"]
         if stage >= len(config.stages):
             raise UserError(f"{source} is in stage {stage}, but the config has only stages 0 to {len(config.stages) - 1}")
@@ -96,8 +96,7 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
             raise UserError(f"{source} was trained on other data than {config.data.path} holds now (their manifests differ)")
         if saved["seed"] != config.seed:
             raise UserError(f"{source} was trained with seed {saved['seed']}, not {config.seed}: other text would come next")
-        for growth in (s.growth for s in config.stages[: stage + 1] if s.growth):
-            model = growth.shape(model).config
+        model = config.shapes()[stage]
     wanted = dataclasses.asdict(model)
     differ = [
         f"model.{k} is {saved['config'].get(k)} there, {v} here" for k, v in wanted.items() if saved["config"].get(k) != v

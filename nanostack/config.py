@@ -263,12 +263,12 @@ class Train:
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
                 )
 
-    def largest(self) -> LlamaConfig:
-        """The model of the last stage: growth makes nothing smaller."""
-        model = self.model
+    def shapes(self) -> list[LlamaConfig]:
+        """The model of every stage; the last is the largest, as growth makes nothing smaller."""
+        models = [self.model]
         for stage in self.stages:
-            model = stage.growth.shape(model).config if stage.growth else model
-        return model
+            models.append(stage.growth.shape(models[-1]).config if stage.growth else models[-1])
+        return models[1:]
 
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run."""

@@ -1,10 +1,14 @@
 """A user's mistake: one message that names it, exit code 2, no traceback, from one rank. And Ctrl-C: one message, 130."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+
+import tyro
 
 
 class UserError(ValueError):
@@ -27,3 +31,12 @@ def exits_cleanly():
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # no waiting for a process group that will never answer
+
+
+def command_line(options: type, main: Callable[[object], dict]) -> None:
+    """Parse the command line into `options`, call main with it and, where it has --json, print the answer as one object."""
+    with exits_cleanly():
+        command = tyro.cli(options, use_underscores=True)
+        answer = main(command)
+        if command.json:
+            print(json.dumps(answer))

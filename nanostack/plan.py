@@ -6,14 +6,11 @@ the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), s
 What growth saves is the paper's speedup, an assumption about your run and no promise.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 
-import tyro
-
 from nanostack.config import describe_tokens
-from nanostack.errors import UserError, exits_cleanly
+from nanostack.errors import UserError, command_line
 from nanostack.flops import PEAK_BF16, flops_per_token, n_params
 from nanostack.model import LlamaConfig
 
@@ -138,7 +135,6 @@ config = Train(
 def main(command: Command) -> dict:
     advice = advise(command)
     if command.json:
-        print(json.dumps(advice))
         return advice
     target, base = advice["target"], advice["base"]
     d_tokens, formula = (describe_tokens(advice[name]) for name in ("d_tokens", "d_tokens_formula"))
@@ -161,5 +157,4 @@ def main(command: Command) -> dict:
 
 
 if __name__ == "__main__":
-    with exits_cleanly():
-        main(tyro.cli(Command, use_underscores=True))
+    command_line(Command, main)

@@ -144,8 +144,10 @@ class State:
 
     def rewarm(self, stage: Stage, tokens: int) -> None:
         """Set the learning rate of what is re-warmed after the last growth, as the stage says, for the step to `tokens`."""
-        which = self._new_layers() if stage.rewarm == "new" else dict(self.model.named_parameters())
-        set_rate_of(self.optimizer, set(which.values()) if stage.rewarm_tokens else set(), rewarming(stage, tokens))
+        which = ()
+        if stage.rewarm_tokens:
+            which = self._new_layers().values() if stage.rewarm == "new" else self.model.parameters()
+        set_rate_of(self.optimizer, set(which), rewarming(stage, tokens))
 
     def freeze(self, stage: Stage) -> None:
         """Leave gradients to the layers that the last growth made, or to all."""

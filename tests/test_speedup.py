@@ -13,16 +13,17 @@ import pytest
 from conftest import ROOT, TINY, Trainer
 
 import train
+from bench.runs import collect
 from bench.speedup import (
     Crossing,
-    compare,
     crossing,
     curve,
     flops_to_reach,
     mean_and_interval,
+    path_of,
     pays,
     read_run,
-    seconds_of,
+    rows,
     speedup,
     summarise,
 )
@@ -97,11 +98,12 @@ def synthetic(curves: dict[str, list[list[float]]], budgets=(1e12, 2e12, 4e12)) 
     for name, seeds in curves.items():
         arms[name] = {"label": name, "lr": 1e-3, "grows": name.startswith("g"), "seeds": {}}
         for seed, losses in enumerate(seeds):
-            arms[name]["seeds"][str(seed)] = names = [f"{name}-{seed}-{i}" for i in range(len(losses))]
-            for run, budget, loss in zip(names, budgets, losses, strict=True):
-                end = {"flops": budget, "flops_exact": 2 * budget, "val_loss": loss, "seconds": 1.0, "tokens": 1, "epoch": 0.1}
-                runs[run] = {"evaluations": [end], "budget": budget, "needs": None, "growth": None}
-    about = dict.fromkeys(("study", "question", "size", "device", "date", "git_commit", "versions", "manifest_sha256"))
+            named = {f"{name}-{seed}-{i}": point for i, point in enumerate(zip(budgets, losses, strict=True))}
+            arms[name]["seeds"][str(seed)] = [run for run, (_, loss) in named.items() if loss is not None]
+            for run, (budget, loss) in named.items():
+                end = {"flops": budget, "flops_exact": 2 * budget, "val_loss": loss, "seconds": 1.0, "tokens": 9, "epoch": 0.1}
+                runs[run] = {"evaluations": [end], "budget": budget, "needs": None, "begins": 0, "growth": None}
+    about = dict.fromkeys(("study", "question", "size", "model", "device", "date", "git_commit", "versions", "manifest_sha256"))
     return {"arms": arms, "runs": runs, "budgets": list(budgets)} | about
 
 
@@ -118,6 +120,8 @@ def test_summary_of_a_study_with_a_known_answer():
     assert summary["arms"]["base"]["speedup_flops"] is None, "2.1 is not below 2.0"
     assert [round(one["mean"], 6) for one in found["minus_base"]] == [0.1, -0.15, -0.55]
     assert summary["pays_from"] == 2e12 and "pays from 2e+12 FLOPs on" in pays(summary)
+    verdict = rows(summary)[1][-1]
+    assert [cell.split(" +")[0].split(" -")[0] for cell in verdict[2:5]] == ["does not pay", "pays", "pays"], verdict
 
 
 def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
@@ -128,11 +132,40 @@ def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
     assert summary["arms"]["base"]["speedup_flops"]["at_least"]
 
 
+def test_arm_without_a_point_at_the_smallest_budget_is_judged_by_the_others():
+    curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.4, 2.3, 2.2]] * 2, "grown": [[None, 2.2, 1.8]] * 2}
+    summary = summarise(synthetic(curves))
+    grown = summary["arms"]["grown"]
+    assert grown["losses"][0] is None and grown["minus_base"][0] is None and summary["best"] == [None, "grown", "grown"]
+    assert grown["speedup_flops"]["mean"] == pytest.approx(2**0.5 - 1) and summary["pays_from"] == 2e12
+    assert rows(summary)[1][-1][2] == "-"
+
+
+def test_arm_below_from_its_first_point_is_bounded_by_its_curve_after_growth():
+    """The base met the target at 0.2e12 before it grew; that is no merit of growth. Its curve after growth does at 0.75e12."""
+    results = synthetic({"scratch": [[3.0, 2.5, 2.0]], "base": [[3.0, 2.5, 2.2]], "grown": [[1.9, 1.8, 1.7]]})
+    run, end = results["runs"]["grown-0-0"], results["runs"]["grown-0-0"]["evaluations"][0]
+    results["runs"]["trunk"] = {
+        "evaluations": [end | {"flops": 0.2e12, "val_loss": 2.0, "tokens": 2, "seconds": 5.0}],
+        "needs": None,
+    }
+    results["runs"]["trunk"] |= {"growth": None, "begins": 0, "budget": None}
+    after = [end | {"flops": f, "val_loss": loss, "tokens": t} for f, loss, t in ((0.5e12, 2.2, 3), (1e12, 1.8, 9))]
+    run |= {"evaluations": after, "needs": "trunk", "begins": 2, "growth": {"tokens": 2}}
+    results["runs"]["trunk"]["evaluations"].append(
+        end | {"val_loss": 0.1, "tokens": 5, "seconds": 7.0}
+    )  # after the run has left
+    found = summarise(results)["arms"]["grown"]["speedup_flops"]
+    assert found["at_least"] and found["mean"] == pytest.approx(4e12 / 0.75e12 - 1)
+    assert [e["seconds"] for e in path_of(results, "grown-0-0")] == [5.0, 6.0, 6.0]
+
+
 STUDY = """
 from bench.study import Arm, Jump, Size, Study
 from nanostack.config import Growth
 from nanostack.model import LlamaConfig
 
+TARGET = LlamaConfig(4, 2, 2, 32, 48, None, 32)
 study = Study(
     "toy",
     "Does it run?",
@@ -142,7 +175,7 @@ study = Study(
         "stack": Arm("2 to 4", 2, (Jump(0.15, Growth("stack", 2)),)),
         "learn": Arm("2 to 4, learned", 2, (Jump(0.15, Growth("learn", 2, learn_steps=2)),)),
     },
-    {"cpu": Size(LlamaConfig(4, 2, 2, 32, 48, None, 32), (2e9, 4e9), 256, 8, 512, lrs=(8e-3,), seeds=(0, 1), val_tokens=512)},
+    {"cpu": (Size(TARGET, (2e9, 4e9), 256, 8, 512, "float32", lrs=(8e-3,), seeds=(0, 1), val_tokens=512),)},
 )
 """
 
@@ -159,25 +192,30 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     second = subprocess.run(command, **options)
-    assert second.returncode == 2 and "another process is running the study" in second.stderr
+    assert second.returncode == 2 and "another process is running a study" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = json.loads(results.read_text())["runs"]
     done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stderr
+    assert "0:00:00 left" in done.stderr
     found, summary = json.loads(results.read_text()), json.loads(done.stdout)
     assert before.items() <= found["runs"].items(), "what had been run was run again"
     assert summary == json.loads(json.dumps(summarise(found)))
     for name, run in found["runs"].items():
         assert run["evaluations"][-1]["lr"] == 0 or run["budget"] is None, name
         assert run["budget"] is None or run["evaluations"][-1]["flops"] == pytest.approx(run["budget"], rel=0.05)
-        assert seconds_of(found, name) >= run["evaluations"][-1]["seconds"] > 0
+        assert path_of(found, name)[-1]["seconds"] >= run["evaluations"][-1]["seconds"] > 0
+        assert run["begins"] == (path_of(found, run["needs"])[-1]["tokens"] if run["needs"] else 0)
     stack, learn = (found["arms"][arm]["seeds"]["0"] for arm in ("stack", "learn"))
     assert stack[0] == learn[0], "arms of a seed share their base"
     assert found["runs"][stack[1]]["growth"]["op"] == "stack" and found["runs"][learn[1]]["growth"]["learned"]
     assert results.with_suffix(".png").stat().st_size > 10000
-    again = subprocess.run(command, **options)
-    assert again.returncode == 0 and json.loads(again.stdout)["arms"] == summary["arms"]
+    (tmp_path / "toy.py").write_text(STUDY.replace('"toy"', '"other"'))
+    other = subprocess.run(command, **options)
+    assert other.returncode == 0 and json.loads(other.stdout)["arms"] == summary["arms"]
+    shared = json.loads(results.with_name("study-other-cpu.json").read_text())["runs"]
+    assert shared == found["runs"], "what one study has run, another ran again"
     refused = subprocess.run([*command[:2], *command[2:-5], "--size", "gpu", *command[-5:]], **options)
     assert refused.returncode == 2 and "has sizes cpu, not gpu" in refused.stderr
 
@@ -186,20 +224,62 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
 def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     trainer = Trainer(corpus, tmp_path)
     grown, scratch = trainer.good("grown", "--stages.1.min_lr", "0"), tmp_path / "scratch"
-    deep = load(TINY, ["--data.path", str(corpus), "--out", str(scratch), "--model.n_layer", "4"])
-    train.Run(replace(deep, stages=(Stage(24 * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
-    answer = compare((scratch, grown))
-    assert len(answer["runs"]) == 1 and answer["runs"][0]["seed"] == 0
-    assert answer["runs"][0]["speedup"] == speedup(*(curve(read_run(folder)[1]) for folder in (scratch, grown)))
+    for out, n_layer, steps in (("scratch", 4, 24), ("base", 2, 40)):
+        flat = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / out), "--model.n_layer", str(n_layer)])
+        train.Run(replace(flat, stages=(Stage(steps * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
+    command = [sys.executable, "bench/speedup.py", tmp_path / "base", scratch, grown, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer == json.loads((tmp_path / "speedup.json").read_text()) and (tmp_path / "speedup.png").stat().st_size > 10000
+    assert [arm["label"] for arm in answer["arms"].values()] == ["4 layers", "2 layers", "2 → 4 layers, stack"]
+    records = {out: read_run(tmp_path / out)[1] for out in ("scratch", "base", "grown")}
+    ends = {out: (found[-1]["flops"], found[-1]["val_loss"]) for out, found in records.items()}
+    assert sorted({arm["losses"].index(next(filter(None, arm["losses"]))) for arm in answer["arms"].values()}) == [0, 1]
+    found = answer["arms"][str(grown)]["speedup_flops"]
+    if ends["grown"][1] <= ends["scratch"][1]:
+        after = [r for r in records["grown"] if r["stage"] == 1 and "growth" not in r]
+        assert found["at_least"] and found["mean"] == speedup([ends["scratch"]], curve(after))
+    else:
+        assert found is None
+    assert answer["base"] == str(tmp_path / "base")
     other = trainer.good("other", "--stages.1.min_lr", "0", "--data.val_tokens", "512")
     with pytest.raises(ValueError, match="validation tokens is 512 there and 1024 here"):
-        compare((scratch, other))
+        collect((scratch, other))
     constant = trainer.good("constant", "--stages.1.schedule", "constant", "--stages.1.min_lr", "0")
     with pytest.raises(ValueError, match="only decayed runs are compared"):
-        compare((scratch, constant))
-    with pytest.raises(ValueError, match="at least one that grows"):
-        compare((scratch,))
+        collect((scratch, constant))
+    with pytest.raises(ValueError, match="no run that grows"):
+        collect((scratch,))
+    seeded = trainer.good("seeded", "--stages.1.min_lr", "0", "--seed", "1")
+    with pytest.raises(ValueError, match="do not pair: seeds 1 are missing"):
+        collect((scratch, grown, seeded))
     lines = (grown / "metrics.jsonl").read_text().splitlines()
     (grown / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
     with pytest.raises(ValueError, match="grown is not finished"):
-        compare((scratch, grown))
+        collect((scratch, grown))
+    (grown / "metrics.jsonl").write_text("\n".join(lines)[:-30])
+    with pytest.raises(ValueError, match="is not whole"):
+        collect((scratch, grown))
+
+
+@pytest.mark.slow
+def test_run_grown_on_disk_is_told_with_its_base(corpus, tmp_path):
+    """grow.py between two runs: ledger, curve and seconds are those of both."""
+    tiny = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "base")])
+    train.Run(replace(tiny, stages=(Stage(12 * 256, 1e-2, "constant"),))).train()
+    subprocess.run(
+        [sys.executable, "grow.py", tmp_path / "base/ckpt.pt", "--g", "2"], cwd=ROOT, check=True, capture_output=True
+    )
+    deep = replace(tiny, model=replace(tiny.model, n_layer=4))
+    decayed = (Stage(12 * 256, 1e-2, "cosine"),)
+    train.Run(replace(deep, stages=decayed, out=str(tmp_path / "scratch"))).train()
+    start = str(tmp_path / "base/ckpt-x2.pt")
+    train.Run(replace(deep, stages=decayed, out=str(tmp_path / "grown"), init_from=start)).train()
+    results = collect((tmp_path / "scratch", tmp_path / "grown"))
+    run, own = results["runs"][str(tmp_path / "grown")], read_run(tmp_path / "grown")[1]
+    of_base = [record for record in read_run(tmp_path / "base")[1] if record["val_loss"] is not None]
+    assert results["arms"][str(tmp_path / "grown")]["label"] == "2 → 4 layers, stack"
+    assert run["evaluations"][: len(of_base)] == of_base and len(run["evaluations"]) > len(of_base)
+    assert run["evaluations"][-1]["seconds"] == own[-1]["seconds"] + of_base[-1]["seconds"]
+    assert run["growth"]["tokens"] == of_base[-1]["tokens"] == 12 * 256

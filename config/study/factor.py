@@ -1,6 +1,6 @@
 """By how much? 8 layers from 4, 2 and 1, in one jump or in two."""
 
-from bench.study import CPU, GPU, Arm, Jump, Study
+from bench.study import CONTROLS, CPU, GPU, Arm, Jump, Study
 from nanostack.config import Growth
 
 AT = 0.1  # of the largest budget
@@ -14,8 +14,7 @@ study = Study(
     name="factor",
     question="Which growth factor?",
     arms={
-        "scratch": Arm("8 layers from scratch", 8),
-        "base": Arm("2 layers, never grown", 2),
+        **CONTROLS,
         "base1": Arm("1 layer, never grown", 1),
         "base4": Arm("4 layers, never grown", 4),
         "g2": Arm("4 → 8 layers", 4, (jump(AT, 2),)),
@@ -23,5 +22,5 @@ study = Study(
         "g8": Arm("1 → 8 layers", 1, (jump(AT, 8),)),
         "g2g2": Arm("2 → 4 → 8 layers", 2, (jump(AT / 2, 2), jump(AT, 2))),
     },
-    sizes={"cpu": CPU, "gpu": GPU},
+    sizes={"cpu": (CPU,), "gpu": (GPU,)},
 )

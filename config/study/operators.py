@@ -4,7 +4,7 @@
 middle cannot make 8 layers of 2: it grows 4 layers to 6 and to 8, as MIDAS does in stages.
 """
 
-from bench.study import CPU, GPU, Arm, Jump, Study
+from bench.study import CONTROLS, CPU, GPU, Arm, Jump, Study
 from nanostack.config import Growth
 
 AT = 0.1  # of the largest budget
@@ -18,15 +18,14 @@ study = Study(
     name="operators",
     question="Which operator grows best in depth?",
     arms={
-        "scratch": Arm("8 layers from scratch", 8),
-        "base": Arm("2 layers, never grown", 2),
+        **CONTROLS,
         "base4": Arm("4 layers, never grown", 4),
         "stack": grown("stack"),
         "interleave": grown("interleave"),
         "zero": grown("zero"),
         "random": grown("random"),
-        "learn": grown("learn"),
+        "learn": grown("learn", learn_steps=50),
         "middle": Arm("4 → 6 → 8 layers, middle", 4, (Jump(AT / 2, Growth("middle", k=2)), Jump(AT, Growth("middle", k=2)))),
     },
-    sizes={"cpu": CPU, "gpu": GPU},
+    sizes={"cpu": (CPU,), "gpu": (GPU,)},
 )

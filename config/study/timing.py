@@ -1,8 +1,6 @@
 """When to grow? 2 layers stacked to 8 after 2 to 30 % of the largest budget, at three budgets: curves of equal FLOPs."""
 
-from dataclasses import replace
-
-from bench.study import CPU, GPU, Arm, Jump, Study
+from bench.study import CONTROLS, CPU, GPU, Arm, Jump, Study
 from nanostack.config import Growth
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3)
@@ -11,9 +9,8 @@ study = Study(
     name="timing",
     question="When is it best to grow?",
     arms={
-        "scratch": Arm("8 layers from scratch", 8),
-        "base": Arm("2 layers, never grown", 2),
+        **CONTROLS,
         **{f"at {at:.0%}": Arm(f"2 → 8 layers at {at:.0%}", 2, (Jump(at, Growth("stack", 4)),)) for at in SHARES},
     },
-    sizes={"cpu": replace(CPU, budgets=(7e12, 1e13, 1.5e13)), "gpu": replace(GPU, budgets=(2e15, 3e15, 4e15))},
+    sizes={"cpu": (CPU,), "gpu": (GPU,)},
 )

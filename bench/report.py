@@ -2,13 +2,18 @@
 
 import json
 import math
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy
 from rich.console import Console
 
-from bench.speedup import cells, draw, pays, summarise
+from bench.speedup import ROOT, draw, pays, percent, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
@@ -18,10 +23,11 @@ from nanostack.plan import growth_tokens
 ORDER = ("operators", "timing", "factor", "optimizer", "scale")
 HEAD = """# How many FLOPs does stacking really save?
 
-This page is written by `python bench/speedup.py --report` from the result files in bench/results/.
+This page is written by `python bench/speedup.py --report` from the result files in bench/results/ and the conclusions in
+config/study/.
 
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
-(warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep at the smallest budget; an optimum at the
+(warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep at its smallest budget; an optimum at the
 edge of the sweep widens it. The arms of a seed share the order of the text, the base model and the validation tokens. FLOPs
 are those of the base and of all growth, 6·N per token as the paper counts; the column beside it counts matrix products and
 causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1 at the loss that the model from scratch has at the
@@ -31,18 +37,19 @@ largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥ mean
 
 
 def write_report(results: Path, docs: Path, console: Console) -> dict:
-    """Write the page and its pictures. Returns the summaries by study and size."""
+    """Write the page and its pictures. Returns the summaries by result file."""
     files = sorted(results.glob("study-*.json"), key=place)
     found = {path.stem.removeprefix("study-"): json.loads(path.read_text()) for path in files}
     finished = {name: one for name, one in found.items() if "arms" in one}
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
-    text = HEAD
-    summaries = {name: summarise(one) for name, one in finished.items()}
+    text, summaries = HEAD, {name: summarise(one) for name, one in finished.items()}
     for name, summary in summaries.items():
-        picture = docs / f"study-{name}.png"
-        draw(finished[name], summary, picture)
-        text += section(summary, finished[name], picture.name)
+        draw(finished[name], summary, docs / f"study-{name}.png")
+        text += section(name, summary, finished[name], docs)
+        last_of_study = [other for other in finished if finished[other]["study"] == summary["study"]][-1]
+        if name == last_of_study:
+            text += scaling({n: s for n, s in summaries.items() if s["study"] == summary["study"]}) + meaning(summary["study"])
     waiting = sorted(set(found) - set(finished))
     if waiting:
         text += f"\nNot finished yet, and not reported: {', '.join(waiting)}.\n"
@@ -57,48 +64,116 @@ def place(path: Path) -> tuple:
     return (ORDER.index(name) if name in ORDER else len(ORDER), path.stem)
 
 
-def timing(summary: dict, results: dict) -> str:
-    """For arms that differ in when they grow: the best share of each budget, by a parabola over its logarithm."""
-    shares = {name: arm["at"][0] for name, arm in results["arms"].items() if len(arm["at"]) == 1}
-    if len(set(shares.values())) < 4:
-        return ""
-    text = "\n| budget, FLOPs | best arm grows at | parabola's optimum | in tokens of the base |\n|---|---:|---:|---:|\n"
-    largest, base = summary["budgets"][-1], LlamaConfig(**results["model"])
-    for i, budget in enumerate(summary["budgets"]):
-        losses = {share * largest / budget: summary["arms"][name]["losses"][i]["mean"] for name, share in shares.items()}
-        best = min(losses, key=losses.get)
-        a, b, _ = numpy.polyfit(numpy.log(list(losses)), list(losses.values()), 2)
-        optimum = math.exp(-b / (2 * a)) if a > 0 else None
-        inside = optimum is not None and min(losses) <= optimum <= max(losses)
-        n_layer = results["arms"][next(iter(shares))]["n_layer"]
-        tokens = describe_tokens((optimum or 0) * budget / flops_per_token(replace(base, n_layer=n_layer)))
-        said = f"{optimum:.0%}" if inside else "outside"
-        text += f"| {budget:.3g} | {best:.0%} | {said} | {tokens if inside else '-'} |\n"
-    target, tokens = n_params(base), largest / flops_per_token(base)
-    advice = describe_tokens(growth_tokens(target, tokens))
-    return text + f"\nThe paper's formula, far outside of its range here, says {advice} tokens for the largest budget.\n"
-
-
-def section(summary: dict, results: dict, picture: str) -> str:
+def section(name: str, summary: dict, results: dict, docs: Path) -> str:
     """One study: what was asked, table, picture, verdict, what it was run with."""
-    budgets = [f"loss at {budget:.3g}" for budget in summary["budgets"]]
-    head = ["arm", "lr", *budgets, "speedup", "exact count", "minus base"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *(cells(arm) for arm in summary["arms"].values())]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    model, runs = results["model"], results["runs"].values()
-    epochs = max(run["evaluations"][-1]["epoch"] for run in runs)
-    hours = sum(run["evaluations"][-1]["seconds"] for run in runs) / 3600
-    shape = f"{model['n_layer']} layers × {model['d_model']}, vocabulary {model['vocab_size']}, context {model['seq_len']}"
+    model, runs = results["model"], results["runs"]
+    ends = [run["evaluations"][-1] for run in runs.values()]
+    epochs, hours = max(end["epoch"] for end in ends), sum(end["seconds"] for end in ends) / 3600
+    shape = f"{model['n_layer']} layers × {model['d_model']}, {n_params(LlamaConfig(**model)) / 1e6:.2f}M parameters"
+    devices = ", ".join(sorted({f"{run['device']}, {run['dtype']}" for run in runs.values()}))
     return f"""
-## {summary["study"]} ({summary["size"]}): {summary["question"]}
+## {summary["study"]} ({name.partition("-")[2]}): {summary["question"]}
 
-{table}
+{markdown(*rows(summary))}
 
-![decayed loss over FLOPs and seconds]({picture})
+![decayed loss over FLOPs and over seconds](study-{name}.png)
 
 {pays(summary)}
-{timing(summary, results)}
-Target: {shape}; {results["batch_tokens"]} tokens a step; {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of
-the text; {len(results["runs"])} runs, {hours:.1f} hours of training in all, on {summary["device"]}, torch
-{summary["versions"]["torch"]}.
+{timing(name, summary, results, docs)}
+Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
+{len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
+{devices}; torch {summary["versions"]["torch"]}; commit {summary["git_commit"][:7]}. Seconds are those of
+{results["processes"]} runs side by side.
+
+{sweeps(results)}
 """
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sweeps(results: dict) -> str:
+    """Every learning rate that was tried, folded away."""
+    lines = []
+    for arm in results["arms"].values():
+        tried = sorted(arm["sweep"].items(), key=lambda pair: float(pair[0]))
+        lines.append([arm["label"], ", ".join(f"{lr}: {loss:.3f}" for lr, loss in tried), f"{arm['lr']:g}"])
+    table = markdown(["arm", "loss by rate, smallest budget of the arm, first seed", "taken"], lines)
+    return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
+
+
+def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
+    """For arms that differ in when they grow: the best share of each budget, by a parabola over its logarithm."""
+    shares = {arm: one["at"][0] for arm, one in results["arms"].items() if len(one["at"]) == 1}
+    if len(set(shares.values())) < 4:
+        return ""
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=140, layout="constrained")
+    largest, target = summary["budgets"][-1], LlamaConfig(**results["model"])
+    base_flops = flops_per_token(replace(target, n_layer=results["arms"][next(iter(shares))]["n_layer"]))
+    lines = []
+    for i, (budget, mark) in enumerate(zip(summary["budgets"], "osD^v", strict=False)):
+        losses = {share: summary["arms"][arm]["losses"][i] for arm, share in shares.items()}
+        losses = {share * largest / budget: loss["mean"] for share, loss in losses.items() if loss}
+        optimum, bend = parabola(losses)
+        (line,) = axes.plot(losses.keys(), losses.values(), mark, label=f"{budget:.3g} FLOPs")
+        over = numpy.geomspace(min(losses), max(losses), 50)
+        axes.plot(over, numpy.polyval(bend, numpy.log(over)), color=line.get_color(), lw=1)
+        tokens = describe_tokens(optimum * budget / base_flops) if optimum else "-"
+        formula = describe_tokens(growth_tokens(n_params(target), budget / flops_per_token(target)))
+        said = f"{optimum:.0%}" if optimum else "at the edge"
+        lines.append([f"{budget:.3g}", f"{min(losses, key=losses.get):.0%}", said, tokens, formula])
+    axes.set(xscale="log", xlabel="share of the budget's FLOPs before growth", ylabel="decayed validation loss, nats")
+    axes.set_title("Curves of equal FLOPs: when to grow", fontsize=11)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    picture = f"study-{name}-isoflop.png"
+    figure.savefig(docs / picture)
+    plt.close(figure)
+    head = ["budget, FLOPs", "best arm grows at", "optimum of the parabola", "in tokens of the base", "the paper's formula"]
+    return f"""
+{markdown(head, lines)}
+
+![loss over the share of FLOPs before growth]({picture})
+
+The formula was fitted at 8e19 FLOPs and more, far outside of what was run here; `nanostack.plan` caps it at a share of the
+budget for that reason.
+"""
+
+
+def parabola(losses: dict[float, float]) -> tuple[float | None, numpy.ndarray]:
+    """Where a parabola through losses over log share is lowest, None where that is outside of them; and the parabola."""
+    bend = numpy.polyfit(numpy.log(list(losses)), list(losses.values()), 2)
+    optimum = math.exp(-bend[1] / (2 * bend[0])) if bend[0] > 0 else math.inf
+    return (optimum if min(losses) <= optimum <= max(losses) else None), bend
+
+
+def scaling(summaries: dict[str, dict]) -> str:
+    """Over several targets: the speedup at each size, and L = a·C^b through the largest budgets of each arm."""
+    if len(summaries) < 2:
+        return ""
+    size = {name: n_params(LlamaConfig(**one["model"])) for name, one in summaries.items()}
+    order = sorted(summaries, key=size.get)
+    grown = [arm for arm, one in summaries[order[0]]["arms"].items() if one["grows"]]
+    head = ["target, parameters", "largest budget", *(summaries[order[0]]["arms"][arm]["label"] for arm in grown), "minus base"]
+    lines = []
+    for name in order:
+        one, arms = summaries[name], summaries[name]["arms"]
+        minus = [f"{arms[arm]['minus_base'][-1]['mean']:+.3f}" for arm in grown]
+        gains = [percent(arms[arm]["speedup_flops"]) for arm in grown]
+        lines.append([f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", *gains, ", ".join(minus)])
+    text = f"\n### Over the sizes\n\n{markdown(head, lines)}\n\n"
+    for arm in summaries[order[0]]["arms"]:
+        budgets = [summaries[name]["budgets"][-1] for name in order]
+        losses = [summaries[name]["arms"][arm]["losses"][-1]["mean"] for name in order]
+        b, log_a = numpy.polyfit(numpy.log(budgets), numpy.log(losses), 1)
+        text += f"- {summaries[order[0]]['arms'][arm]['label']}: L = {math.exp(log_a):.3g} · C^{b:.4f}\n"
+    return text
+
+
+def meaning(study: str) -> str:
+    """The conclusion that its study file draws, if it is one of ours."""
+    path = ROOT / "config/study" / f"{study}.py"
+    means = runpy.run_path(str(path))["study"].means if path.is_file() else ""
+    return f"\n**What it means.** {means.strip()}\n" if means else ""

@@ -18,12 +18,13 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date, timedelta
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -83,12 +84,12 @@ CPU = Size(  # two cores, an hour a study
     warmup_tokens=61_440,
     dtype="float32",
 )
-GPU = Size(  # meant for one H200 and ten minutes a study; not run yet
-    model=LlamaConfig(n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=704, vocab_size=None, seq_len=512),
-    budgets=(1e15, 2e15, 4e15),
-    batch_tokens=65_536,
-    micro_batch=128,
-    warmup_tokens=1_966_080,
+GPU = Size(  # meant for one H200: about 2e16 FLOPs a study, 7 minutes if small steps reach 50 TFLOP/s; estimates, not run yet
+    model=LlamaConfig(n_layer=8, n_head=3, n_kv_head=3, d_model=192, d_ff=512, vocab_size=None, seq_len=512),
+    budgets=(1.5e14, 3e14, 6e14),
+    batch_tokens=16_384,
+    micro_batch=32,
+    warmup_tokens=983_040,
     dtype="bfloat16",
 )
 
@@ -105,6 +106,7 @@ class Study:
     question: str
     arms: dict[str, Arm]  # "scratch" among them, and every base without jumps
     sizes: dict[str, tuple[Size, ...]]  # "cpu", "gpu", ...: one target, or several to compare
+    means: str = ""  # for a user, written when the results were in; the report shows it
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,8 @@ def execute(config: Train) -> dict:
         torch.set_num_threads(1)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    going_on = (out / "metrics.jsonl").exists()
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train.Run(replace(config, resume=going_on)).train()
+        train.Run(replace(config, resume=True)).train()
     header, records = read_run(out)
     steps = [record for record in records if record["loss"] is not None]
     if not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens:
@@ -330,6 +331,13 @@ STAGE = {f.name: f.default for f in fields(Stage)}  # what a result need not say
 def _worker() -> None:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing where the next one resumes."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int, console: Console) -> list[Path]:

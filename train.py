@@ -23,6 +23,7 @@ from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, v
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import flops_per_token, mfu, n_params, peak_flops
 from nanostack.metrics import Clock, Display, Late, Metrics, header, profiler
+from nanostack.micro_step import MicroStep
 from nanostack.optimizer import guarded_step
 from nanostack.schedule import learning_rate
 from nanostack.state import State
@@ -36,7 +37,7 @@ class Run:
 
     def __init__(self, config: Train):
         self.stop = parallel.StopFlag()
-        self.placement = parallel.start(config.parallel, config.dtype, config.compile)
+        self.placement = parallel.start(config.parallel, config.dtype, config.compile, config.cuda_graph)
         if self.placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
             raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
         self.kernels = choose_kernels(config.kernels, self.placement)
@@ -49,7 +50,9 @@ class Run:
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
         self.val = Tokens(config.data.path, "val", config.model.seq_len)
-        self.token_bytes = self.val.token_bytes
+        self.val_blocks = max(1, min(self.val.n_blocks, config.data.val_tokens // config.model.seq_len))
+        targets = self.val.blocks(0, self.val_blocks)[:, 1:]
+        self.val_bytes = int(self.val.token_bytes[targets].sum())
 
         self.out = Path(config.out)
         resume_from = parallel.on_rank_0(claim, config)
@@ -77,12 +80,14 @@ class Run:
         total = (self.step + self.steps_left) * config.batch_tokens
         self.display = Display(total, self.step * config.batch_tokens, self.speaks)
         self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks)
-        head = header(as_given, self.manifest_sha256, parallel.world_size(), self.placement)
+        head = header(as_given, self.data.manifest, self.manifest_sha256, parallel.world_size(), self.placement)
         self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples, head) if self.resuming else 0.0)
         if not self.resuming:
             self.metrics.begin(head)
         self.peak = peak_flops(self.placement.device, self.placement.dtype)
         self.late = Late()
+        self.micro_step = MicroStep(self.micro_steps, config.cuda_graph)
+        self.saver = checkpoint.Saver(self.out / "ckpt.pt", self.manifest_sha256, config.keep)
         self.skipped_in_a_row: list[int] = []  # first sample of each
         self.last_log = (self.cursor.tokens, self.clock.seconds())
         self.display.say(self.describe(source))
@@ -93,9 +98,9 @@ class Run:
 
     def train(self) -> None:
         """All stages that are left. Returns early, the state saved, when a signal asked for it."""
-        pin = self.placement.device.type == "cuda"
+        batches = Prefetcher(self.data, self.my_samples(), device=self.placement.device)
         tracing = profiler(self.config.profile if self.speaks else 0, self.steps_left, self.out / "trace.json")
-        with self.display, Prefetcher(self.data, self.my_samples(), pin=pin) as batches, tracing as tracer:
+        with self.display, batches, self.saver, tracing as tracer:
             if not self.resuming:
                 self.enter_stage(batches)
             while True:
@@ -106,6 +111,7 @@ class Run:
                     tracer.step()
                     if self.stop.agreed():
                         self.save()
+                        self.saver.wait()
                         self.display.say(f"stopped by a signal after step {self.step}; --resume goes on from here")
                         return
                 if self.cursor.stage + 1 == len(self.config.stages):
@@ -124,7 +130,9 @@ class Run:
             before = self.evaluate()
             rows = min(self.config.micro_batch, self.val.n_blocks)
             probe = torch.from_numpy(self.val.blocks(0, rows)[:, :-1]).to(self.placement.device)
-        receipt = self.state.grow(self.stage.growth, probe, lambda: self.gradients(batches))
+        self.micro_step.forget()
+        plain = MicroStep(self.micro_steps, graphed=False)  # what learn mixes anew at every step is not captured
+        receipt = self.state.grow(self.stage.growth, probe, lambda: self.gradients(batches, plain))
         with self.clock.paused():
             after = self.evaluate()
         receipt |= {"loss_before": before["val_loss"], "loss_after": after["val_loss"]}
@@ -134,25 +142,20 @@ class Run:
             self.display.say(f"warning: {caution}")
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
-    def gradients(self, batches: Prefetcher) -> torch.Tensor:
+    def gradients(self, batches: Prefetcher, micro_step: MicroStep) -> torch.Tensor:
         """Put the gradients of the next batch_tokens into the model, and move the cursor past them. Returns their mean loss."""
         model, cursor, config = self.state.model, self.cursor, self.config
         loss = torch.zeros((), device=self.placement.device)
-        for micro_step in range(self.micro_steps):
-            tokens_BT, targets_BT = (part.to(self.placement.device, non_blocking=True) for part in next(batches))
-            parallel.sync_gradients(model, now=micro_step + 1 == self.micro_steps)
-            # Micro-batches and ranks are of equal size, so this and FSDP2's mean over ranks divide the sum of all losses
-            # by the step's global number of targets.
-            part = model(tokens_BT, targets_BT) / self.micro_steps
-            part.backward()
-            loss += part.detach()
+        for number in range(self.micro_steps):
+            parallel.sync_gradients(model, now=number + 1 == self.micro_steps)
+            loss += micro_step(model, *next(batches))
         cursor.advance(config.batch_tokens // config.model.seq_len, model.config)
         return parallel.mean(loss)
 
     def train_step(self, batches: Prefetcher) -> None:
         """One optimizer step on the next batch, then what is due after it."""
         cursor, config, first_sample = self.cursor, self.config, self.cursor.samples
-        loss = self.gradients(batches)
+        loss = self.gradients(batches, self.micro_step)
         cursor.stage_tokens += config.batch_tokens
         self.step += 1
         lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
@@ -162,7 +165,7 @@ class Run:
             grown["dead"] = self.state.dead()
             if grown["dead"]:
                 self.display.say(f"warning: in the second step after growth these have no gradient: {', '.join(grown['dead'])}")
-        norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip)
+        norm, skipped = guarded_step(self.state.optimizer, loss, lr, config.optim.clip, free=not config.cuda_graph)
         self.state.ramp(self.stage)  # for the next step, and for an evaluation before it
 
         stage_ends = cursor.stage_tokens >= self.stage.tokens
@@ -202,23 +205,20 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> dict:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
-        seq_len, device, ranks = self.config.model.seq_len, self.placement.device, parallel.world_size()
-        blocks = max(1, min(self.val.n_blocks, self.config.data.val_tokens // seq_len))
-        each = self.config.micro_batch
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
-        for first in range(0, blocks, each * ranks):
-            mine = min(first + parallel.rank() * each, blocks), min(first + (parallel.rank() + 1) * each, blocks)
-            none_left = mine[0] == mine[1]  # then go along for the collectives, but do not count
-            block = torch.from_numpy(self.val.blocks(*((0, 1) if none_left else mine))).to(device)
+        device, each, ranks = self.placement.device, self.config.micro_batch, parallel.world_size()
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        for first in range(0, self.val_blocks, each * ranks):
+            start, stop = (min(first + (parallel.rank() + i) * each, self.val_blocks) for i in (0, 1))
+            none_left = start == stop  # then go along for the collectives, but do not count
+            block = torch.from_numpy(self.val.blocks(*((0, 1) if none_left else (start, stop)))).to(device)
             loss = self.state.model(block[:, :-1], block[:, 1:])
-            if not none_left:
-                n_bytes = int(self.token_bytes[block[:, 1:].cpu().numpy()].sum())
-                total += torch.stack([loss.double() * block[:, 1:].numel(), torch.tensor(n_bytes, device=device).double()])
+            nats += 0 if none_left else loss.double() * block[:, 1:].numel()
         if dist.is_initialized():
-            dist.all_reduce(total)
+            dist.all_reduce(nats)
         parallel.reshard(self.state.model)
-        nats, n_bytes = total.tolist()
-        return {"val_loss": nats / (blocks * seq_len), "val_bits_per_byte": nats / math.log(2) / max(1.0, n_bytes)}
+        nats = nats.item()
+        per_token = nats / (self.val_blocks * self.config.model.seq_len)
+        return {"val_loss": per_token, "val_bits_per_byte": nats / math.log(2) / max(1, self.val_bytes)}
 
     def log(self, measured: dict, evaluating: bool) -> None:
         """Write a record and a console line, with the speed since the last one."""
@@ -241,7 +241,7 @@ class Run:
 
     def save(self) -> None:
         with self.clock.paused():
-            checkpoint.save(self.state, self.out / "ckpt.pt", self.manifest_sha256, self.config.keep)
+            self.saver.save(self.state)
 
     def my_samples(self):
         """The (start, stop) of every micro-batch that this rank trains on, to the end of the run.

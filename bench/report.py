@@ -1,6 +1,5 @@
 """docs/study.md, made from the result files of all studies: `python bench/speedup.py --report`."""
 
-import json
 import math
 import runpy
 from dataclasses import replace
@@ -13,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy
 from rich.console import Console
 
-from bench.speedup import ROOT, draw, pays, percent, rows, summarise
+from bench.speedup import ROOT, draw, pays, percent, plus_minus, read_results, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
@@ -39,7 +38,7 @@ largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥ mean
 def write_report(results: Path, docs: Path, console: Console) -> dict:
     """Write the page and its pictures. Returns the summaries by result file."""
     files = sorted(results.glob("study-*.json"), key=place)
-    found = {path.stem.removeprefix("study-"): json.loads(path.read_text()) for path in files}
+    found = {path.stem.removeprefix("study-"): read_results(path) for path in files}
     finished = {name: one for name, one in found.items() if "arms" in one}
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
@@ -82,7 +81,7 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
 {timing(name, summary, results, docs)}
 Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
 {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
-{devices}; torch {summary["versions"]["torch"]}; commit {summary["git_commit"][:7]}. Seconds are those of
+{devices}; torch {summary["versions"]["torch"]}; commit {(summary["git_commit"] or "unknown")[:7]}. Seconds are those of
 {results["processes"]} runs side by side.
 
 {sweeps(results)}
@@ -99,8 +98,9 @@ def sweeps(results: dict) -> str:
     lines = []
     for arm in results["arms"].values():
         tried = sorted(arm["sweep"].items(), key=lambda pair: float(pair[0]))
-        lines.append([arm["label"], ", ".join(f"{lr}: {loss:.3f}" for lr, loss in tried), f"{arm['lr']:g}"])
-    table = markdown(["arm", "loss by rate, smallest budget of the arm, first seed", "taken"], lines)
+        losses = ", ".join(f"{lr}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in tried)
+        lines.append([arm["label"], f"{arm['swept_at']:.3g}", losses, f"{arm['lr']:g}"])
+    table = markdown(["arm", "at, FLOPs (its smallest budget)", "loss by rate, first seed", "taken"], lines)
     return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
 
 
@@ -116,6 +116,8 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
     for i, (budget, mark) in enumerate(zip(summary["budgets"], "osD^v", strict=False)):
         losses = {share: summary["arms"][arm]["losses"][i] for arm, share in shares.items()}
         losses = {share * largest / budget: loss["mean"] for share, loss in losses.items() if loss}
+        if len(losses) < 4:  # a parabola through three points fits anything
+            continue
         optimum, bend = parabola(losses)
         (line,) = axes.plot(losses.keys(), losses.values(), mark, label=f"{budget:.3g} FLOPs")
         over = numpy.geomspace(min(losses), max(losses), 50)
@@ -137,8 +139,8 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
 
 ![loss over the share of FLOPs before growth]({picture})
 
-The formula was fitted at 8e19 FLOPs and more, far outside of what was run here; `nanostack.plan` caps it at a share of the
-budget for that reason.
+A budget at which fewer than four arms have a point is left out. The formula was fitted at 8e19 FLOPs and more, far outside of
+what was run here; `nanostack.plan` caps it at a share of the budget for that reason.
 """
 
 
@@ -160,7 +162,7 @@ def scaling(summaries: dict[str, dict]) -> str:
     lines = []
     for name in order:
         one, arms = summaries[name], summaries[name]["arms"]
-        minus = [f"{arms[arm]['minus_base'][-1]['mean']:+.3f}" for arm in grown]
+        minus = [plus_minus(difference) if (difference := arms[arm]["minus_base"][-1]) else "-" for arm in grown]
         gains = [percent(arms[arm]["speedup_flops"]) for arm in grown]
         lines.append([f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", *gains, ", ".join(minus)])
     text = f"\n### Over the sizes\n\n{markdown(head, lines)}\n\n"

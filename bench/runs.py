@@ -1,6 +1,6 @@
 """Finished run folders as the results of a study, so that they are summarised, tabulated and drawn by the same code.
 
-Runs of one recipe, whatever their seed and length, are one arm. The deepest that never grew is "scratch", the target.
+Runs of one recipe, whatever their seed and length, are one arm. "scratch" never grew and has the shape of the grown models.
 """
 
 import json
@@ -11,6 +11,7 @@ from nanostack import checkpoint
 from nanostack.errors import UserError
 
 LENGTHS = ("tokens", "warmup_tokens", "decay_tokens")  # of a stage: not of the recipe
+TEXT = ("tokenizer", "training text", "validation text")
 SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are compared at one budget
 
 
@@ -31,8 +32,10 @@ def collect(folders: tuple[Path, ...]) -> dict:
             if len({runs[name]["budget"] for name in of_seed}) < len(of_seed):
                 raise UserError(f"{', '.join(of_seed)} are one recipe, seed {seed} and number of FLOPs: give one of them")
         depths = [first["model"]["n_layer"]] if not first["grown_from"] else [*first["grown_from"], first["model"]["n_layer"]]
-        label = f"{' → '.join(map(str, depths))} layers" + (f", {first['op']}" if first["grown_from"] else "")
-        arm = {"label": label, "lr": first["lr"], "grows": bool(first["grown_from"]), "n_layer": depths[0], "seeds": seeds}
+        label = f"{' → '.join(map(str, depths))} layers"
+        label += f", {first['op']} at {first['at']:.0%} of the FLOPs" if first["grown_from"] else ""
+        arm = {"label": label, "lr": first["lr"], "grows": bool(first["grown_from"]), "n_layer": depths[0]}
+        arm |= {"model": first["model"], "seeds": seeds}
         arms[names[0]] = arm
     arms = _ordered(arms, runs)
     scratch = runs[next(iter(arms["scratch"]["seeds"].values()))[0]]
@@ -55,49 +58,70 @@ def collect(folders: tuple[Path, ...]) -> dict:
 def finished(folder: Path) -> dict:
     """What there is to know of a run. UserError unless it is whole, and its learning rate has decayed."""
     header, records = read_run(folder)
-    if "config" not in header:
-        raise UserError(f"{folder} was trained before headers told the config: train it anew")
+    if "config" not in header or not all("loss" in record and "val_loss" in record for record in records):
+        raise UserError(f"{folder} was not written by this version of train.py: train it anew")
     config = header["config"]
     planned = sum(-(-stage["tokens"] // config["batch_tokens"]) for stage in config["stages"])
     steps = [record for record in records if record["loss"] is not None]
     evaluations = [record for record in records if record["val_loss"] is not None]
     if not steps or steps[-1]["step"] < planned or not evaluations or evaluations[-1]["step"] < planned:
         raise UserError(f"{folder} is not finished: resume it first")
-    last, peak = records[-1]["lr"], max(record["lr"] for record in steps)
-    if last > 0.2 * peak:
-        raise UserError(f"{folder} ends at a learning rate of {last:g}, of {peak:g} at most: only decayed runs are compared")
+    last = len(config["stages"]) - 1
+    while config["stages"][last]["continues"]:
+        last -= 1
+    rate, end = config["stages"][last]["lr"], records[-1]["lr"]
+    if end > 0.2 * rate:
+        raise UserError(f"{folder} ends at a learning rate of {end:g}, of {rate:g} at most: only decayed runs are compared")
     receipts = [record["growth"] for record in records if "growth" in record]
-    needs = None
     if config["init_from"]:  # it may have been grown on disk
         receipts = checkpoint.load(folder / "ckpt.pt")["growth"]
-        parent = Path(config["init_from"]).parent
-        needs = parent if (parent / "metrics.jsonl").is_file() else None
+    evaluations = _with_ancestors(folder, config, records)
+    at = None
+    if receipts:
+        at = max(e["flops"] for e in evaluations if e["tokens"] <= receipts[-1]["tokens"]) / evaluations[-1]["flops"]
     recipe = config | {"seed": None, "init_from": None, "log_interval": None, "eval_interval": None}
     recipe["stages"] = [{k: v for k, v in stage.items() if k not in LENGTHS} for stage in config["stages"]]
     return {
-        "evaluations": _before(needs, steps[0]["tokens"] - steps[0]["step"] * config["batch_tokens"], evaluations),
+        "evaluations": evaluations,
         "growth": receipts[-1] if receipts else None,
         "grown_from": [receipts[0]["rules"].count("kept"), *(len(r["rules"]) for r in receipts[:-1])] if receipts else [],
         "op": receipts[-1]["op"] if receipts else None,
         "needs": None,
         "begins": 0,
         "seed": config["seed"],
-        "lr": peak,
-        "recipe": json.dumps([recipe, [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True),
+        "lr": rate,
+        "at": at,
+        "recipe": json.dumps(
+            [recipe, at and round(at, 2), [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True
+        ),
         "model": config["model"] | {"n_layer": len(receipts[-1]["rules"]) if receipts else config["model"]["n_layer"]},
         "val_tokens": config["data"]["val_tokens"],
         "document_mask": config["data"]["document_mask"],
+        "text": header.get("text", {}),
     } | {name: header[name] for name in ("manifest_sha256", "device", "versions", "git_commit", "dtype")}
 
 
-def _before(parent: Path | None, tokens: int, evaluations: list[dict]) -> list[dict]:
-    """`evaluations` behind those of the run that they go on from, `tokens` into it; seconds are of both."""
-    if parent is None:
+def _grown(model: dict, receipts: list[dict]) -> dict:
+    """The shape of a model after its growths."""
+    for receipt in receipts:
+        wider = (receipt["width"] or {}).get("to", {})
+        model = model | {"n_layer": len(receipt["rules"])} | {k: v for k, v in wider.items() if k in model}
+    return model
+
+
+def _with_ancestors(folder: Path, config: dict, records: list[dict]) -> list[dict]:
+    """The evaluations of a run behind those of the runs it went on from, as far as their folders are there; seconds are of
+    all of them."""
+    evaluations = [record for record in records if record["val_loss"] is not None]
+    parent = Path(config["init_from"]).parent if config["init_from"] else None
+    if parent is None or not (parent / "metrics.jsonl").is_file():
         return evaluations
-    records = [record for record in read_run(parent)[1] if record["tokens"] <= tokens]
-    seconds = records[-1]["seconds"] if records else 0.0
-    earlier = [record for record in records if record["val_loss"] is not None]
-    return earlier + [e | {"seconds": e["seconds"] + seconds} for e in evaluations]
+    first = next(record for record in records if record["loss"] is not None)
+    begun = first["tokens"] - first["step"] * config["batch_tokens"]
+    header, of_parent = read_run(parent)
+    before = [e for e in _with_ancestors(parent, header["config"], of_parent) if e["tokens"] <= begun]
+    seconds = before[-1]["seconds"] if before else 0.0
+    return before + [e | {"seconds": e["seconds"] + seconds} for e in evaluations]
 
 
 def _check_comparable(runs: dict) -> None:
@@ -105,13 +129,17 @@ def _check_comparable(runs: dict) -> None:
     (first, one), *others = runs.items()
     for name, run in others:
         for what, a, b in (
-            ("text or tokenizer (hash of the manifest)", run["manifest_sha256"], one["manifest_sha256"]),
-            ("validation tokens", run["val_tokens"], one["val_tokens"]),
+            *(
+                (what, run["text"].get(what), one["text"].get(what))
+                for what in ("tokenizer", "training text", "validation text")
+            ),
+            ("prepared text (hash of the manifest)", run["manifest_sha256"], one["manifest_sha256"]),
+            ("number of validation tokens", run["val_tokens"], one["val_tokens"]),
             ("context", run["model"]["seq_len"], one["model"]["seq_len"]),
             ("document mask", run["document_mask"], one["document_mask"]),
         ):
             if a != b:
-                raise UserError(f"{name} and {first} cannot be compared: {what} is {a} there and {b} here")
+                raise UserError(f"{name} and {first} cannot be compared: the {what} is {a} in the first and {b} in the second")
 
 
 def _set_budgets(runs: dict) -> None:
@@ -124,7 +152,7 @@ def _set_budgets(runs: dict) -> None:
 
 
 def _ordered(arms: dict, runs: dict) -> dict:
-    """The arms: scratch first, the deepest that never grew (of several recipes the best), then shallower ones, then grown."""
+    """The arms: scratch first, the shape of the grown models (of several recipes the best), then others, then grown ones."""
 
     def end(arm: dict) -> float:
         return min(runs[names[-1]]["evaluations"][-1]["val_loss"] for names in arm["seeds"].values())
@@ -134,7 +162,10 @@ def _ordered(arms: dict, runs: dict) -> dict:
     if not flat or not grown:
         there = "only runs that grow" if grown else "no run that grows"
         raise UserError(f"there is {there}: give the target from scratch and at least one grown run")
-    flat.sort(key=lambda name: (-arms[name]["n_layer"], end(arms[name])))
+    target = max((arms[name]["model"] for name in grown), key=lambda model: model["n_layer"])
+    flat.sort(key=lambda name: (arms[name]["model"] != target, end(arms[name])))
+    if arms[flat[0]]["model"] != target:
+        raise UserError(f"there is no run of the target ({target['n_layer']} layers × {target['d_model']}) from scratch")
     wanted = set(arms[flat[0]]["seeds"])
     for name in flat + grown:
         if missing := wanted ^ set(arms[name]["seeds"]):

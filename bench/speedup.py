@@ -16,7 +16,6 @@ import os
 import runpy
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from rich.table import Table  # noqa: E402
 
 from nanostack.errors import UserError, command_line  # noqa: E402
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,14 @@ class Command:
     size: str | None = None
     """Of a study: cpu, gpu, ...; what this machine is, unless given."""
     jobs: int | None = None
-    """Runs at a time; on a CPU as many as it has cores."""
+    """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
     out: Path = Path("out/study")
     """Folder of a study's runs."""
     results: Path = Path("bench/results")
     """Folder of result files and pictures."""
     report: bool = False
-    """Write docs/study.md anew from all studies in `results`."""
+    """Write study.md in `docs` anew from all studies in `results`."""
+    docs: Path = ROOT / "docs"
     json: bool = False
     """Print the summary as one JSON object; everything else goes to standard error."""
 
@@ -65,6 +65,16 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     except ValueError as error:
         raise UserError(f"{path} is not whole: the run died while it was written, or is under way; resume it first") from error
     return header, records
+
+
+def read_results(path: Path) -> dict:
+    """What bench/study.py has written."""
+    try:
+        results = json.loads(path.read_text())
+        results["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold results of a study; move it away, or restore it") from error
+    return results
 
 
 def curve(records: list[dict]) -> list[tuple[float, float]]:
@@ -113,8 +123,16 @@ def crossing(points: list[tuple[float, float]], loss: float) -> Crossing | None:
 def mean_and_interval(values: list[float]) -> dict:
     """Mean, and the half-width of its 95 % interval by Student's t; None for a single value."""
     n, mean = len(values), statistics.mean(values)
-    half = T_95.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    half = t_95(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return {"mean": mean, "half_width": half, "values": values}
+
+
+def t_95(freedom: int) -> float:
+    """Student's t for 95 %, two-sided; beyond the table by its expansion around the normal quantile."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def ends_of(results: dict, arm: str, seed: str) -> dict[float, tuple[str, dict]]:
@@ -146,65 +164,79 @@ def grown_after(results: dict, name: str | None) -> int:
 def gain(results: dict, arm: str, seed: str, count: str) -> dict | None:
     """Speedup of an arm at the last loss of scratch, as a fraction, and whether it may be more; None if it is not reached.
 
-    Where the arm's first decayed point is below already, its undecayed curve on the way there gives a bound.
+    Scratch itself must have come down to that loss for good. Where the arm's first decayed point is below already, its
+    undecayed curve after growth gives a bound.
     """
-    flops, target = [(end[count], end["val_loss"]) for _, end in ends_of(results, "scratch", seed).values()][-1]
-    needed = crossing([(end[count], end["val_loss"]) for _, end in ends_of(results, arm, seed).values()], target)
-    if needed is None:
+
+    def points(name: str) -> list[tuple[float, float]]:
+        return [(end[count], end["val_loss"]) for _, end in ends_of(results, name, seed).values()]
+
+    target = points("scratch")[-1][1]
+    own, needed = crossing(points("scratch"), target), crossing(points(arm), target)
+    if own is None or needed is None:
         return None
-    if needed.at_most and arm != "scratch":
+    at_least = needed.at_most and arm != "scratch"
+    if at_least:
         first = next(iter(ends_of(results, arm, seed).values()))[0]
         way = [e for e in path_of(results, first) if e["tokens"] > grown_after(results, first)]
         needed = replace(needed, flops=flops_to_reach([(e[count], e["val_loss"]) for e in way], target))
-    return {"gain": flops / needed.flops - 1, "at_least": needed.at_most and arm != "scratch"}
+    return {"gain": own.flops / needed.flops - 1, "at_least": at_least}
 
 
 def summarise(results: dict) -> dict:
-    """What a study has found: per arm losses, speedups by both counts, and the difference to the base that never grew.
+    """What a study has found: per arm losses, speedups by both counts, and the difference to the best base that never grew.
 
     Lists go by budget, with None where an arm has no point; all other numbers are means over seeds with their interval.
+    A base is an arm that never grows and has fewer layers than scratch, the target.
     """
     arms, seeds, budgets = results["arms"], list(results["arms"]["scratch"]["seeds"]), results["budgets"]
-    base = next((name for name, arm in arms.items() if not arm["grows"] and name != "scratch"), None)
     losses = {
         name: {seed: {b: end["val_loss"] for b, (_, end) in ends_of(results, name, seed).items()} for seed in seeds}
         for name in arms
     }
 
-    def over_seeds(value: Callable[[str, float], float], *needed: str) -> list[dict | None]:
-        """Of every budget that the needed arms have in all seeds."""
-        there = [all(b in losses[arm][seed] for arm in needed for seed in seeds) for b in budgets]
-        values = [[value(seed, b) for seed in seeds] if ok else None for b, ok in zip(budgets, there, strict=True)]
-        return [None if one is None else mean_and_interval(one) for one in values]
+    def over_seeds(budget: float, arm: str, minus: str | None = None) -> dict | None:
+        """The loss of an arm, or its difference to another's; None unless there is one for every seed."""
+        if any(budget not in losses[name][seed] for name in (arm, minus) if name for seed in seeds):
+            return None
+        return mean_and_interval([losses[arm][seed][budget] - (losses[minus][seed][budget] if minus else 0) for seed in seeds])
 
+    def best(names: list[str], budget: float) -> str | None:
+        found = {name: loss["mean"] for name in names if (loss := over_seeds(budget, name))}
+        return min(found, key=found.get) if found else None
+
+    flat = [n for n, arm in arms.items() if not arm["grows"] and arm["n_layer"] < arms["scratch"]["n_layer"]]
+    bases = [best(flat, b) for b in budgets]
     answer = {}
     for name, arm in arms.items():
         found = {"label": arm["label"], "lr": arm["lr"], "grows": arm["grows"]}
-        found["losses"] = over_seeds(lambda seed, b, name=name: losses[name][seed][b], name)
+        found["losses"] = [over_seeds(b, name) for b in budgets]
+        found["minus_base"] = [over_seeds(b, name, base) if base else None for b, base in zip(budgets, bases, strict=True)]
         for count in ("flops", "flops_exact"):
             gains = [gain(results, name, seed, count) for seed in seeds]
-            reached = None not in gains
-            bound = reached and any(one["at_least"] for one in gains)
-            found[f"speedup_{count}"] = (
-                mean_and_interval([one["gain"] for one in gains]) | {"at_least": bound} if reached else None
-            )
-        if base is not None and name != base:
-            found["minus_base"] = over_seeds(
-                lambda seed, b, name=name: losses[name][seed][b] - losses[base][seed][b], name, base
-            )
+            known = None if None in gains else mean_and_interval([one["gain"] for one in gains])
+            found[f"speedup_{count}"] = known and known | {"at_least": any(one["at_least"] for one in gains)}
         answer[name] = found
-    best = []  # grown arm of every budget
-    for i in range(len(budgets)):
-        there = [name for name, arm in answer.items() if arm["grows"] and arm["losses"][i]]
-        best.append(min(there, key=lambda name, i=i: answer[name]["losses"][i]["mean"]) if there else None)
-    known = {}  # budget: whether the best grown model beats the base there
-    for i, arm in enumerate(best):
-        if base is not None and arm is not None and (difference := answer[arm]["minus_base"][i]) is not None:
-            known[budgets[i]] = difference["mean"] < 0
-    pays_from = next((budget for budget in known if all(won for later, won in known.items() if later >= budget)), None)
+    verdicts = []
+    for i, budget in enumerate(budgets):
+        grown = best([name for name, arm in arms.items() if arm["grows"]], budget)
+        difference = answer[grown]["minus_base"][i] if grown else None
+        verdicts.append(difference and {"grown": grown, "base": bases[i], "pays": decided(difference)} | difference)
+    pays_from = None
+    for budget, verdict in reversed(list(zip(budgets, verdicts, strict=True))):
+        if verdict and not verdict["pays"]:
+            break
+        pays_from = budget if verdict else pays_from
     about = ("study", "question", "size", "budgets", "model", "device", "date", "git_commit", "versions", "manifest_sha256")
-    found = {"seeds": seeds, "arms": answer, "base": base, "best": best, "pays": known, "pays_from": pays_from}
+    found = {"seeds": seeds, "arms": answer, "bases": bases, "verdicts": verdicts, "pays_from": pays_from}
     return {key: results[key] for key in about} | found
+
+
+def decided(difference: dict) -> bool | None:
+    """Whether a difference is below zero; None where its interval holds zero."""
+    if difference["half_width"] is not None and abs(difference["mean"]) <= difference["half_width"]:
+        return None
+    return difference["mean"] < 0
 
 
 def percent(gain: dict | None) -> str:
@@ -214,34 +246,35 @@ def percent(gain: dict | None) -> str:
     return f"{'≥ ' if gain['at_least'] else ''}{100 * gain['mean']:+.0f}{spread} %"
 
 
+PAYS = {True: "pays", False: "does not pay", None: "not decided"}
+
+
 def pays(summary: dict) -> str:
-    """The sentence that a critic looks for."""
-    if not summary["pays"]:
+    """What a critic looks for: at which budgets the best grown model beats the best that never grew."""
+    said = []
+    for budget, one in zip(summary["budgets"], summary["verdicts"], strict=True):
+        if one is not None:
+            grown, base = (summary["arms"][one[name]]["label"] for name in ("grown", "base"))
+            said.append(f"{PAYS[one['pays']]} at {budget:.3g} FLOPs ({grown}: {plus_minus(one)} nats against {base})")
+    if not said:
         return "No base that never grew stands beside a grown model of the same FLOPs here: whether growth pays is not known."
-    grown, base = ("“" + summary["arms"][name]["label"] + "”" for name in (summary["best"][-1], summary["base"]))
-    if summary["pays_from"] is None:
-        return f"Growth does not pay at these budgets: {base} ends lower than the best grown model at the largest, {grown}."
-    if all(summary["pays"].values()):
-        return f"Growth pays at all of these budgets: the best grown model ends lower than {base} (at the largest {grown})."
-    begin = f"{summary['pays_from']:.3g} FLOPs"
-    return (
-        f"Growth pays from {begin} on: there the best grown model ({grown} at the largest) ends lower than {base}, below not."
-    )
+    least = summary["pays_from"]
+    end = f"It pays from {least:.3g} FLOPs on." if least else "From which budget on it pays is not seen here."
+    return f"Growth {'; '.join(said)}. {end}"
 
 
 def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a study's table; the last row says at which budgets growth pays."""
     head = ["arm", "lr", *(f"loss at {b:.3g}" for b in summary["budgets"]), "speedup", "exact count", "minus base"]
     found = []
-    for arm in summary["arms"].values():
+    for name, arm in summary["arms"].items():
         losses = ["-" if one is None else f"{one['mean']:.3f}" for one in arm["losses"]]
-        minus = arm.get("minus_base", [None])[-1]
+        minus = arm["minus_base"][-1]
         gains = [percent(arm["speedup_flops"]), percent(arm["speedup_flops_exact"])]
-        found.append([arm["label"], f"{arm['lr']:g}", *losses, *gains, "" if minus is None else plus_minus(minus)])
-    if summary["pays"]:
-        best = [None if name is None else summary["arms"][name]["minus_base"][i] for i, name in enumerate(summary["best"])]
-        verdicts = ["-" if m is None else ("pays " if m["mean"] < 0 else "does not pay ") + plus_minus(m) for m in best]
-        found.append(["growth, the best arm minus base", "", *verdicts, "", "", ""])
+        shown = "" if minus is None or name == summary["bases"][-1] else plus_minus(minus)
+        found.append([arm["label"], f"{arm['lr']:g}", *losses, *gains, shown])
+    verdicts = ["-" if one is None else f"{PAYS[one['pays']]}: {plus_minus(one)}" for one in summary["verdicts"]]
+    found.append(["the best grown minus the best base", "", *verdicts, "", "", ""])
     return head, found
 
 
@@ -271,23 +304,24 @@ def draw(results: dict, summary: dict, path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), dpi=140, sharey=True, layout="constrained")
     colours, marks = plt.cm.tab10.colors, "osD^vP*X<>ph"
+    flat = itertools.cycle(("#888888", "#aa9977", "#7799aa"))
     for number, (name, arm) in enumerate(results["arms"].items()):
-        colour = {"scratch": "#222222", summary["base"]: "#888888"}.get(name, colours[number % 10])
+        colour = "#222222" if name == "scratch" else colours[number % 10] if arm["grows"] else next(flat)
         style = {"color": colour, "marker": marks[number % len(marks)], "ms": 5}
         seeds = [ends_of(results, name, seed) for seed in arm["seeds"]]
-        ways = [{b: path_of(results, run) for b, (run, _) in ends.items()} for ends in seeds]
+        common = [b for b in seeds[0] if all(b in ends for ends in seeds)]
+        ways = {b: [path_of(results, ends[b][0]) for ends in seeds] for b in common}
         for panel, axis in zip(panels, ("flops", "seconds"), strict=True):
-            points = [[(way[-1][axis], way[-1]["val_loss"]) for way in of_seed.values()] for of_seed in ways]
-            means = [[statistics.mean(values) for values in zip(*one, strict=True)] for one in zip(*points, strict=False)]
+            points = [[(way[-1][axis], way[-1]["val_loss"]) for way in ways[b]] for b in common]
+            means = [[statistics.mean(values) for values in zip(*one, strict=True)] for one in points]
             panel.plot(*zip(*means, strict=True), **style, lw=1.4, label=arm["label"])
-            for one in points:
-                panel.plot(*zip(*one, strict=True), **style, ls="", alpha=0.25)
-            if len(means) == 1:
-                for way in (way for of_seed in ways for way in of_seed.values()):
+            panel.plot(*zip(*itertools.chain(*points), strict=True), **style, ls="", alpha=0.25)
+            if len(common) == 1:
+                for way in ways[common[0]]:
                     panel.plot([e[axis] for e in way], [e["val_loss"] for e in way], color=colour, lw=0.8, alpha=0.6)
-            begun = [e[axis] for e in ways[0][min(ways[0])] if e["tokens"] >= grown_after(results, seeds[0][min(ways[0])][0])]
             if arm["grows"]:
-                panel.axvline(begun[0], color=colour, lw=0.8, ls=":")
+                place = grown_after(results, seeds[0][common[0]][0])
+                panel.axvline(next(e[axis] for e in ways[common[0]][0] if e["tokens"] >= place), color=colour, lw=0.8, ls=":")
     panels[0].set(
         xscale="log", xlabel="FLOPs (6·N per token), base included; growth dotted", ylabel="validation loss, nats per token"
     )
@@ -308,7 +342,7 @@ def main(command: Command) -> dict:
     if command.report:
         from bench.report import write_report
 
-        return write_report(command.results, ROOT / "docs", console)
+        return write_report(command.results, command.docs, console)
     if not command.paths:
         raise UserError("give a study file (config/study/*.py), folders of finished runs, or --report")
     if command.paths[0].suffix == ".py":
@@ -316,7 +350,7 @@ def main(command: Command) -> dict:
     from bench.runs import collect
 
     results = collect(command.paths)
-    stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "speedup"
+    stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "compared"
     summary = show(results, stem, console)
     stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -340,12 +374,19 @@ def run_study(command: Command, console: Console) -> dict:
     path, *others = command.paths
     if others or not path.is_file():
         raise UserError(f"there is no study file {path}" if not others else f"one study at a time: {path}")
-    study = runpy.run_path(str(path)).get("study")
+    try:
+        study = runpy.run_path(str(path)).get("study")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path} is not a valid study: {type(error).__name__}: {error}") from error
     if not isinstance(study, running.Study):
         raise UserError(f"{path} has no variable `study` of type bench.study.Study")
     cuda = torch.cuda.is_available()
     size = command.size or ("gpu" if cuda else "cpu")
-    jobs = command.jobs or (1 if cuda else os.cpu_count())
+    jobs = command.jobs or (4 if cuda else os.cpu_count())  # small models leave most of a GPU idle
+    if jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {jobs}")
     files = running.run(study, size, command.data.resolve(), command.out.resolve() / size, command.results, jobs, console)
     summaries = {}
     for file in files:

@@ -16,12 +16,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date, timedelta
 from multiprocessing import connection, get_context, parent_process
@@ -32,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.speedup import read_run
+from bench.speedup import read_results, read_run
 from nanostack.config import Data, Growth, Stage, Train
 from nanostack.data import load_manifest, manifest_sha256
 from nanostack.errors import UserError
@@ -113,17 +115,12 @@ class Study:
 class Job:
     """One run of train.py."""
 
-    name: str
+    name: str  # with a hash of all that shapes its records
     config: Train
     needs: str | None  # the job from whose checkpoint it starts
     begins: int  # tokens that it starts after
     flops: float  # it will spend, to show progress
     budget: float | None = None  # of a branch
-
-    def key(self, manifest: str) -> str:
-        """Hash of all that shapes the run's records."""
-        values = self.config.shaping() | {"init_from": self.needs, "manifest": manifest}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,20 @@ class Plan:
         vocab = load_manifest(data)["tokenizer"]["n_vocab"]
         model = replace(size.model, vocab_size=size.model.vocab_size or -(-vocab // 128) * 128)
         self.study, self.size, self.model, self.data, self.out = study, size, model, data, out
+        self.manifest = manifest_sha256(data)
         if "scratch" not in study.arms or study.arms["scratch"].jumps:
             raise UserError(f"study {study.name} needs an arm `scratch` that never grows")
+        if not (size.lrs and size.seeds and size.budgets) or list(size.budgets) != sorted(set(size.budgets)):
+            raise UserError(f"study {study.name} needs learning rates, seeds, and budgets that rise, not {size.budgets}")
+        target = replace(self.model, n_layer=study.arms["scratch"].n_layer)
         for name, arm in study.arms.items():
+            ends = replace(self.model, n_layer=arm.n_layer)
+            for jump in arm.jumps:
+                ends = jump.growth.shape(ends).config
+            if arm.jumps and ends != target:
+                raise UserError(
+                    f"study {study.name}: arm {name} grows to {ends.n_layer} layers × {ends.d_model}, scratch differs"
+                )
             if arm.jumps and self.base_of(arm) is None:
                 raise UserError(f"study {study.name}: arm {name} begins with {arm.n_layer} layers, which no arm keeps for good")
             if not self.budgets(name):
@@ -215,7 +223,8 @@ class Plan:
             eval_interval=stage.tokens if budget else max(1, stage.tokens // 2),
             save_interval=2**62,
         )
-        about = json.dumps(config.shaping() | {"init_from": needs}, sort_keys=True)
+        shaping = {k: v for k, v in config.shaping().items() if k not in ("log_interval", "eval_interval")}
+        about = json.dumps(said(shaping | {"init_from": needs, "text": self.manifest}), sort_keys=True)
         name = f"{model.n_layer}-layers-lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
         name += hashlib.sha256(about.encode()).hexdigest()[:8]
         config = replace(config, out=str(self.out / name))
@@ -226,6 +235,13 @@ class Plan:
 
     def tokens(self, flops: float, model: LlamaConfig) -> int:
         return max(1, round(flops / flops_per_token(model) / self.size.batch_tokens)) * self.size.batch_tokens
+
+
+def said(value):
+    """A config without what is None, False or 0: options that it does not use, and that may not have existed yet."""
+    if isinstance(value, dict):
+        return {k: said(v) for k, v in value.items() if v}
+    return [said(one) for one in value] if isinstance(value, list) else value
 
 
 def execute(config: Train) -> dict:
@@ -239,11 +255,12 @@ def execute(config: Train) -> dict:
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.Run(replace(config, resume=True)).train()
     header, records = read_run(out)
-    steps = [record for record in records if record["loss"] is not None]
+    steps = [record for record in records if record["lr"] is not None]
     if not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens:
         raise KeyboardInterrupt
     names = ("tokens", "flops", "flops_exact", "val_loss", "val_bits_per_byte", "seconds", "epoch", "lr")
-    evaluations = [{name: record[name] for name in names} for record in records if record["val_loss"] is not None]
+    evaluated = [record for record in records if record["val_loss"] is not None or record is records[-1]]
+    evaluations = [{name: record[name] for name in names} for record in evaluated]
     growth = next((record["growth"] for record in records if "growth" in record), None)
     return {"evaluations": evaluations, "growth": growth} | {name: header[name] for name in ("device", "dtype", "git_commit")}
 
@@ -254,24 +271,23 @@ class Runner:
     def __init__(self, plan: Plan, name: str, path: Path, jobs: int, console: Console):
         self.plan, self.path, self.workers, self.console = plan, path, jobs, console
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.manifest = manifest_sha256(plan.data)
-        self.results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-        about = {"study": plan.study.name, "question": plan.study.question, "size": name, "manifest_sha256": self.manifest}
+        self.results = read_results(path) if path.exists() else {"runs": {}}
+        about = {"study": plan.study.name, "question": plan.study.question, "size": name, "manifest_sha256": plan.manifest}
         differ = [k for k, v in about.items() if k in self.results and self.results[k] != v and k != "question"]
         if differ:
             raise UserError(f"{path} has results of another study, size or text ({', '.join(differ)} differ): move it away")
         self.results |= about | {"model": asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
-        self.results |= {"batch_tokens": plan.size.batch_tokens, "versions": versions()}
+        self.results["batch_tokens"] = plan.size.batch_tokens
         self.runs = {}  # of all studies in the folder
         for file in sorted(path.parent.glob("study-*.json")):
-            self.runs |= json.loads(file.read_text())["runs"]
+            self.runs |= read_results(file)["runs"]
         self.runs |= self.results["runs"]
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """Those to run, in order: jobs without a result, and those whose checkpoint one of them needs and is gone."""
         wanted = {}
         for job in reversed(jobs):
-            done = self.runs.get(job.name, {}).get("key") == job.key(self.manifest)
+            done = job.name in self.runs
             needed = any(w.needs == job.name and not Path(w.config.init_from).exists() for w in wanted.values())
             if not done or needed:
                 wanted[job.name] = job
@@ -284,6 +300,7 @@ class Runner:
         waiting = self.missing(list({job.name: job for job in jobs}.values()))
         if not waiting:
             return
+        self.results.pop("arms", None)  # what was finished is not any more
         names, n_jobs, total = {job.name for job in waiting}, len(waiting), sum(job.flops for job in waiting)
         spent, began = 0.0, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
@@ -299,7 +316,10 @@ class Runner:
                         running[pool.submit(execute, job.config)] = job
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
-                        self.keep(job, future.result())
+                        try:
+                            self.keep(job, future.result())
+                        except BrokenProcessPool as error:
+                            raise UserError(f"{job.name} was killed (out of memory?); the same command goes on") from error
                         names.discard(job.name)
                         spent += job.flops
                         progress.advance(task, job.flops)
@@ -312,7 +332,7 @@ class Runner:
 
     def keep(self, job: Job, result: dict) -> None:
         stage = {k: v for k, v in job.config.shaping()["stages"][0].items() if v != STAGE[k]}
-        about = {"key": job.key(self.manifest), "needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
+        about = {"needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
         self.runs[job.name] = self.results["runs"][job.name] = result | about
         self.write()
 
@@ -322,9 +342,12 @@ class Runner:
         os.replace(partial, self.path)
 
     def loss(self, job: Job) -> float:
-        return self.results["runs"][job.name]["evaluations"][-1]["val_loss"]
+        """At the end of a run; infinite where it has diverged."""
+        loss = self.results["runs"][job.name]["evaluations"][-1]["val_loss"]
+        return math.inf if loss is None else loss
 
 
+WIDEST = 6  # rates beyond those given, each twice or half of the last
 STAGE = {f.name: f.default for f in fields(Stage)}  # what a result need not say of a run
 
 
@@ -348,6 +371,8 @@ def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int
     targets = study.sizes[name]
     stem = f"study-{study.name}-{name}"
     files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
+    if len(set(files)) < len(files):
+        raise UserError(f"study {study.name}: two targets of one d_model would share a result file")
     plans = [Plan(study, size, data, out) for size in targets]
     with open(out / "lock", "w") as lock:
         try:
@@ -362,7 +387,7 @@ def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int
 def run_target(plan: Plan, runner: Runner) -> None:
     study, size = plan.study, plan.size
     tuned: dict[str, float] = {}
-    sweep: dict[str, dict[str, float]] = {}
+    sweep: dict[str, dict[float, Job]] = {}
     order = sorted(study.arms, key=lambda arm: len(study.arms[arm].jumps) > 0)
 
     def base_rate(arm: str) -> float:
@@ -373,39 +398,50 @@ def run_target(plan: Plan, runner: Runner) -> None:
         return plan.jobs(arm, size.seeds[0], lr, base_rate(arm), plan.budgets(arm)[:1])
 
     for group in ([a for a in order if not study.arms[a].jumps], [a for a in order if study.arms[a].jumps]):
-        tune(group, size.lrs, smallest_run, runner, sweep)
-        tuned |= {arm: float(min(sweep[arm], key=sweep[arm].get)) for arm in group}
+        sweep |= tune(group, size.lrs, smallest_run, runner)
+        tuned |= {arm: min(sweep[arm], key=lambda lr, arm=arm: runner.loss(sweep[arm][lr])) for arm in group}
     work = [(arm, seed) for seed in size.seeds for arm in order]
     of_arm = {pair: plan.jobs(*pair, tuned[pair[0]], base_rate(pair[0]), plan.budgets(pair[0])) for pair in work}
     runner.run([job for jobs_ in of_arm.values() for job in jobs_], "all arms and seeds")
+    if "arms" in runner.results:
+        return
+    diverged = [job.name for jobs_ in of_arm.values() for job in jobs_ if math.isinf(runner.loss(job))]
+    if diverged:
+        raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
     arms = {}
     for name in order:
         arm = study.arms[name]
         arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
-        arms[name] |= {"lr": tuned[name], "sweep": sweep[name]}
+        arms[name] |= {"lr": tuned[name], "swept_at": plan.budgets(name)[0]}
+        arms[name]["sweep"] = {
+            f"{lr:g}": runner.results["runs"][job.name]["evaluations"][-1]["val_loss"] for lr, job in sweep[name].items()
+        }
         arms[name]["seeds"] = {str(seed): [job.name for job in of_arm[name, seed]] for seed in size.seeds}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
-    runner.results |= {"arms": arms, "processes": runner.workers} | about
+    runner.results |= {"arms": arms, "processes": runner.workers, "versions": versions()} | about
     runner.write()
 
 
 def tune(
-    arms: list[str], lrs: tuple[float, ...], jobs_of: Callable[[str, float], list[Job]], runner: Runner, sweep: dict
-) -> None:
-    """Fill `sweep[arm]` with {rate: loss at the smallest budget} until the best rate of each arm lies inside.
+    arms: list[str], lrs: tuple[float, ...], jobs_of: Callable[[str, float], list[Job]], runner: Runner
+) -> dict[str, dict[float, Job]]:
+    """{arm: {rate: its run at the smallest budget}}, widened until the best rate of each arm lies inside.
 
-    A single rate is taken as it is.
+    A single rate is taken as it is. Raises `UserError` where the best rate runs away.
     """
+    sweep = {arm: {} for arm in arms}
     todo = {arm: set(lrs) for arm in arms}
     while todo:
         jobs = {(arm, lr): jobs_of(arm, lr) for arm, rates in todo.items() for lr in sorted(rates)}
         runner.run([job for jobs_ in jobs.values() for job in jobs_], f"learning rates of {', '.join(todo)}")
         for (arm, lr), jobs_ in jobs.items():
-            sweep.setdefault(arm, {})[f"{lr:g}"] = runner.loss(jobs_[-1])
+            sweep[arm][lr] = jobs_[-1]
         todo = {}
-        for arm in arms:
-            rates = sorted(map(float, sweep[arm]))
-            best = float(min(sweep[arm], key=sweep[arm].get))
-            if len(lrs) > 1 and best in (rates[0], rates[-1]) and len(rates) < len(lrs) + 4:
-                todo[arm] = {best / 2 if best == rates[0] else best * 2}
+        for arm in arms if len(lrs) > 1 else ():
+            best = min(sweep[arm], key=lambda lr, arm=arm: runner.loss(sweep[arm][lr]))
+            if best in (min(sweep[arm]), max(sweep[arm])):
+                todo[arm] = {best / 2 if best == min(sweep[arm]) else best * 2}
+            if len(sweep[arm]) > len(lrs) + WIDEST and arm in todo:
+                raise UserError(f"no best learning rate of arm {arm} between {min(sweep[arm]):g} and {max(sweep[arm]):g}")
+    return sweep

@@ -12,7 +12,7 @@ config = Train(
     ),
     batch_tokens=2_097_152,
     micro_batch=4,
-    parallel=Parallel(activation_checkpointing=True),
+    parallel=Parallel(activation_checkpointing="full"),
     log_interval=20_971_520,
     eval_interval=1_048_576_000,
     save_interval=2_097_152_000,

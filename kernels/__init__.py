@@ -3,6 +3,7 @@
 from .dispatch import set_backend, unavailable_reason
 from .flash_attention import flash_attention
 from .flash_attention import flops as flash_attention_flops
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary
@@ -12,6 +13,7 @@ __all__ = [
     "add_rms_norm",
     "flash_attention",
     "flash_attention_flops",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",

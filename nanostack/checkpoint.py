@@ -6,12 +6,14 @@ plain values, read with `weights_only=True`; it carries a SHA-256 per tensor and
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -34,6 +36,62 @@ def save(state: State, path: str | Path, manifest_sha256: str | None = None, kee
     """
     contents = pack(state, manifest_sha256)
     on_rank_0(_write_and_link, contents, Path(path), keep)
+
+
+class Saver:
+    """Saves a run's checkpoints while it trains on: the state is copied, a thread hashes the copy and writes it.
+
+    On a GPU the copies are asynchronous, into pinned memory that is kept for the next save; training waits for them on the
+    device only. One save is under way at a time. All ranks must call it alike. An error of the writer is raised by the next
+    `save` or `wait`; leaving a `with` waits too.
+    """
+
+    def __init__(self, path: str | Path, manifest_sha256: str | None, keep: int):
+        self.path, self.manifest_sha256, self.keep = Path(path), manifest_sha256, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        self._host: dict[str, Tensor] = {}
+
+    def save(self, state: State) -> None:
+        """Copy the state as it is now, and have it written. Waits for the save before this one."""
+        self.wait()
+        contents = _contents(state, self.manifest_sha256, self._copy)
+        copied = None
+        if state.placement.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        if rank() == 0:
+            self._writing = self._pool.submit(self._write, contents, copied)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises `UserError` on every rank where it could not be written."""
+        on_rank_0(self._result)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _result(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, contents: dict, copied: "torch.cuda.Event | None") -> None:
+        if copied is not None:
+            copied.synchronize()
+        _write_and_link(contents | {"hashes": _hashes(contents)}, self.path, self.keep)
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        host = self._host.get(name)
+        if host is None or host.shape != value.shape or host.dtype != value.dtype:
+            host = self._host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return host.copy_(value, non_blocking=True)
 
 
 def write(contents: dict, path: Path) -> None:
@@ -118,25 +176,30 @@ def _check_growths(saved: dict, source: str | Path, config: Train) -> None:
 
 def pack(state: State, manifest_sha256: str | None) -> dict | None:
     """The dict that a checkpoint is, on the host; every rank must call it, rank 0 gets it."""
-    model, optimizer = state.whole_tensors(keep=rank() == 0)
+    contents = _contents(state, manifest_sha256, lambda name, value: value.cpu())
+    return contents and contents | {"hashes": _hashes(contents)}
+
+
+def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str, Tensor], Tensor]) -> dict | None:
+    """What `pack` gives, but for the hashes. `to_host(name, tensor)` brings a tensor to the host."""
+    model, optimizer = state.whole_tensors(to_host if rank() == 0 else None)
     if rank() != 0:
         return None
     rng = {"cpu": torch.get_rng_state()}
     if state.placement.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(state.placement.device)
-    contents = {
+    return {
         "format": FORMAT,
         "config": dataclasses.asdict(state.model.config),
         "model": model,
         "optimizer": optimizer,
         "cursor": dataclasses.asdict(state.cursor),
         "rng": rng,
-        "growth": state.growth,
+        "growth": copy.deepcopy(state.growth),
         "manifest_sha256": manifest_sha256,
         "seed": state.seed,
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
     }
-    return contents | {"hashes": _hashes(contents)}
 
 
 def _write_and_link(contents: dict, path: Path, keep: int) -> None:

@@ -171,8 +171,15 @@ class Optim:
     decay: float = 0.1
     clip: float = 1.0
     """Largest global gradient norm."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's moments are kept in."""
 
     def __post_init__(self):
+        if self.moments == "bfloat16" and self.betas[1] > 0.99:
+            raise UserError(
+                f"optim.moments bfloat16 needs betas[1] ≤ 0.99, not {self.betas[1]}: the second moment would move by less than "
+                "bfloat16 can tell apart"
+            )
         if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.decay >= 0 and self.clip > 0):
             raise UserError(f"optim needs betas in [0, 1), eps > 0, decay ≥ 0 and clip > 0, not {self}")
 
@@ -183,8 +190,8 @@ class Parallel:
 
     replicate: int | None = None
     shard: int | None = None
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes anew instead of keeping: norms, rotary and SwiGLU (selective), or whole blocks (full)."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +211,8 @@ class Train:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     compile: bool = False
     """torch.compile each block; compiled once, shared by all."""
+    cuda_graph: bool = False
+    """Capture a micro-step in a CUDA graph: for small models, whose kernels are launched more slowly than they run. One GPU."""
     log_interval: int = 262144
     eval_interval: int = 16777216
     save_interval: int = 67108864

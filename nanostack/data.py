@@ -240,13 +240,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Prefetcher:
     """Batches of `tokens` for the sample ranges (start, stop), in order, prepared up to `depth` ahead by a thread.
 
-    Yields (tokens_BT, targets_BT): int64 tensors, pinned if `pin`. An error in the thread is raised where its batch
-    would have come. `close`, or leaving a `with`, ends the thread.
+    Yields (tokens_BT, targets_BT): int64 tensors on the CPU, or on the CUDA `device`, where they are copied from pinned
+    memory on a stream of their own while earlier batches are worked on. An error in the thread is raised where its batch would
+    have come. `close`, or leaving a `with`, ends the thread.
     """
 
-    def __init__(self, tokens: Tokens, ranges: Iterable[tuple[int, int]], depth: int = 2, pin: bool = False):
-        self._tokens, self._ranges, self._pin = tokens, ranges, pin
+    def __init__(self, tokens: Tokens, ranges: Iterable[tuple[int, int]], depth: int = 2, device: "torch.device | None" = None):
+        self._tokens, self._ranges = tokens, ranges
+        self._device = device if device is not None and device.type == "cuda" else None
         self._ready: queue.Queue = queue.Queue(maxsize=max(1, depth))
+        self._stream = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
@@ -261,7 +264,15 @@ class Prefetcher:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        pair, copied = item
+        if copied is not None:
+            import torch
+
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(copied)
+            for half in pair:
+                half.record_stream(stream)  # its memory is the other stream's: not to be given away before this one is done
+        return pair
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -291,9 +302,17 @@ class Prefetcher:
         if not self._closed:
             self._ready.put(end)
 
-    def _tensors(self, start: int, stop: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    def _tensors(self, start: int, stop: int) -> "tuple[tuple[torch.Tensor, torch.Tensor], torch.cuda.Event | None]":
+        """The batch, and the event after which it is on the device."""
         import torch
 
         batch = torch.from_numpy(self._tokens.batch(start, stop))
         pair = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        return tuple(half.pin_memory() for half in pair) if self._pin else pair
+        if self._device is None:
+            return pair, None
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            pair = tuple(half.pin_memory().to(self._device, non_blocking=True) for half in pair)
+            copied = torch.cuda.Event()
+            copied.record()
+        return pair, copied

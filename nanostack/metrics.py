@@ -4,6 +4,7 @@ Numbers of a step stay on the device until they are asked for: `Late` hands them
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -106,12 +107,17 @@ class Metrics:
             raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
 
 
-def header(config: Train, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
+def header(config: Train, manifest: dict, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
     """The first record of metrics.jsonl: what is needed to tell whether two runs can be compared."""
+    text = {"tokenizer": f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"}
+    for split, what in (("train", "training text"), ("val", "validation text")):
+        of_shards = "".join(shard["sha256"] for shard in manifest["splits"][split]["shards"])
+        text[what] = hashlib.sha256(of_shards.encode()).hexdigest()[:12]
     return {
         "config_sha256": config.sha256(),
         "config": config.shaping(),
         "manifest_sha256": manifest_sha256,
+        "text": text,
         "git_commit": git_commit(),
         "versions": versions(),
         "device": device_name(placement.device),

@@ -9,6 +9,7 @@ Linear weights are (out, in). Rows of qkv: [all q heads; all k heads; all v head
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,14 +55,29 @@ class LlamaConfig:
 
 
 class Linear(nn.Module):
-    """x @ weightᵀ in x's dtype: the weight is an fp32 master (or FSDP2's low-precision copy of it)."""
+    """x @ weightᵀ in x's dtype: the weight is an fp32 master with a copy in that dtype beside it (or FSDP2's copy itself)."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.low: Tensor | None = None  # neither parameter nor buffer: it follows the weight
+        self._made_from: tuple | None = None  # the weight that `low` is a copy of, its version, and the copy's dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        if self.low is None or self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight.to(x.dtype))
+        return kernels.linear(x, self.weight, self.low)
+
+    @torch.no_grad()
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make the low-precision copy what the weight is now, if it has changed."""
+        now = (weakref.ref(self.weight), self.weight._version, dtype)
+        if self._made_from == now:
+            return
+        if self.low is None or self.low.shape != self.weight.shape or self.low.dtype != dtype:
+            self.low = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
+        self.low.copy_(self.weight)
+        self._made_from = now
 
 
 class RMSNorm(nn.Module):
@@ -133,6 +149,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: whatever the embedding's weight is
+        self.keeps_low = False  # whether linear layers keep a copy of their weight in compute_dtype
         self.end_of_text: int | None = None  # None: attention sees the whole row
         self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -150,6 +167,8 @@ class Llama(nn.Module):
         T = tokens_BT.shape[1]
         if self.config.seq_len < T:
             raise ValueError(f"{T} tokens are longer than seq_len {self.config.seq_len}")
+        if self.keeps_low:
+            self.refresh()
         x_BTD = self.embed(tokens_BT)
         if self.compute_dtype is not None:
             x_BTD = x_BTD.to(self.compute_dtype)
@@ -160,6 +179,12 @@ class Llama(nn.Module):
         if targets_BT is None:
             return self.head(x_BTD)
         return kernels.linear_cross_entropy(x_BTD, self.head.weight, targets_BT)
+
+    def refresh(self) -> None:
+        """Bring the low-precision copies of the blocks' weights up to date; a copy whose weight has not changed stays."""
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.refresh(self.compute_dtype)
 
     def init_rope(self) -> None:
         angles = rope_angles(self.config, self.cos.device)

@@ -5,6 +5,7 @@ it gets storage and values. Nothing here changes what is computed; one device is
 """
 
 import ctypes
+import functools
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ import types
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanostack.config import Parallel
 from nanostack.errors import UserError
@@ -33,14 +34,15 @@ class Placement:
     device: torch.device
     dtype: torch.dtype = torch.float32
     mesh: DeviceMesh | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
 
     def block(self, block: nn.Module) -> nn.Module:
         """Prepare one block; it may be without storage still."""
-        if self.activation_checkpointing:
+        if self.activation_checkpointing != "none":
             # A bound method, not a partial: torch.compile traces through it, and would silently give up at the other.
             block.forward = types.MethodType(_checkpointed, block)
+            block.keeps_products = self.activation_checkpointing == "selective"
         if self.compile:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
             torch._dynamo.config.recompile_limit = 64  # ramps, frozen layers and widths are graphs of their own
@@ -57,6 +59,7 @@ class Placement:
         if config.tie_embeddings and model.head.weight is not model.embed.weight:  # to_empty gives each name its own storage
             model.head.weight = model.embed.weight
         model.compute_dtype = self.dtype
+        model.keeps_low = self.mesh is None and self.dtype != torch.float32  # FSDP2 has its own copies, shard by shard
         return model
 
     def grown(self, model: Llama) -> None:
@@ -90,9 +93,30 @@ class Placement:
 
 
 def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
+    """The forward pass of a block that keeps its input, and what its products and attention give if `block.keeps_products`."""
     if not (arguments[0].requires_grad or any(p.requires_grad for p in block.parameters())):
         return type(block).forward(block, *arguments)  # frozen, and so is all before it: torch.compile fails at the other
-    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
+    # There is no dropout, so no random state to stash: that would make a GPU wait.
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if block.keeps_products:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(type(block).forward, block, *arguments, **options)
+
+
+def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep what attention and products give, but for the last product (d_ff to d_model): nothing needs it again."""
+    keep = op in ATTENTION or (op in PRODUCTS and args[1].shape[0] <= args[1].shape[1])
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+PRODUCTS = (torch.ops.aten.mm.default,)
+ATTENTION = (
+    torch.ops.nanostack.flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 def initialise(model: Llama, seed: int) -> None:
@@ -153,11 +177,14 @@ def micro_steps(batch_tokens: int, micro_batch: int, seq_len: int) -> int:
     )
 
 
-def start(parallel: Parallel, dtype: str, compile: bool) -> Placement:
+def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False) -> Placement:
     """Join the process group that torchrun describes, if any, and choose device, dtype and mesh."""
     world = world_size()
     shape = mesh_shape(parallel, world)
     cuda = torch.cuda.is_available()
+    if cuda_graph and (world > 1 or not cuda):
+        where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
+        raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         if device.index >= torch.cuda.device_count():

@@ -66,7 +66,8 @@ class State:
         for name, parameter in model.named_parameters():
             for key, value in saved["optimizer"].get(name, {}).items():
                 # A step count is one number and never sharded; moments lie like their parameter.
-                like = torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter)
+                dtype = getattr(torch, optim.moments)
+                like = torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter, dtype=dtype)
                 assign(like, value)
                 optimizer.state[parameter][key] = like
         torch.set_rng_state(saved["rng"]["cpu"])
@@ -173,20 +174,20 @@ class State:
                 dead.append(name)
         return dead
 
-    def whole_tensors(self, keep: bool) -> tuple[dict, dict]:
+    def whole_tensors(self, to_host: Callable[[str, Tensor], Tensor] | None) -> tuple[dict, dict]:
         """Model {name: tensor} and optimizer {name: {key: tensor}} on the host, gathered one by one over the mesh.
 
-        Every rank must call it; `keep` says whether this one wants the result.
+        Every rank must call it; those that want the result give `to_host(name, tensor)`, which brings a tensor there.
         """
         reshard(self.model)
         model, optimizer = {}, {}
         for name, parameter in self.model.named_parameters():
             value = whole(parameter.detach())
-            if keep:
-                model[name] = value.cpu()
+            if to_host:
+                model[name] = to_host(name, value)
             moments = {key: whole(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
-            if keep and moments:
-                optimizer[name] = {key: value.cpu() for key, value in moments.items()}
+            if to_host and moments:
+                optimizer[name] = {key: to_host(f"{name}.{key}", value) for key, value in moments.items()}
         return model, optimizer
 
 

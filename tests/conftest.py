@@ -1,5 +1,6 @@
 """What several test files share: one small prepared corpus of real text, and ways to run the real train.py."""
 
+import itertools
 import json
 import os
 import signal
@@ -110,6 +111,14 @@ def records(out: Path) -> list[dict]:
         if "growth" in record:
             del record["growth"]["seconds"]
     return found
+
+
+def peak_bytes(work) -> int:
+    """Most bytes that `work()` holds at a time on the CPU, from every allocation and free that the profiler sees."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def assert_same_state(a: dict, b: dict) -> None:

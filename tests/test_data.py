@@ -339,10 +339,12 @@ def test_closing_ends_the_thread_at_once(real, taken):
 
 
 @pytest.mark.gpu
-def test_batches_are_pinned_when_asked(real):
+def test_batches_arrive_on_the_gpu_as_they_are(real):
+    """Copied on another stream: what is read at once, on the current one, must be all there."""
     tokens = Tokens(real, "train", 64)
-    for pin in (True, False):
-        with Prefetcher(tokens, [(0, 2)], pin=pin) as batches:
-            tokens_BT, targets_BT = next(batches)
-        assert tokens_BT.is_pinned() == targets_BT.is_pinned() == pin
-        assert (tokens_BT.numpy() == tokens.batch(0, 2)[:, :-1]).all()
+    ranges = [(i, i + 16) for i in range(0, 640, 16)]
+    with Prefetcher(tokens, ranges, device=torch.device("cuda")) as batches:
+        for (start, stop), (tokens_BT, targets_BT) in zip(ranges, batches, strict=True):
+            assert tokens_BT.is_cuda and targets_BT.is_cuda
+            expected = tokens.batch(start, stop)
+            assert (tokens_BT.cpu().numpy() == expected[:, :-1]).all() and (targets_BT.cpu().numpy() == expected[:, 1:]).all()

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import ROOT, TINY, Trainer
 
 import train
+from bench.report import parabola
 from bench.runs import collect
 from bench.speedup import (
     Crossing,
@@ -26,8 +27,11 @@ from bench.speedup import (
     rows,
     speedup,
     summarise,
+    t_95,
 )
+from bench.study import tune
 from nanostack.config import Stage, load
+from nanostack.model import LlamaConfig
 
 SCRATCH = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]
 
@@ -90,38 +94,64 @@ def test_interval_is_students():
     found = mean_and_interval([0.5, 0.6, 0.7])
     assert found["mean"] == pytest.approx(0.6) and found["half_width"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
     assert mean_and_interval([0.5])["half_width"] is None
+    assert [t_95(n) for n in (1, 10, 11, 30)] == pytest.approx([12.706, 2.228, 2.201, 2.042], abs=3e-3)
 
 
 def synthetic(curves: dict[str, list[list[float]]], budgets=(1e12, 2e12, 4e12)) -> dict:
     """Results of a study with these losses by arm and seed; names that start with g grow."""
     arms, runs = {}, {}
     for name, seeds in curves.items():
-        arms[name] = {"label": name, "lr": 1e-3, "grows": name.startswith("g"), "seeds": {}}
+        grows, n_layer = name.startswith("grown"), {"scratch": 8, "base": 2, "base4": 4}.get(name, 2)
+        arms[name] = {"label": name, "lr": 1e-3, "grows": grows, "n_layer": n_layer, "seeds": {}, "at": [0.1] if grows else []}
+        arms[name] |= {"sweep": {"0.001": 2.0, "0.002": None}, "swept_at": budgets[0]}
         for seed, losses in enumerate(seeds):
             named = {f"{name}-{seed}-{i}": point for i, point in enumerate(zip(budgets, losses, strict=True))}
             arms[name]["seeds"][str(seed)] = [run for run, (_, loss) in named.items() if loss is not None]
             for run, (budget, loss) in named.items():
                 end = {"flops": budget, "flops_exact": 2 * budget, "val_loss": loss, "seconds": 1.0, "tokens": 9, "epoch": 0.1}
                 runs[run] = {"evaluations": [end], "budget": budget, "needs": None, "begins": 0, "growth": None}
-    about = dict.fromkeys(("study", "question", "size", "model", "device", "date", "git_commit", "versions", "manifest_sha256"))
-    return {"arms": arms, "runs": runs, "budgets": list(budgets)} | about
+                runs[run] |= {"device": "a machine", "dtype": "float32"}
+    model = asdict(LlamaConfig(8, 2, 2, 64, 176, 512, 128))
+    about = {"study": "toy", "question": "What?", "size": "cpu", "model": model, "device": "a machine", "date": None}
+    about |= {"git_commit": None, "versions": {"torch": "2"}, "manifest_sha256": "m", "batch_tokens": 1024, "processes": 2}
+    return about | {"arms": arms, "runs": runs, "budgets": list(budgets)}
 
 
 def test_summary_of_a_study_with_a_known_answer():
     """Grown losses are those of scratch at half of the FLOPs, so the speedup is 100 % for every seed."""
     scratch = [[3.0, 2.5, 2.0], [3.1, 2.6, 2.1]]
     grown = [[2.5, 2.0, 1.5], [2.6, 2.1, 1.6]]
-    base = [[2.4, 2.2, 2.1], [2.5, 2.2, 2.1]]
+    base = [[2.4, 2.2, 2.1], [2.5, 2.2, 2.2]]
     summary = summarise(synthetic({"scratch": scratch, "base": base, "grown": grown}))
     found = summary["arms"]["grown"]
     for count in ("flops", "flops_exact"):
         assert found[f"speedup_{count}"]["mean"] == pytest.approx(1.0) and not found[f"speedup_{count}"]["at_least"]
         assert found[f"speedup_{count}"]["half_width"] == pytest.approx(0.0, abs=1e-9)
     assert summary["arms"]["base"]["speedup_flops"] is None, "2.1 is not below 2.0"
-    assert [round(one["mean"], 6) for one in found["minus_base"]] == [0.1, -0.15, -0.55]
-    assert summary["pays_from"] == 2e12 and "pays from 2e+12 FLOPs on" in pays(summary)
-    verdict = rows(summary)[1][-1]
-    assert [cell.split(" +")[0].split(" -")[0] for cell in verdict[2:5]] == ["does not pay", "pays", "pays"], verdict
+    assert [round(one["mean"], 6) for one in found["minus_base"]] == [0.1, -0.15, -0.6]
+    assert [one["pays"] for one in summary["verdicts"]] == [False, None, True], "at the second the seeds are 0.1 apart"
+    assert summary["pays_from"] == 4e12 and pays(summary).endswith("It pays from 4e+12 FLOPs on.")
+    assert [cell.split(":")[0] for cell in rows(summary)[1][-1][2:5]] == ["does not pay", "not decided", "pays"]
+
+
+def test_growth_is_judged_against_the_best_base_of_each_budget():
+    """A second base, and a second recipe from scratch, which is none."""
+    curves = {"scratch": [[3.0, 2.5, 2.0]], "base": [[2.4, 2.2, 2.1]], "base4": [[2.6, 2.0, 1.7]], "grown": [[2.5, 2.1, 1.8]]}
+    results = synthetic(curves)
+    summary = summarise(results)
+    assert summary["bases"] == ["base", "base4", "base4"] and summary["pays_from"] is None
+    assert [one["pays"] for one in summary["verdicts"]] == [False, False, False] and "not seen here" in pays(summary)
+    results["arms"]["base4"]["n_layer"] = 8
+    assert summarise(results)["bases"] == ["base"] * 3
+
+
+def test_scratch_counts_from_where_it_came_down_to_its_last_loss_for_good():
+    """1.9 at twice the FLOPs is below the 2.0 that it ends with: the target was reached there, by its own curve."""
+    curves = {"scratch": [[3.0, 1.9, 2.0]], "base": [[3.0, 2.9, 2.8]], "grown": [[3.0, 1.9, 1.8]]}
+    summary = summarise(synthetic(curves))
+    assert summary["arms"]["scratch"]["speedup_flops"]["mean"] == summary["arms"]["grown"]["speedup_flops"]["mean"] == 0
+    twice = summarise(synthetic(curves | {"scratch": [[2.0, 2.1, 2.0]]}))
+    assert twice["arms"]["scratch"]["speedup_flops"] is twice["arms"]["grown"]["speedup_flops"] is None
 
 
 def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
@@ -136,7 +166,7 @@ def test_arm_without_a_point_at_the_smallest_budget_is_judged_by_the_others():
     curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.4, 2.3, 2.2]] * 2, "grown": [[None, 2.2, 1.8]] * 2}
     summary = summarise(synthetic(curves))
     grown = summary["arms"]["grown"]
-    assert grown["losses"][0] is None and grown["minus_base"][0] is None and summary["best"] == [None, "grown", "grown"]
+    assert grown["losses"][0] is None and grown["minus_base"][0] is None and summary["verdicts"][0] is None
     assert grown["speedup_flops"]["mean"] == pytest.approx(2**0.5 - 1) and summary["pays_from"] == 2e12
     assert rows(summary)[1][-1][2] == "-"
 
@@ -158,6 +188,96 @@ def test_arm_below_from_its_first_point_is_bounded_by_its_curve_after_growth():
     found = summarise(results)["arms"]["grown"]["speedup_flops"]
     assert found["at_least"] and found["mean"] == pytest.approx(4e12 / 0.75e12 - 1)
     assert [e["seconds"] for e in path_of(results, "grown-0-0")] == [5.0, 6.0, 6.0]
+
+
+STUDY_WITH = """
+from bench.study import Arm, Jump, Size, Study
+from nanostack.config import Growth
+from nanostack.model import LlamaConfig
+
+JUMP = Jump(0.15, Growth("stack", 2))
+MODEL = LlamaConfig(4, 2, 2, 32, 48, None, 32)
+study = Study("bad", "?", {{{arms}}}, {{"cpu": (Size(MODEL, {budgets}, 256, 8, 512, "float32"),)}})
+"""
+
+
+class Losses:
+    """Stands where the runs of a sweep would be made: a run is its arm and rate, its loss a function of the rate."""
+
+    def __init__(self, loss):
+        self.ran, self._loss = [], loss
+
+    def run(self, jobs, what):
+        self.ran += jobs
+
+    def loss(self, job):
+        return self._loss(job[1])
+
+
+def test_sweep_is_widened_until_the_best_rate_lies_inside():
+    def sweep(loss, lrs=(4e-3, 8e-3)):
+        losses = Losses(loss)
+        return sorted(tune(["a"], lrs, lambda arm, lr: [(arm, lr)], losses)["a"]), losses
+
+    assert sweep(lambda lr: abs(math.log(lr / 4e-3)))[0] == [2e-3, 4e-3, 8e-3]
+    assert sweep(lambda lr: abs(math.log(lr / 1.5e-2)))[0] == [4e-3, 8e-3, 1.6e-2, 3.2e-2]
+    assert sweep(lambda lr: math.inf if lr > 1e-2 else -lr)[0] == [4e-3, 8e-3, 1.6e-2], "a rate that diverges bounds it"
+    assert sweep(lambda lr: lr, (4e-3,))[0] == [4e-3], "a single rate is taken as it is"
+    with pytest.raises(ValueError, match="no best learning rate of arm a between"):
+        sweep(lambda lr: -lr)
+
+
+def test_optimum_of_a_parabola_is_told_where_it_lies_inside():
+    losses = {share: 2 + (math.log(share) - math.log(0.1)) ** 2 for share in (0.02, 0.05, 0.2, 0.3)}
+    assert parabola(losses)[0] == pytest.approx(0.1)
+    assert parabola({share: loss for share, loss in losses.items() if share > 0.1} | {0.5: 4.6, 0.6: 5.2})[0] is None
+
+
+def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
+    curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.4, 2.3, 2.2]] * 2}
+    curves |= {f"grown{share}": [[2.5, 2.2 - share, 1.8 + share**2]] * 2 for share in (0.05, 0.1, 0.2, 0.4)}
+    results = synthetic(curves)
+    for name, arm in results["arms"].items():
+        arm["at"] = [float(name.removeprefix("grown"))] if arm["grows"] else []
+    wide = synthetic(curves) | {"model": asdict(LlamaConfig(8, 2, 2, 128, 352, 512, 128))}
+    for name, one in (("toy-cpu", results), ("toy-cpu-wide", wide), ("half-cpu", {"study": "half", "runs": {}})):
+        (tmp_path / f"study-{name}.json").write_text(json.dumps(one))
+    (tmp_path / "docs").mkdir()
+    command = [sys.executable, "bench/speedup.py", "--report", "--results", tmp_path, "--docs", tmp_path / "docs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "docs/study.md").read_text()
+    for said in ("| scratch |", "Not finished yet, and not reported: half-cpu", "optimum of the parabola", "L = ", "diverged"):
+        assert said in page
+    for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-toy-cpu-isoflop.png"):
+        assert picture in page and (tmp_path / "docs" / picture).stat().st_size > 10000
+    (tmp_path / "study-half-cpu.json").write_text("{")
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "study-half-cpu.json does not hold results of a study" in refused.stderr
+
+
+BAD = {
+    "1 / 0": "is not a valid study: ZeroDivisionError",
+    "study = 3": "has no variable `study`",
+    STUDY_WITH.format(arms='"base": Arm("2", 2)', budgets="(2e9, 4e9)"): "needs an arm `scratch`",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(4e9, 2e9)"): "budgets that rise",
+    STUDY_WITH.format(
+        arms='"scratch": Arm("4", 4), "stack": Arm("", 2, (JUMP,))', budgets="(2e9, 4e9)"
+    ): "no arm keeps for good",
+    STUDY_WITH.format(arms='"scratch": Arm("8", 8), "base": Arm("2", 2), "stack": Arm("", 2, (JUMP,))', budgets="(2e9,)"): (
+        "grows to 4 layers"
+    ),
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e7,)"): "no room to train",
+}
+
+
+@pytest.mark.parametrize("text", BAD, ids=BAD.values())
+def test_study_that_cannot_be_is_refused_in_one_line(text, corpus, tmp_path):
+    (tmp_path / "bad.py").write_text(text)
+    command = [sys.executable, "bench/speedup.py", tmp_path / "bad.py", "--data", corpus, "--size", "cpu"]
+    done = subprocess.run([*command, "--out", tmp_path, "--results", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and BAD[text] in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 STUDY = """
@@ -231,8 +351,12 @@ def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer == json.loads((tmp_path / "speedup.json").read_text()) and (tmp_path / "speedup.png").stat().st_size > 10000
-    assert [arm["label"] for arm in answer["arms"].values()] == ["4 layers", "2 layers", "2 → 4 layers, stack"]
+    assert answer == json.loads((tmp_path / "compared.json").read_text()) and (tmp_path / "compared.png").stat().st_size > 10000
+    assert [arm["label"] for arm in answer["arms"].values()] == [
+        "4 layers",
+        "2 layers",
+        "2 → 4 layers, stack at 39% of the FLOPs",
+    ]
     records = {out: read_run(tmp_path / out)[1] for out in ("scratch", "base", "grown")}
     ends = {out: (found[-1]["flops"], found[-1]["val_loss"]) for out, found in records.items()}
     assert sorted({arm["losses"].index(next(filter(None, arm["losses"]))) for arm in answer["arms"].values()}) == [0, 1]
@@ -242,9 +366,11 @@ def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
         assert found["at_least"] and found["mean"] == speedup([ends["scratch"]], curve(after))
     else:
         assert found is None
-    assert answer["base"] == str(tmp_path / "base")
+    assert set(answer["bases"]) <= {str(tmp_path / "base"), None}
+    with pytest.raises(ValueError, match=r"no run of the target \(4 layers × 64\) from scratch"):
+        collect((tmp_path / "base", grown))
     other = trainer.good("other", "--stages.1.min_lr", "0", "--data.val_tokens", "512")
-    with pytest.raises(ValueError, match="validation tokens is 512 there and 1024 here"):
+    with pytest.raises(ValueError, match="number of validation tokens is 512 in the first and 1024 in the second"):
         collect((scratch, other))
     constant = trainer.good("constant", "--stages.1.schedule", "constant", "--stages.1.min_lr", "0")
     with pytest.raises(ValueError, match="only decayed runs are compared"):
@@ -279,7 +405,7 @@ def test_run_grown_on_disk_is_told_with_its_base(corpus, tmp_path):
     results = collect((tmp_path / "scratch", tmp_path / "grown"))
     run, own = results["runs"][str(tmp_path / "grown")], read_run(tmp_path / "grown")[1]
     of_base = [record for record in read_run(tmp_path / "base")[1] if record["val_loss"] is not None]
-    assert results["arms"][str(tmp_path / "grown")]["label"] == "2 → 4 layers, stack"
+    assert results["arms"][str(tmp_path / "grown")]["label"] == "2 → 4 layers, stack at 39% of the FLOPs"
     assert run["evaluations"][: len(of_base)] == of_base and len(run["evaluations"]) > len(of_base)
     assert run["evaluations"][-1]["seconds"] == own[-1]["seconds"] + of_base[-1]["seconds"]
     assert run["growth"]["tokens"] == of_base[-1]["tokens"] == 12 * 256

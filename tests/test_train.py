@@ -337,9 +337,11 @@ def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_activation_checkpointing_changes_no_loss(corpus, tmp_path):
-    run_in_process(corpus, tmp_path / "plain")
-    run_in_process(corpus, tmp_path / "checkpointed", "--parallel.activation_checkpointing")
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activation_checkpointing_changes_no_loss(corpus, tmp_path, how, dtype):
+    run_in_process(corpus, tmp_path / "plain", "--dtype", dtype)
+    run_in_process(corpus, tmp_path / "checkpointed", "--dtype", dtype, "--parallel.activation_checkpointing", how)
     for a, b in zip(records(tmp_path / "plain"), records(tmp_path / "checkpointed"), strict=True):
         assert a["loss"] == b["loss"] and a["val_loss"] == b["val_loss"]
 
@@ -402,9 +404,12 @@ def test_profile_writes_a_trace(trainer):
     assert any("linear" in event.get("name", "") for event in json.loads((out / "trace.json").read_text())["traceEvents"])
 
 
+CHECKPOINTING = [("--parallel.activation_checkpointing", how) for how in ("selective", "full")]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("options", [(), ("--parallel.activation_checkpointing",), ("--stages.1.growth.op", "zero")])
+@pytest.mark.parametrize("options", [(), *CHECKPOINTING, ("--stages.1.growth.op", "zero")])
 def test_compiled_blocks_give_the_losses_of_eager_and_growth_compiles_no_new_graph(corpus, tmp_path, finished, options):
     from torch._dynamo.utils import counters
 

@@ -1,0 +1,66 @@
+"""Forward and backward of one micro-batch: as it is, or captured in a CUDA graph and replayed.
+
+A graph spares the CPU the launching of some thousand kernels, which is what a small model on a fast GPU waits for. It is
+captured at the first micro-batch of a stage, and anew whenever what it would run has changed: growth, freezing, a ramp's end.
+"""
+
+import torch
+from torch import Tensor
+
+from nanostack.model import Llama
+
+WARM_UP = 3  # runs before a capture, as torch asks for
+
+
+class MicroStep:
+    """`step(tokens_BT, targets_BT)` adds the gradients of their mean loss, divided by `parts`, to the model's, and returns
+    that share of the loss, which the next call may overwrite."""
+
+    def __init__(self, parts: int, graphed: bool):
+        self.parts, self.graphed = parts, graphed
+        self._captured: tuple | None = None
+
+    def __call__(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        if not self.graphed:
+            return self._run(model, tokens_BT, targets_BT)
+        about = [(id(p), p.requires_grad) for p in model.parameters()]
+        about = (tuple(about), getattr(model, "ramp", None) is None, tokens_BT.shape)
+        if about != self._captured:
+            self._capture(model, tokens_BT, targets_BT)
+            self._captured = about
+        if model.keeps_low:
+            model.refresh()
+        self._tokens_BT.copy_(tokens_BT)
+        self._targets_BT.copy_(targets_BT)
+        self._graph.replay()
+        return self._loss
+
+    def forget(self) -> None:
+        """Give the graph's memory back: the model is about to change."""
+        self._captured = self._graph = self._loss = self._tokens_BT = self._targets_BT = None
+
+    def _run(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        # Micro-batches and ranks are of equal size, so this and FSDP2's mean over ranks divide the sum of all losses by the
+        # step's global number of targets.
+        loss = model(tokens_BT, targets_BT) / self.parts
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+        """Record one micro-step that adds to gradients which stay where they are. They are zero before and after."""
+        self.forget()
+        for parameter in model.parameters():
+            parameter.grad = None  # zero anyway; one that is frozen now must have none
+        self._tokens_BT, self._targets_BT = tokens_BT.clone(), targets_BT.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                self._run(model, self._tokens_BT, self._targets_BT)
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # the prefetcher's thread goes on copying
+            self._loss = self._run(model, self._tokens_BT, self._targets_BT)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()

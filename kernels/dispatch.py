@@ -23,6 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when 
 BACKENDS = ("auto", "torch", "triton")
 
 _backend = "auto"
+_traced: bool | None = None  # None: operations are run
 
 
 def set_backend(name: str) -> None:
@@ -31,6 +32,17 @@ def set_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     _backend = name
+
+
+@contextlib.contextmanager
+def traced(on_triton: bool):
+    """Within it operations are only traced, on tensors without storage: as they would run on a CUDA device, or in torch."""
+    global _traced
+    _traced = on_triton
+    try:
+        yield
+    finally:
+        _traced = None
 
 
 def unavailable_reason(device: torch.device | str) -> str | None:
@@ -58,6 +70,8 @@ def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None)
     name = _backend if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if _traced is not None:
+        return _traced and refusal is None
     if name == "torch":
         return False
     # The interpreter multiplies the raw bits of bfloat16 in tl.dot, and truncates where hardware rounds: never silently wrong.

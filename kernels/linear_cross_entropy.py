@@ -126,6 +126,7 @@ def rows_op(
                 torch.addmm(dweight, dlogits.t(), x[part], out_dtype=torch.float32, out=dweight)
             else:
                 dweight += dlogits.t() @ x[part]
+        del logits, dlogits  # before the next chunk's are made
     return loss, dx, dweight
 
 
@@ -139,6 +140,12 @@ def _(x, weight, targets, row_scale, ignore_index, z_loss, gradients, on_triton)
 def flops(rows: int, width: int, vocab: int, backward: bool = True) -> int:
     """FLOPs of the matrix products: 2 per multiply-add, one product forward and two backward."""
     return (6 if backward else 2) * rows * width * vocab
+
+
+def scratch_bytes(rows: int, width: int, vocab: int, element_size: int, on_triton: bool) -> int:
+    """Bytes that the loss and its gradients take for themselves while they are computed, results apart."""
+    logits = min(rows, max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab))) * vocab
+    return logits * (4 + element_size) + (0 if on_triton else 4 * max(logits, vocab * width))
 
 
 def _count_flops(x, weight, targets, row_scale, ignore_index, z_loss, gradients, *args, out_shape=None, **kwargs) -> int:

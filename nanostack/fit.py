@@ -1,0 +1,215 @@
+"""How large a micro-batch fits, by option, before a GPU is there: `python -m nanostack.fit config/1b.py --gpu h200`.
+
+A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
+every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
+and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
+On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from kernels import dispatch
+from kernels.linear_cross_entropy import scratch_bytes
+from nanostack.config import Train, load
+from nanostack.errors import UserError, command_line
+from nanostack.model import Llama, LlamaConfig
+from nanostack.parallel import Placement
+
+GIB = 2**30
+GPUS = {  # GiB that torch can have of each, rounded down
+    "h200": 139,
+    "h100": 78,
+    "a100": 78,
+    "a100-40": 39,
+    "b200": 177,
+    "l40s": 44,
+    "rtx4090": 23,
+    "rtx3090": 23,
+}
+RESERVED = 2 * GIB  # CUDA context, cuBLAS and Triton workspaces, what the allocator rounds up
+
+
+@dataclass(frozen=True)
+class Command:
+    """The largest micro-batch that fits, for every option."""
+
+    config: tyro.conf.Positional[str]
+    """A run's config file."""
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Changes to it as train.py takes them, behind a --."""
+    gpu: str = "h200"
+    """h200, h100, a100, a100-40, b200, l40s, rtx4090, rtx3090, or a number of GiB."""
+    count: int = 1
+    """GPUs that the run is fully sharded over."""
+    json: bool = False
+    """Print the answer as one JSON object; everything else goes to standard error."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a step on one device: what stays, and what a micro-batch of so many sequences adds at the peak."""
+
+    fixed: dict[str, int] = field(default_factory=dict)
+    per_sequence: int = 0  # activations
+    transient: int = 0  # what is there for a moment besides, at any micro-batch
+
+    def peak(self, sequences: int, scratch: int) -> int:
+        return sum(self.fixed.values()) + self.transient + sequences * self.per_sequence + scratch
+
+    def sequences(self, room: float, scratch) -> int:
+        """The most that fit into `room` bytes; `scratch(sequences)` are the bytes that the loss needs."""
+        most = 0
+        for step in (2**i for i in reversed(range(20))):
+            if self.peak(most + step, scratch(most + step)) <= room:
+                most += step
+        return most
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, out)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) in self._known:
+            return
+        self._known.add(key)
+        self.now += (n_bytes := storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, n_bytes)
+
+    def _remove(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= n_bytes
+
+
+def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> tuple[dict, int]:
+    """({what: bytes} that stays through a step, bytes at the peak) of a micro-batch of so many sequences on one device.
+
+    The loss's own scratch is not in it, as it hides in one operation.
+    """
+    placement = Placement(torch.device("cpu"), dtype, None, config.parallel.activation_checkpointing)
+    with torch.device("meta"):
+        llama = Llama(model)
+    for block in llama.blocks:
+        placement.block(block)
+    with FakeTensorMode(), Live() as live, dispatch.traced(on_triton):
+        fixed = {}
+        for module, name, value in _tensors_of(llama):
+            made = torch.empty(value.shape, dtype=value.dtype)
+            setattr(module, name, nn.Parameter(made) if isinstance(value, nn.Parameter) else made)
+        if model.tie_embeddings:
+            llama.head.weight = llama.embed.weight
+        fixed["weights, fp32"] = live.now
+        moments = [torch.empty_like(p, dtype=getattr(torch, config.optim.moments)) for p in llama.parameters() for _ in (1, 2)]
+        fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
+        llama.compute_dtype, llama.keeps_low = dtype, dtype != torch.float32
+        tokens = torch.empty((sequences, model.seq_len), dtype=torch.int64)
+        if llama.keeps_low:
+            llama.refresh()
+            fixed["copies of weights"] = live.now - sum(fixed.values())
+        (llama(tokens, tokens) / 2).backward()
+        fixed["gradients, fp32"] = live.now - sum(fixed.values())
+        live.peak = live.now
+        (llama(tokens, tokens) / 2).backward()  # a further micro-batch, which finds gradients there
+        del moments
+        return fixed, live.peak
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            yield module, name, value
+
+
+def need(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> Need:
+    """What a step of the config needs on each of `count` devices, fully sharded."""
+    (fixed, one), (_, two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
+    per_sequence, largest = two - one, max(model.vocab_size, 2 * model.d_ff) * model.d_model
+    transient = one - per_sequence - sum(fixed.values())
+    if config.optim.moments == "bfloat16":
+        transient = max(transient, 8 * largest)  # a parameter's moments, widened for its update
+    if count > 1:
+        block = sum(math.prod(shape) for shape in _block_shapes(model))
+        root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
+        gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
+        fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
+        fixed["gathered by FSDP2 (estimate)"] = gathered
+    return Need(fixed, per_sequence, transient)
+
+
+def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
+    with torch.device("meta"):
+        return [p.shape for p in Llama(replace(model, n_layer=1)).blocks[0].parameters()]
+
+
+def main(command: Command) -> dict:
+    config = load(command.config, list(command.overrides))
+    if command.count < 1:
+        raise UserError(f"count must be at least 1, not {command.count}")
+    room = capacity(command.gpu) - RESERVED
+    model = replace(config.shapes()[-1], vocab_size=config.model.vocab_size or 32_000)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    console = Console(stderr=command.json, highlight=False)
+    answer = {"gpu": command.gpu, "count": command.count, "room": room, "vocab_size": model.vocab_size, "options": []}
+    table = Table(title=f"{command.config} on {command.count} × {command.gpu}: {model.n_layer} layers × {model.d_model}")
+    for name in ("checkpointing", "moments", "micro_batch", "tokens", "stays, GiB", "per sequence, GiB"):
+        table.add_column(name, justify="right")
+    for how, moments in itertools.product(("none", "selective", "full"), ("float32", "bfloat16")):
+        parallel = replace(config.parallel, activation_checkpointing=how)
+        one = replace(config, parallel=parallel, optim=replace(config.optim, moments=moments))
+        found = need(one, model, dtype, True, command.count)
+
+        def scratch(sequences: int) -> int:
+            return scratch_bytes(sequences * model.seq_len, model.d_model, model.vocab_size, dtype.itemsize, True)
+
+        most = found.sequences(room, scratch)
+        peak = found.peak(config.micro_batch, scratch(config.micro_batch))
+        answer["options"].append(
+            {"activation_checkpointing": how, "moments": moments, "micro_batch": most, "peak_at_config": peak}
+            | {"fixed": found.fixed, "per_sequence": found.per_sequence, "transient": found.transient}
+        )
+        cells = [how, moments, str(most) if most else "does not fit", f"{most * model.seq_len:,}"]
+        table.add_row(*cells, f"{sum(found.fixed.values()) / GIB:.2f}", f"{found.per_sequence / GIB:.3f}")
+    console.print(table)
+    stays = answer["options"][0]["fixed"]
+    console.print("stays, of the first: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in stays.items()))
+    if config.model.vocab_size is None:
+        console.print(f"the config leaves the vocabulary to the data; {model.vocab_size} is assumed (--model.vocab_size)")
+    return answer
+
+
+def capacity(gpu: str) -> float:
+    """Bytes of a GPU by name, or of a number of GiB."""
+    if gpu in GPUS:
+        return GPUS[gpu] * GIB
+    try:
+        return float(gpu) * GIB
+    except ValueError:
+        raise UserError(f"gpu is one of {', '.join(GPUS)}, or a number of GiB, not {gpu!r}") from None
+
+
+if __name__ == "__main__":
+    command_line(Command, main)

@@ -1,0 +1,82 @@
+"""What fits is what is really allocated."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, peak_bytes
+
+from kernels.linear_cross_entropy import scratch_bytes
+from nanostack.config import Data, Optim, Parallel, Stage, Train, load
+from nanostack.fit import capacity, need
+from nanostack.flops import n_params
+from nanostack.model import LlamaConfig
+from nanostack.optimizer import guarded_step
+from nanostack.parallel import Placement
+from nanostack.state import State
+
+SHAPE = LlamaConfig(n_layer=6, n_head=4, n_kv_head=2, d_model=256, d_ff=704, vocab_size=2048, seq_len=256)
+CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=8192, micro_batch=8, out="out")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "moments"),
+    [
+        (torch.float32, "none", "float32"),
+        (torch.float32, "selective", "float32"),
+        (torch.float32, "full", "bfloat16"),
+        (torch.bfloat16, "none", "float32"),
+        (torch.bfloat16, "full", "float32"),
+    ],
+)
+def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, how, moments):
+    """Every allocation of two steps of four micro-batches, by the profiler; the second step has moments."""
+    config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how), optim=Optim(moments=moments))
+    tokens = torch.randint(SHAPE.vocab_size, (config.micro_batch, SHAPE.seq_len + 1))
+
+    def steps():
+        placement = Placement(torch.device("cpu"), dtype, None, how)
+        state = State.create(SHAPE, config.optim, placement, 0)
+        for _ in range(2):
+            for _ in range(4):
+                loss = state.model(tokens[:, :-1], tokens[:, 1:]) / 4
+                loss.backward()
+            guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
+
+    found = need(config, SHAPE, dtype, on_triton=False)
+    rows = config.micro_batch * SHAPE.seq_len
+    scratch = scratch_bytes(rows, SHAPE.d_model, SHAPE.vocab_size, dtype.itemsize, on_triton=False)
+    assert found.peak(config.micro_batch, scratch) == pytest.approx(peak_bytes(steps), rel=0.05)
+
+
+def test_states_of_a_config_are_counted_to_the_byte():
+    found = need(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
+    n = n_params(SHAPE)
+    assert found.fixed["moments, float32"] == 8 * n and found.fixed["gradients, fp32"] == 4 * n
+    assert found.fixed["weights, fp32"] == 4 * (n + SHAPE.seq_len * SHAPE.d_head)  # and the tables of rotary
+
+
+def test_the_most_sequences_are_the_most_that_fit():
+    found = need(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
+    assert found.sequences(found.peak(37, 0), lambda sequences: 0) == 37
+    assert found.sequences(found.peak(37, 0) - 1, lambda sequences: 0) == 36
+    assert found.sequences(sum(found.fixed.values()), lambda sequences: 0) == 0
+
+
+def test_command_tells_every_option_and_refuses_what_there_is_not():
+    command = [sys.executable, "-m", "nanostack.fit", "config/quickstart.py", "--json"]
+    done = subprocess.run([*command, "--gpu", "8"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    options = json.loads(done.stdout)["options"]
+    assert len(options) == 6 and all(option["micro_batch"] > 16 for option in options)
+    by = {(option["activation_checkpointing"], option["moments"]): option["micro_batch"] for option in options}
+    assert by["none", "float32"] < by["selective", "float32"] < by["full", "float32"] <= by["full", "bfloat16"]
+    for wrong, said in ((["--gpu", "abacus"], "gpu is one of h200"), (["--count", "0"], "count must be at least 1")):
+        refused = subprocess.run([*command, *wrong], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
+    assert capacity("12.5") == 12.5 * 2**30
+    with pytest.raises(ValueError, match="there is no config file"):
+        load("config/none.py", [])

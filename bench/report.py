@@ -178,4 +178,4 @@ def meaning(study: str) -> str:
     """The conclusion that its study file draws, if it is one of ours."""
     path = ROOT / "config/study" / f"{study}.py"
     means = runpy.run_path(str(path))["study"].means if path.is_file() else ""
-    return f"\n**What it means.** {means.strip()}\n" if means else ""
+    return f"\n**What it means.**\n{means.strip()}\n" if means else ""

@@ -8,8 +8,8 @@ Learning rates are tuned for every arm by the same sweep at its smallest budget 
 of 2 until the best is not at its edge. A grown arm keeps the tuned rate of its base until it grows; then its own is swept.
 
 A trunk is a chain of runs of train.py, one to each point where something leaves it, so that its beginning is the same run for
-the sweep, for every budget and for every study that asks for it: what was run once is not run again. It is in the result file
-with its config; interrupted, the same command goes on. On a CPU each run has one thread.
+the sweep, for every budget and for every study that asks for it: what is in a result file is not run again, unless something
+needs a checkpoint of it that is gone. Interrupted, the same command goes on. On a CPU each run has one thread.
 """
 
 import contextlib

@@ -58,11 +58,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return PEAK_BF16[max(matches, key=len)] if matches else None
 
 
-def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, "full" convention: (6·N_matmul + 12·n_layer·d_model·seq_len) · tokens/s / peak, a fraction.
+MFU = (
+    "MFU = (6·N_matmul + a·n_layer·d_model·seq_len) · tokens/s / peak, N_matmul all parameters but the embedding look-up and "
+    "the norm gains, peak the device's dense bf16 FLOP/s; full: a = 12, causal: a = 6"
+)
+
+
+def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None, causal: bool = False) -> float | None:
+    """Model FLOPs utilisation, a fraction; see MFU. "full" counts the whole attention matrix, `causal` half of it.
 
     `tokens_per_s` and `peak` are those of one device, or both of all devices.
     """
     if peak is None:
         return None
-    return (6 * n_matmul(config) + 12 * config.n_layer * config.d_model * config.seq_len) * tokens_per_s / peak
+    attention = (6 if causal else 12) * config.n_layer * config.d_model * config.seq_len
+    return (6 * n_matmul(config) + attention) * tokens_per_s / peak

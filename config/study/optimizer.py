@@ -1,4 +1,8 @@
-"""What becomes of Adam's moments and of the learning rate? Nobody has published it for depth growth of language models."""
+"""What becomes of Adam's moments and of the learning rate? Nobody has published it for depth growth of language models.
+
+restart warms up from 0 again; continue goes on at a constant rate; re-warm new does too, but for the new layers, whose rate
+comes up from 0. The rate after growth is tuned for every arm: where it is not its base's, it steps at growth.
+"""
 
 from dataclasses import replace
 

@@ -1,0 +1,287 @@
+"""The whole training step beside what else one would use: tokens/s, MFU, memory, time to the first step.
+
+    python bench/throughput.py                                config/1b.py on a GPU, config/quickstart_scratch.py without
+    python bench/throughput.py config/3b.py --against compile,hf --data.path data/texts
+
+Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
+The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
+with Liger's kernels where they are installed and there is a GPU. Each runs in a process of its own, in turns, several rounds,
+so that a slow minute hits all; the first round starts with empty compilation caches and tells the time to the first step.
+
+Reported: the median over rounds and steps, half the distance between the quartiles as a share of it, ours over theirs. MFU is
+nanostack/flops.py's. JSON and picture go to bench/results/.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+BEGAN = time.time()  # before torch is imported
+
+from contextlib import nullcontext  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from datetime import date  # noqa: E402
+from pathlib import Path  # noqa: E402
+from tempfile import TemporaryDirectory  # noqa: E402
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
+
+from nanostack.config import Stage, Train, load  # noqa: E402
+from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.flops import MFU, mfu, n_params, peak_flops  # noqa: E402
+from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.parallel import compute_dtype  # noqa: E402
+
+OURS = "nanostack"
+PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Time the training step."""
+
+    config: tyro.conf.Positional[str | None] = None
+    """Its last stage's model is timed. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Changes to it as train.py takes them, behind a --."""
+    against: str = "eager,compile,hf"
+    """Which others, by comma: eager, compile, hf; "" for none."""
+    rounds: int = 3
+    steps: int = 20
+    """Timed in each round, after as many as `warmup`."""
+    warmup: int = 5
+    out: Path | None = None
+    """The JSON file; the picture stands beside it. Default: bench/results/throughput-CONFIG-DEVICE.json"""
+    worker: str | None = None
+    """Internal: be one of the ways, and print what was measured."""
+    json: bool = False
+    """Print the result as one JSON object; everything else goes to standard error."""
+
+
+def timed(config: Train, steps: int) -> Train:
+    """The config with one stage of so many steps of the largest model, and nothing that interrupts them."""
+    model, manifest = config.shapes()[-1], load_manifest(config.data.path)
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 128) * 128)
+    never, tokens = 2**62, steps * config.batch_tokens
+    stage = Stage(tokens=tokens, lr=1e-4, schedule="constant")
+    return replace(config, model=model, stages=(stage,), log_interval=never, eval_interval=never, save_interval=never)
+
+
+def ours(config: Train, mark) -> None:
+    """Train with train.py's loop, calling `mark` after every step."""
+    import train
+
+    with TemporaryDirectory() as folder:
+        run = train.Run(replace(config, out=folder))
+        step = run.train_step
+
+        def marked(batches):
+            step(batches)
+            mark()
+
+        run.train_step, run.save, run.log = marked, lambda: None, lambda *_: None
+        run.train()
+
+
+def theirs(name: str, config: Train, mark) -> None:
+    """Train as a user of plain torch or transformers does, calling `mark` after every step."""
+    from bench.peers import HuggingFaceLlama, PlainLlama
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    torch.set_float32_matmul_precision("high")
+    with device:
+        model = HuggingFaceLlama(config.model, liger(device)) if name == "hf" else PlainLlama(config.model)
+    if name == "compile":
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optim.betas, weight_decay=0.1, fused=True)
+    parts = config.batch_tokens // (config.micro_batch * config.model.seq_len)
+    cuda, low = device.type == "cuda", dtype != torch.float32
+    attention = nullcontext
+    if cuda and name == "compile":
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def attention():
+            return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+
+    tokens = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
+    total = config.stages[0].tokens // (config.micro_batch * config.model.seq_len)
+    ranges = [(i * config.micro_batch, (i + 1) * config.micro_batch) for i in range(total)]
+    with Prefetcher(tokens, ranges, device=device) as batches:
+        for _ in range(total // parts):
+            for _ in range(parts):
+                with attention():
+                    with torch.autocast(device.type, dtype, enabled=low):
+                        loss = model(*next(batches)) / parts
+                    loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mark()
+
+
+def liger(device: torch.device) -> bool:
+    """Whether Hugging Face's Llama gets Liger's kernels: where they are installed, on a GPU."""
+    try:
+        import liger_kernel  # noqa: F401
+    except ImportError:
+        return False
+    return device.type == "cuda"
+
+
+def work(command: Command, config: Train) -> dict:
+    """Be one of the ways: run warm-up and timed steps in this process."""
+    cuda, marks = torch.cuda.is_available(), []
+
+    def mark():
+        """The end of a step: by the device's clock, so that nothing is waited for but the first."""
+        if not cuda:
+            marks.append(time.perf_counter())
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        if len(marks) == 1:
+            if cuda:
+                torch.cuda.synchronize()
+            first.append(time.time() - BEGAN)
+
+    first: list[float] = []
+    if command.worker == OURS:
+        ours(config, mark)
+    else:
+        theirs(command.worker, config, mark)
+    if cuda:
+        torch.cuda.synchronize()
+        seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+
+        seconds = [b - a for a, b in itertools.pairwise(marks)]
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds[command.warmup - 1 :], "first_step": first[0], "peak_bytes": peak}
+
+
+def main(command: Command) -> dict:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    path = command.config or str(ROOT / "config" / ("1b.py" if cuda else "quickstart_scratch.py"))
+    if command.rounds < 1 or command.steps < 1 or command.warmup < 1:
+        raise UserError("rounds, steps and warmup must be at least 1")
+    against = [name for name in command.against.split(",") if name]
+    if unknown := [name for name in against if name not in PEERS]:
+        raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
+    config = timed(load(path, list(command.overrides)), command.warmup + command.steps)
+    if command.worker:
+        return work(command, config)
+    console = Console(stderr=command.json, highlight=False)
+    found = {name: [] for name in [OURS, *against]}
+    with TemporaryDirectory() as caches:
+        turns = [(i, name) for i in range(command.rounds) for name in rotated_by(list(found), i)]
+        for number, name in track(turns, "rounds", console=console):
+            found[name].append(in_process(name, path, command, Path(caches), number))
+    result = summarise(found, config, device) | {"config": Path(path).name, "overrides": command.overrides}
+    result |= {"device": device_name(device), "versions": versions(), "git_commit": git_commit()}
+    result |= {"date": date.today().isoformat(), "liger": liger(device), "rounds": command.rounds, "steps": command.steps}
+    console.print(table(result))
+    console.print(MFU)
+    stem = f"throughput-{Path(path).stem}-{'-'.join(device_name(device).split(',')[0].lower().split())}"
+    out = command.out or ROOT / "bench/results" / f"{stem}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, out.with_suffix(".png"))
+    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
+    return result
+
+
+def rotated_by(names: list[str], turn: int) -> list[str]:
+    return names[turn % len(names) :] + names[: turn % len(names)]
+
+
+def in_process(name: str, path: str, command: Command, caches: Path, number: int) -> dict:
+    """One round of one way. Its caches are empty in the first round, and of its own."""
+    arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--worker", name, "--json"]
+    arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup)]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
+    environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "PYTHONHASHSEED": "0"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise UserError(f"{name}, round {number + 1}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(found: dict, config: Train, device: torch.device) -> dict:
+    ways = {}
+    peak = peak_flops(device, torch.bfloat16)
+    for name, rounds in found.items():
+        seconds = [second for one in rounds for second in one["seconds"]]
+        median = statistics.median(seconds)
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
+        speed = config.batch_tokens / median
+        ways[name] = {
+            "tokens_per_s": speed,
+            "ms": 1e3 * median,
+            "spread": (quartiles[2] - quartiles[0]) / 2 / median,
+            "mfu_full": mfu(config.model, speed, peak),
+            "mfu_causal": mfu(config.model, speed, peak, causal=True),
+            "peak_bytes": max(one["peak_bytes"] for one in rounds),
+            "first_step_cold": rounds[0]["first_step"],
+            "first_step_warm": statistics.median([one["first_step"] for one in rounds[1:]] or [rounds[0]["first_step"]]),
+            "rounds": rounds,
+        }
+    for name, way in ways.items():
+        way["ours_over"] = None if name == OURS else ways[OURS]["tokens_per_s"] / way["tokens_per_s"]
+    shape = {"n_params": n_params(config.model), "seq_len": config.model.seq_len, "batch_tokens": config.batch_tokens}
+    return shape | {"micro_batch": config.micro_batch, "ways": ways}
+
+
+def table(result: dict) -> Table:
+    size = f"{result['n_params'] / 1e6:.1f}M parameters, context {result['seq_len']}, {result['batch_tokens']} tokens a step"
+    shown = Table(title=f"{result['config']}: {size}; {result['device']}")
+    head = ("", "tokens/s", "ms a step", "±", "MFU full", "causal", "peak, GiB", "first step, s: cold", "warm", "ours ×")
+    for name in head:
+        shown.add_column(name, justify="right" if name else "left")
+    for name, way in result["ways"].items():
+        shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
+        cells = [f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.1f}", f"{100 * way['spread']:.0f} %", *shares]
+        cells += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}", f"{way['first_step_warm']:.1f}"]
+        shown.add_row(PEERS.get(name, name), *cells, f"{way['ours_over']:.2f}" if way["ours_over"] else "")
+    return shown
+
+
+def draw(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ways = result["ways"]
+    figure, axes = plt.subplots(figsize=(7, 0.7 * len(ways) + 1.6), dpi=140, layout="constrained")
+    names = [PEERS.get(name, name) for name in ways]
+    bars = axes.barh(names, [way["tokens_per_s"] for way in ways.values()], color=["#d1495b"] + ["#999999"] * (len(ways) - 1))
+    labels = [f"{way['tokens_per_s']:,.0f}" for way in ways.values()]
+    axes.bar_label(bars, labels, padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="tokens/s, the whole training step", title=f"{result['config']}, {result['device']}")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    command_line(Command, main)

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from bench.speedup import ROOT, draw, pays, percent, plus_minus, read_results, rows, summarise
@@ -127,6 +128,8 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
         said = f"{optimum:.0%}" if optimum else "at the edge"
         lines.append([f"{budget:.3g}", f"{min(losses, key=losses.get):.0%}", said, tokens, formula])
     axes.set(xscale="log", xlabel="share of the budget's FLOPs before growth", ylabel="decayed validation loss, nats")
+    axes.set_xticks((0.02, 0.05, 0.1, 0.2, 0.5), ("2 %", "5 %", "10 %", "20 %", "50 %"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Curves of equal FLOPs: when to grow", fontsize=11)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)

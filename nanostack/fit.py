@@ -63,11 +63,12 @@ class Need:
     """Bytes of a step on one device: what stays, and what a micro-batch of so many sequences adds at the peak."""
 
     fixed: dict[str, int] = field(default_factory=dict)
-    per_sequence: int = 0  # activations
-    transient: int = 0  # what is there for a moment besides, at any micro-batch
+    per_sequence: tuple[int, int] = (0, 0)  # what a sequence adds when the loss is computed, and at the peak of the rest
+    transient: tuple[int, int] = (0, 0)  # what is there besides at these moments, at any micro-batch
 
     def peak(self, sequences: int, scratch: int) -> int:
-        return sum(self.fixed.values()) + self.transient + sequences * self.per_sequence + scratch
+        at_loss, else_ = (more + sequences * each for more, each in zip(self.transient, self.per_sequence, strict=True))
+        return sum(self.fixed.values()) + max(at_loss + scratch, else_)
 
     def sequences(self, room: float, scratch) -> int:
         """The most that fit into `room` bytes; `scratch(sequences)` are the bytes that the loss needs."""
@@ -83,12 +84,14 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.at_loss = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, out)
+        if op is torch.ops.nanostack.linear_cross_entropy_rows.default:
+            self.at_loss = self.now
         return out
 
     def _add(self, tensor: Tensor) -> None:
@@ -105,8 +108,8 @@ class Live(TorchDispatchMode):
         self.now -= n_bytes
 
 
-def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> tuple[dict, int]:
-    """({what: bytes} that stays through a step, bytes at the peak) of a micro-batch of so many sequences on one device.
+def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> tuple[dict, int, int]:
+    """({what: bytes} that stays through a step, bytes when the loss is computed, bytes at the peak) of a micro-batch.
 
     The loss's own scratch is not in it, as it hides in one operation.
     """
@@ -135,7 +138,7 @@ def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool
         live.peak = live.now
         (llama(tokens, tokens) / 2).backward()  # a further micro-batch, which finds gradients there
         del moments
-        return fixed, live.peak
+        return fixed, live.at_loss, live.peak
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -146,18 +149,18 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 def need(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> Need:
     """What a step of the config needs on each of `count` devices, fully sharded."""
-    (fixed, one), (_, two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
-    per_sequence, largest = two - one, max(model.vocab_size, 2 * model.d_ff) * model.d_model
-    transient = one - per_sequence - sum(fixed.values())
-    if config.optim.moments == "bfloat16":
-        transient = max(transient, 8 * largest)  # a parameter's moments, widened for its update
+    (fixed, *one), (_, *two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
+    per_sequence = tuple(b - a for a, b in zip(one, two, strict=True))
+    at_loss, else_ = (a - each - sum(fixed.values()) for a, each in zip(one, per_sequence, strict=True))
+    if config.optim.moments == "bfloat16":  # a parameter's moments, widened for its update
+        else_ = max(else_, 8 * max(model.vocab_size, 2 * model.d_ff) * model.d_model)
     if count > 1:
         block = sum(math.prod(shape) for shape in _block_shapes(model))
         root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
         gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
-    return Need(fixed, per_sequence, transient)
+    return Need(fixed, per_sequence, (at_loss, else_))
 
 
 def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
@@ -192,7 +195,7 @@ def main(command: Command) -> dict:
             | {"fixed": found.fixed, "per_sequence": found.per_sequence, "transient": found.transient}
         )
         cells = [how, moments, str(most) if most else "does not fit", f"{most * model.seq_len:,}"]
-        table.add_row(*cells, f"{sum(found.fixed.values()) / GIB:.2f}", f"{found.per_sequence / GIB:.3f}")
+        table.add_row(*cells, f"{sum(found.fixed.values()) / GIB:.2f}", f"{max(found.per_sequence) / GIB:.3f}")
     console.print(table)
     stays = answer["options"][0]["fixed"]
     console.print("stays, of the first: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in stays.items()))

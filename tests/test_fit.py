@@ -18,10 +18,11 @@ from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement
 from nanostack.state import State
 
-SHAPE = LlamaConfig(n_layer=6, n_head=4, n_kv_head=2, d_model=256, d_ff=704, vocab_size=2048, seq_len=256)
-CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=8192, micro_batch=8, out="out")
+SHAPE = LlamaConfig(n_layer=4, n_head=4, n_kv_head=2, d_model=192, d_ff=512, vocab_size=1024, seq_len=256)
+CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=4096, micro_batch=8, out="out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "how", "moments"),
     [
@@ -33,7 +34,7 @@ CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=8192, micro_bat
     ],
 )
 def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, how, moments):
-    """Every allocation of two steps of four micro-batches, by the profiler; the second step has moments."""
+    """Every allocation of two steps of two micro-batches, by the profiler; the second step has moments."""
     config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how), optim=Optim(moments=moments))
     tokens = torch.randint(SHAPE.vocab_size, (config.micro_batch, SHAPE.seq_len + 1))
 
@@ -41,8 +42,8 @@ def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, h
         placement = Placement(torch.device("cpu"), dtype, None, how)
         state = State.create(SHAPE, config.optim, placement, 0)
         for _ in range(2):
-            for _ in range(4):
-                loss = state.model(tokens[:, :-1], tokens[:, 1:]) / 4
+            for _ in range(2):
+                loss = state.model(tokens[:, :-1], tokens[:, 1:]) / 2
                 loss.backward()
             guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
 

@@ -94,7 +94,7 @@ def finished(folder: Path) -> dict:
         "recipe": json.dumps(
             [recipe, at and round(at, 2), [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True
         ),
-        "model": config["model"] | {"n_layer": len(receipts[-1]["rules"]) if receipts else config["model"]["n_layer"]},
+        "model": _grown(config["model"], receipts),
         "val_tokens": config["data"]["val_tokens"],
         "document_mask": config["data"]["document_mask"],
         "text": header.get("text", {}),
@@ -129,10 +129,7 @@ def _check_comparable(runs: dict) -> None:
     (first, one), *others = runs.items()
     for name, run in others:
         for what, a, b in (
-            *(
-                (what, run["text"].get(what), one["text"].get(what))
-                for what in ("tokenizer", "training text", "validation text")
-            ),
+            *((what, run["text"].get(what), one["text"].get(what)) for what in TEXT),
             ("prepared text (hash of the manifest)", run["manifest_sha256"], one["manifest_sha256"]),
             ("number of validation tokens", run["val_tokens"], one["val_tokens"]),
             ("context", run["model"]["seq_len"], one["model"]["seq_len"]),

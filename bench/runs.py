@@ -34,7 +34,7 @@ def collect(folders: tuple[Path, ...]) -> dict:
         depths = [first["model"]["n_layer"]] if not first["grown_from"] else [*first["grown_from"], first["model"]["n_layer"]]
         label = f"{' → '.join(map(str, depths))} layers"
         label += f", {first['op']} at {first['at']:.0%} of the FLOPs" if first["grown_from"] else ""
-        arm = {"label": label, "lr": first["lr"], "grows": bool(first["grown_from"]), "n_layer": depths[0]}
+        arm = {"label": label, "grows": bool(first["grown_from"]), "n_layer": depths[0]}
         arm |= {"model": first["model"], "seeds": seeds}
         arms[names[0]] = arm
     arms = _ordered(arms, runs)
@@ -89,7 +89,7 @@ def finished(folder: Path) -> dict:
         "needs": None,
         "begins": 0,
         "seed": config["seed"],
-        "lr": rate,
+        "stage": {"lr": rate},
         "at": at,
         "recipe": json.dumps(
             [recipe, at and round(at, 2), [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True

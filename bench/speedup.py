@@ -209,7 +209,9 @@ def summarise(results: dict) -> dict:
     bases = [best(flat, b) for b in budgets]
     answer = {}
     for name, arm in arms.items():
-        found = {"label": arm["label"], "lr": arm["lr"], "grows": arm["grows"]}
+        found = {"label": arm["label"], "grows": arm["grows"]}
+        rates = {b: results["runs"][run]["stage"]["lr"] for b, (run, _) in ends_of(results, name, seeds[0]).items()}
+        found["lrs"] = [rates.get(b) for b in budgets]
         found["losses"] = [over_seeds(b, name) for b in budgets]
         found["minus_base"] = [over_seeds(b, name, base) if base else None for b, base in zip(budgets, bases, strict=True)]
         for count in ("flops", "flops_exact"):
@@ -265,14 +267,15 @@ def pays(summary: dict) -> str:
 
 def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a study's table; the last row says at which budgets growth pays."""
-    head = ["arm", "lr", *(f"loss at {b:.3g}" for b in summary["budgets"]), "speedup", "exact count", "minus base"]
+    head = ["arm", "lr by budget", *(f"loss at {b:.3g}" for b in summary["budgets"]), "speedup", "exact count", "minus base"]
     found = []
     for name, arm in summary["arms"].items():
         losses = ["-" if one is None else f"{one['mean']:.3f}" for one in arm["losses"]]
         minus = arm["minus_base"][-1]
         gains = [percent(arm["speedup_flops"]), percent(arm["speedup_flops_exact"])]
         shown = "" if minus is None or name == summary["bases"][-1] else plus_minus(minus)
-        found.append([arm["label"], f"{arm['lr']:g}", *losses, *gains, shown])
+        rates = ", ".join("-" if lr is None else f"{lr:g}" for lr in arm["lrs"])
+        found.append([arm["label"], rates, *losses, *gains, shown])
     verdicts = ["-" if one is None else f"{PAYS[one['pays']]}: {plus_minus(one)}" for one in summary["verdicts"]]
     found.append(["the best grown minus the best base", "", *verdicts, "", "", ""])
     return head, found

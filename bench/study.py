@@ -4,8 +4,10 @@ Warm-up, stable, decay: an arm has one trunk at a constant learning rate, and fr
 to zero over the last fifth of the budget's FLOPs. A grown arm's trunk starts from a trunk of its base, which all arms that grow
 there share. Seeds change weights and order of the text; the arms of a seed share both.
 
-Learning rates are tuned for every arm by the same sweep at its smallest budget with the first seed: a grid, widened by factors
-of 2 until the best is not at its edge. A grown arm keeps the tuned rate of its base until it grows; then its own is swept.
+Learning rates are tuned for every arm and budget by the same sweep with the first seed: a grid, widened by factors of 2 until
+the best is not at its edge. A rate that is best for few FLOPs can be too high for many, and more so for deep models: tuned at
+the smallest budget alone, the target from scratch was handicapped. A grown arm keeps its base's rate of the smallest budget
+until it grows; then its own is swept.
 
 A trunk is a chain of runs of train.py, one to each point where something leaves it, so that its beginning is the same run for
 the sweep, for every budget and for every study that asks for it: what is in a result file is not run again, unless something
@@ -26,6 +28,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date, timedelta
+from itertools import product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Literal
@@ -173,8 +176,9 @@ class Plan:
             warmup = jump.growth.learning_steps() * self.size.batch_tokens + 2 * self.size.warmup_tokens
         return tuple(b for b in self.size.budgets if (1 - self.size.decay) * b > spent + warmup * flops_per_token(model))
 
-    def jobs(self, name: str, seed: int, lr: float, base_lr: float, budgets: tuple[float, ...]) -> list[Job]:
-        """The runs of an arm, each behind the one it needs: its trunk, and a branch where the decay of a budget begins."""
+    def jobs(self, name: str, seed: int, lr: float, base_lr: float, budget: float) -> list[Job]:
+        """The runs of an arm to one of its budgets, each behind the one it needs: the trunk, which is cut where the decay of
+        any budget begins, and the branch that decays."""
         arm, size = self.study.arms[name], self.size
         place, jobs = Place(replace(self.model, n_layer=arm.n_layer)), []
         for number, jump in enumerate((None, *arm.jumps)):
@@ -183,15 +187,13 @@ class Plan:
             more = {"warmup_tokens": size.warmup_tokens if jump is None or jump.restart else 0}
             if jump is not None:
                 more |= {"growth": jump.growth, "rewarm_tokens": size.warmup_tokens if jump.rewarm else 0}
-            ends = [(1 - size.decay) * b for b in budgets] if last else [arm.jumps[number].at * size.budgets[-1]]
-            for i, end in enumerate(ends):
+            cuts = [(1 - size.decay) * b for b in self.budgets(name) if b <= budget]
+            for i, end in enumerate(cuts if last else [arm.jumps[number].at * size.budgets[-1]]):
                 place = self.segment(place, seed, end, rate, more if i == 0 else {})
                 jobs.append(place.job)
-                if last:
-                    tokens = self.tokens(size.decay * budgets[i], place.model)
-                    stage = Stage(tokens, rate, "wsd", decay_tokens=tokens)
-                    jobs.append(self.run(place, seed, stage, budgets[i]).job)
-        return jobs
+        tokens = self.tokens(size.decay * budget, place.model)
+        branch = self.run(place, seed, Stage(tokens, lr, "wsd", decay_tokens=tokens), budget)
+        return [*jobs, branch.job]
 
     def segment(self, place: Place, seed: int, end: float, lr: float, more: dict) -> Place:
         """From a place on the trunk to where it has spent `end` FLOPs, at a constant rate."""
@@ -386,36 +388,39 @@ def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int
 
 def run_target(plan: Plan, runner: Runner) -> None:
     study, size = plan.study, plan.size
-    tuned: dict[str, float] = {}
-    sweep: dict[str, dict[float, Job]] = {}
+    tuned: dict[tuple[str, float], float] = {}  # by arm and budget
+    sweep: dict[tuple[str, float], dict[float, Job]] = {}
     order = sorted(study.arms, key=lambda arm: len(study.arms[arm].jumps) > 0)
 
-    def base_rate(arm: str) -> float:
-        """Learning rate of an arm until it grows."""
-        return tuned.get(plan.base_of(study.arms[arm]), 0.0)
+    def way(arm: str, budget: float, lr: float, seed: int = size.seeds[0]) -> list[Job]:
+        """The runs to the end of one budget."""
+        base = plan.base_of(study.arms[arm])
+        base_rate = tuned[base, plan.budgets(base)[0]] if study.arms[arm].jumps else 0.0
+        return plan.jobs(arm, seed, lr, base_rate, budget)
 
-    def smallest_run(arm: str, lr: float) -> list[Job]:
-        return plan.jobs(arm, size.seeds[0], lr, base_rate(arm), plan.budgets(arm)[:1])
-
-    for group in ([a for a in order if not study.arms[a].jumps], [a for a in order if study.arms[a].jumps]):
-        sweep |= tune(group, size.lrs, smallest_run, runner)
-        tuned |= {arm: min(sweep[arm], key=lambda lr, arm=arm: runner.loss(sweep[arm][lr])) for arm in group}
-    work = [(arm, seed) for seed in size.seeds for arm in order]
-    of_arm = {pair: plan.jobs(*pair, tuned[pair[0]], base_rate(pair[0]), plan.budgets(pair[0])) for pair in work}
+    for grows in (False, True):
+        points = [(arm, b) for arm in order if bool(study.arms[arm].jumps) is grows for b in plan.budgets(arm)]
+        sweep |= tune(points, size.lrs, way, runner)
+        tuned |= {point: min(sweep[point], key=lambda lr, point=point: runner.loss(sweep[point][lr])) for point in points}
+    of_arm = {}
+    for seed, arm in product(size.seeds, order):
+        ways = [way(arm, b, tuned[arm, b], seed) for b in plan.budgets(arm)]
+        of_arm[arm, seed] = list({job.name: job for one in ways for job in one}.values())
     runner.run([job for jobs_ in of_arm.values() for job in jobs_], "all arms and seeds")
     if "arms" in runner.results:
         return
     diverged = [job.name for jobs_ in of_arm.values() for job in jobs_ if math.isinf(runner.loss(job))]
     if diverged:
         raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
+
+    def losses(jobs: dict[float, Job]) -> dict[str, float | None]:
+        return {f"{lr:g}": runner.results["runs"][jobs[lr].name]["evaluations"][-1]["val_loss"] for lr in sorted(jobs)}
+
     arms = {}
     for name in order:
         arm = study.arms[name]
         arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
-        arms[name] |= {"lr": tuned[name], "swept_at": plan.budgets(name)[0]}
-        arms[name]["sweep"] = {
-            f"{lr:g}": runner.results["runs"][job.name]["evaluations"][-1]["val_loss"] for lr, job in sweep[name].items()
-        }
+        arms[name]["sweep"] = {f"{b:g}": losses(sweep[name, b]) for b in plan.budgets(name)}
         arms[name]["seeds"] = {str(seed): [job.name for job in of_arm[name, seed]] for seed in size.seeds}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
@@ -424,24 +429,28 @@ def run_target(plan: Plan, runner: Runner) -> None:
 
 
 def tune(
-    arms: list[str], lrs: tuple[float, ...], jobs_of: Callable[[str, float], list[Job]], runner: Runner
-) -> dict[str, dict[float, Job]]:
-    """{arm: {rate: its run at the smallest budget}}, widened until the best rate of each arm lies inside.
+    points: list[tuple[str, float]],
+    lrs: tuple[float, ...],
+    way: Callable[[str, float, float], list[Job]],
+    runner: Runner,
+) -> dict[tuple[str, float], dict[float, Job]]:
+    """{(arm, budget): {rate: the run that ends there}}, widened until the best rate of each lies inside.
 
     A single rate is taken as it is. Raises `UserError` where the best rate runs away.
     """
-    sweep = {arm: {} for arm in arms}
-    todo = {arm: set(lrs) for arm in arms}
+    sweep = {point: {} for point in points}
+    todo = {point: set(lrs) for point in points}
     while todo:
-        jobs = {(arm, lr): jobs_of(arm, lr) for arm, rates in todo.items() for lr in sorted(rates)}
-        runner.run([job for jobs_ in jobs.values() for job in jobs_], f"learning rates of {', '.join(todo)}")
-        for (arm, lr), jobs_ in jobs.items():
-            sweep[arm][lr] = jobs_[-1]
+        jobs = {(point, lr): way(*point, lr) for point, rates in todo.items() for lr in sorted(rates)}
+        arms = ", ".join(dict.fromkeys(arm for arm, _ in todo))
+        runner.run([job for jobs_ in jobs.values() for job in jobs_], f"learning rates of {arms}")
+        for (point, lr), jobs_ in jobs.items():
+            sweep[point][lr] = jobs_[-1]
         todo = {}
-        for arm in arms if len(lrs) > 1 else ():
-            best = min(sweep[arm], key=lambda lr, arm=arm: runner.loss(sweep[arm][lr]))
-            if best in (min(sweep[arm]), max(sweep[arm])):
-                todo[arm] = {best / 2 if best == min(sweep[arm]) else best * 2}
-            if len(sweep[arm]) > len(lrs) + WIDEST and arm in todo:
-                raise UserError(f"no best learning rate of arm {arm} between {min(sweep[arm]):g} and {max(sweep[arm]):g}")
+        for point, tried in sweep.items() if len(lrs) > 1 else ():
+            best = min(tried, key=lambda lr, tried=tried: runner.loss(tried[lr]))
+            if best in (min(tried), max(tried)):
+                todo[point] = {best / 2 if best == min(tried) else best * 2}
+            if len(tried) > len(lrs) + WIDEST and point in todo:
+                raise UserError(f"no best learning rate of arm {point[0]} between {min(tried):g} and {max(tried):g}")
     return sweep

@@ -166,6 +166,7 @@ import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_checkpoint import trained
 from nanostack import checkpoint
 state = trained(1)
+checkpoint.save(state, {str(tmp_path / "ckpt.pt")!r}, "manifest")
 print("go", flush=True)
 while True:
     state.cursor.samples += 1

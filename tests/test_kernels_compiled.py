@@ -35,6 +35,7 @@ def gate(*arguments, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # hundreds of compilations, on whatever cores there are
 def test_every_configuration_compiles_into_the_code_it_promises():
     done = gate("--arch", "80", "90", "--json")
     assert done.returncode == 0, done.stderr

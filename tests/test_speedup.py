@@ -102,15 +102,15 @@ def synthetic(curves: dict[str, list[list[float]]], budgets=(1e12, 2e12, 4e12)) 
     arms, runs = {}, {}
     for name, seeds in curves.items():
         grows, n_layer = name.startswith("grown"), {"scratch": 8, "base": 2, "base4": 4}.get(name, 2)
-        arms[name] = {"label": name, "lr": 1e-3, "grows": grows, "n_layer": n_layer, "seeds": {}, "at": [0.1] if grows else []}
-        arms[name] |= {"sweep": {"0.001": 2.0, "0.002": None}, "swept_at": budgets[0]}
+        arms[name] = {"label": name, "grows": grows, "n_layer": n_layer, "seeds": {}, "at": [0.1] if grows else []}
+        arms[name]["sweep"] = {f"{budgets[0]:g}": {"0.001": 2.0, "0.002": None}}
         for seed, losses in enumerate(seeds):
             named = {f"{name}-{seed}-{i}": point for i, point in enumerate(zip(budgets, losses, strict=True))}
             arms[name]["seeds"][str(seed)] = [run for run, (_, loss) in named.items() if loss is not None]
             for run, (budget, loss) in named.items():
                 end = {"flops": budget, "flops_exact": 2 * budget, "val_loss": loss, "seconds": 1.0, "tokens": 9, "epoch": 0.1}
                 runs[run] = {"evaluations": [end], "budget": budget, "needs": None, "begins": 0, "growth": None}
-                runs[run] |= {"device": "a machine", "dtype": "float32"}
+                runs[run] |= {"device": "a machine", "dtype": "float32", "stage": {"lr": 1e-3 * (1 + (budget < 2e12))}}
     model = asdict(LlamaConfig(8, 2, 2, 64, 176, 512, 128))
     about = {"study": "toy", "question": "What?", "size": "cpu", "model": model, "device": "a machine", "date": None}
     about |= {"git_commit": None, "versions": {"torch": "2"}, "manifest_sha256": "m", "batch_tokens": 1024, "processes": 2}
@@ -130,6 +130,7 @@ def test_summary_of_a_study_with_a_known_answer():
     assert summary["arms"]["base"]["speedup_flops"] is None, "2.1 is not below 2.0"
     assert [round(one["mean"], 6) for one in found["minus_base"]] == [0.1, -0.15, -0.6]
     assert [one["pays"] for one in summary["verdicts"]] == [False, None, True], "at the second the seeds are 0.1 apart"
+    assert found["lrs"] == [2e-3, 1e-3, 1e-3] and rows(summary)[1][0][1] == "0.002, 0.001, 0.001"
     assert summary["pays_from"] == 4e12 and pays(summary).endswith("It pays from 4e+12 FLOPs on.")
     assert [cell.split(":")[0] for cell in rows(summary)[1][-1][2:5]] == ["does not pay", "not decided", "pays"]
 
@@ -211,13 +212,14 @@ class Losses:
         self.ran += jobs
 
     def loss(self, job):
-        return self._loss(job[1])
+        return self._loss(job[2])
 
 
 def test_sweep_is_widened_until_the_best_rate_lies_inside():
     def sweep(loss, lrs=(4e-3, 8e-3)):
         losses = Losses(loss)
-        return sorted(tune(["a"], lrs, lambda arm, lr: [(arm, lr)], losses)["a"]), losses
+        point = ("a", 1e12)
+        return sorted(tune([point], lrs, lambda arm, budget, lr: [(arm, budget, lr)], losses)[point]), losses
 
     assert sweep(lambda lr: abs(math.log(lr / 4e-3)))[0] == [2e-3, 4e-3, 8e-3]
     assert sweep(lambda lr: abs(math.log(lr / 1.5e-2)))[0] == [4e-3, 8e-3, 1.6e-2, 3.2e-2]
@@ -225,6 +227,18 @@ def test_sweep_is_widened_until_the_best_rate_lies_inside():
     assert sweep(lambda lr: lr, (4e-3,))[0] == [4e-3], "a single rate is taken as it is"
     with pytest.raises(ValueError, match="no best learning rate of arm a between"):
         sweep(lambda lr: -lr)
+
+
+def test_every_budget_has_its_own_rate():
+    """The best rate falls with the budget: each is widened for itself, and no more than it needs."""
+    ran = Losses(lambda job: 0.0)
+    ran.loss = lambda job: abs(math.log(job[2] / (4e-3 if job[1] < 1e12 else 1e-3)))
+    sweep = tune([("a", 5e11), ("a", 2e12)], (4e-3, 8e-3), lambda *job: [job], ran)
+    assert {point: sorted(tried) for point, tried in sweep.items()} == {
+        ("a", 5e11): [2e-3, 4e-3, 8e-3],
+        ("a", 2e12): [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+    }
+    assert len(ran.ran) == 8
 
 
 def test_optimum_of_a_parabola_is_told_where_it_lies_inside():

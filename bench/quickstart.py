@@ -26,10 +26,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.speedup import curve, flops_to_reach, read_run, speedup  # noqa: E402
+from bench.speedup import curve, flops_to_reach, speedup  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.metrics import git_commit  # noqa: E402
+from nanostack.metrics import git_commit, read_run  # noqa: E402
 
 ARMS = {  # config file, colour, line, what the picture says
     "scratch": ("quickstart_scratch.py", "#555555", "--", "8 layers from scratch"),

@@ -6,9 +6,9 @@ Runs of one recipe, whatever their seed and length, are one arm. "scratch" never
 import json
 from pathlib import Path
 
-from bench.speedup import read_run
 from nanostack import checkpoint
 from nanostack.errors import UserError
+from nanostack.metrics import read_run
 
 LENGTHS = ("tokens", "warmup_tokens", "decay_tokens")  # of a stage: not of the recipe
 TEXT = ("tokenizer", "training text", "validation text")

@@ -55,18 +55,6 @@ class Command:
     """Print the summary as one JSON object; everything else goes to standard error."""
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """Header and records of a run's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run (no metrics.jsonl)")
-    try:
-        header, *records = map(json.loads, path.read_text().splitlines())
-    except ValueError as error:
-        raise UserError(f"{path} is not whole: the run died while it was written, or is under way; resume it first") from error
-    return header, records
-
-
 def read_results(path: Path) -> dict:
     """What bench/study.py has written."""
     try:

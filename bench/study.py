@@ -37,12 +37,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.speedup import read_results, read_run
+from bench.speedup import read_results
 from nanostack.config import Data, Growth, Stage, Train
 from nanostack.data import load_manifest, manifest_sha256
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token
-from nanostack.metrics import device_name, git_commit, versions
+from nanostack.metrics import device_name, git_commit, read_run, versions
 from nanostack.model import LlamaConfig
 
 

@@ -54,14 +54,16 @@ class Command:
 
     config: tyro.conf.Positional[str | None] = None
     """Its last stage's model is timed. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
-    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Changes to it as train.py takes them, behind a --."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Changes to it as train.py takes them: all options that are not named here."""
     against: str = "eager,compile,hf"
     """Which others, by comma: eager, compile, hf; "" for none."""
     rounds: int = 3
     steps: int = 20
     """Timed in each round, after as many as `warmup`."""
     warmup: int = 5
+    accumulate: int = 4
+    """Micro-batches a step at most, where the config has more: a step of 2M tokens takes half a minute."""
     out: Path | None = None
     """The JSON file; the picture stands beside it. Default: bench/results/throughput-CONFIG-DEVICE.json"""
     worker: str | None = None
@@ -70,8 +72,10 @@ class Command:
     """Print the result as one JSON object; everything else goes to standard error."""
 
 
-def timed(config: Train, steps: int) -> Train:
+def timed(config: Train, steps: int, accumulate: int) -> Train:
     """The config with one stage of so many steps of the largest model, and nothing that interrupts them."""
+    most = accumulate * config.micro_batch * config.model.seq_len
+    config = replace(config, batch_tokens=min(config.batch_tokens, most))
     model, manifest = config.shapes()[-1], load_manifest(config.data.path)
     if model.vocab_size is None:
         model = replace(model, vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 128) * 128)
@@ -180,15 +184,15 @@ def main(command: Command) -> dict:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     path = command.config or str(ROOT / "config" / ("1b.py" if cuda else "quickstart_scratch.py"))
-    if command.rounds < 1 or command.steps < 1 or command.warmup < 1:
-        raise UserError("rounds, steps and warmup must be at least 1")
+    if min(command.rounds, command.steps, command.warmup, command.accumulate) < 1:
+        raise UserError("rounds, steps, warmup and accumulate must be at least 1")
     against = [name for name in command.against.split(",") if name]
     if unknown := [name for name in against if name not in PEERS]:
         raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
-    config = timed(load(path, list(command.overrides)), command.warmup + command.steps)
+    config = timed(load(path, list(command.overrides)), command.warmup + command.steps, command.accumulate)
     if command.worker:
         return work(command, config)
-    console = Console(stderr=command.json, highlight=False)
+    console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
     found = {name: [] for name in [OURS, *against]}
     with TemporaryDirectory() as caches:
         turns = [(i, name) for i in range(command.rounds) for name in rotated_by(list(found), i)]
@@ -215,7 +219,7 @@ def rotated_by(names: list[str], turn: int) -> list[str]:
 def in_process(name: str, path: str, command: Command, caches: Path, number: int) -> dict:
     """One round of one way. Its caches are empty in the first round, and of its own."""
     arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--worker", name, "--json"]
-    arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup)]
+    arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
     environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "PYTHONHASHSEED": "0"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)

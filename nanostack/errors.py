@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import tyro
 
@@ -34,9 +35,16 @@ def exits_cleanly():
 
 
 def command_line(options: type, main: Callable[[object], dict]) -> None:
-    """Parse the command line into `options`, call main with it and, where it has --json, print the answer as one object."""
+    """Parse the command line into `options`, call main with it and, where it has --json, print the answer as one object.
+
+    Options that it does not know go to its field `overrides`, if it has one: they are those of a run's config.
+    """
     with exits_cleanly():
-        command = tyro.cli(options, use_underscores=True)
+        if any(field.name == "overrides" for field in fields(options)):
+            command, others = tyro.cli(options, use_underscores=True, return_unknown_args=True)
+            command = replace(command, overrides=tuple(others))
+        else:
+            command = tyro.cli(options, use_underscores=True)
         answer = main(command)
         if command.json:
             print(json.dumps(answer))

@@ -48,8 +48,8 @@ class Command:
 
     config: tyro.conf.Positional[str]
     """A run's config file."""
-    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Changes to it as train.py takes them, behind a --."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Changes to it as train.py takes them: all options that are not named here."""
     gpu: str = "h200"
     """h200, h100, a100, a100-40, b200, l40s, rtx4090, rtx3090, or a number of GiB."""
     count: int = 1

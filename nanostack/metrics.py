@@ -107,6 +107,18 @@ class Metrics:
             raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
 
 
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """Header and records of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (no metrics.jsonl)")
+    try:
+        header, *records = map(json.loads, path.read_text().splitlines())
+    except ValueError as error:
+        raise UserError(f"{path} is not whole: the run died while it was written, or is under way; resume it first") from error
+    return header, records
+
+
 def header(config: Train, manifest: dict, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
     """The first record of metrics.jsonl: what is needed to tell whether two runs can be compared."""
     text = {"tokenizer": f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"}

@@ -23,7 +23,6 @@ from bench.speedup import (
     mean_and_interval,
     path_of,
     pays,
-    read_run,
     rows,
     speedup,
     summarise,
@@ -31,6 +30,7 @@ from bench.speedup import (
 )
 from bench.study import tune
 from nanostack.config import Stage, load
+from nanostack.metrics import read_run
 from nanostack.model import LlamaConfig
 
 SCRATCH = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]

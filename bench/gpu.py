@@ -1,0 +1,223 @@
+"""All that only a GPU can tell, in one command of less than nine minutes: `make gpu`.
+
+    make gpu                              or, with the Python and torch that are there: make gpu VENV= PYTHON=python3
+    python bench/gpu.py --only tests,1b   some of the parts
+    python bench/gpu.py --rehearse        without a GPU: the same parts at sizes of seconds, to see that they work
+
+    tests     the tests that need a GPU
+    kernels   bench/kernels.py: every operation beside its peers
+    1b, 3b    bench/throughput.py: the whole step at both presets beside torch.compile
+    growth    bench/growth.py: growing in place beside a trip through the host
+    run       a stacked run of three minutes, with its curve
+
+Each part is a process with a time of its own: one that fails or is late costs only itself. What it printed and measured goes to
+bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary. Nothing comes from the network.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
+
+from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.metrics import device_name, git_commit, read_run, versions  # noqa: E402
+
+DATA = ROOT / "data" / "gpu"
+ALLOWED = 520  # seconds for all parts
+
+
+@dataclass(frozen=True)
+class Command:
+    """Test and measure everything on this GPU."""
+
+    only: str = ""
+    """These parts, by comma: tests, kernels, 1b, growth, run, 3b."""
+    rehearse: bool = False
+    """At sizes of seconds, on whatever device there is; results go to a folder that says so."""
+    out: Path | None = None
+    """Folder of the results. Default: bench/results/GPU-DATE"""
+    json: bool = False
+    """Print the summary as one JSON object; everything else goes to standard error."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command line behind `python`, and how long it may take; {out} is the folder of results, {data} prepared text."""
+
+    name: str
+    seconds: int
+    arguments: tuple[str, ...]
+
+
+STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--accumulate", "1", "--data.path", "{data}")
+RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
+PARTS = (
+    Part("tests", 90, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
+    Part("kernels", 60, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
+    Part("1b", 110, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
+                     "--model.vocab_size", "32000")),
+    Part("growth", 40, ("bench/growth.py", "--shapes", "410m", "1b", "--samples", "2", "--out", "{out}/growth.json")),
+    # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
+    Part("run", 200, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
+                      "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
+                      "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
+                      "--eval_interval", "2621440", "--data.val_tokens", "262144")),
+    Part("3b", 100, ("bench/throughput.py", "config/3b.py", "--against", "compile", "--out", "{out}/3b.json", *STEP,
+                     "--model.vocab_size", "32000", "--micro_batch", "4")),
+)  # fmt: skip
+SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
+REHEARSAL = {
+    "tests": ("-m", "pytest", "-q", "tests/test_flops.py"),
+    "kernels": ("bench/kernels.py", "--op", "swiglu", "--samples", "4", "--out", "{out}/kernels.json"),
+    "1b": ("bench/throughput.py", "config/quickstart_scratch.py", "--out", "{out}/1b.json", *SMALL),
+    "growth": ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{out}/growth.json"),
+    "run": ("train.py", "config/quickstart.py", "--data.path", "{data}", "--out", "{work}/run", "--overwrite",
+            "--stages.0.tokens", "16384", "--stages.0.warmup_tokens", "0", "--stages.1.tokens", "16384",
+            "--stages.1.warmup_tokens", "0", "--data.val_tokens", "4096", "--log_interval", "4096"),
+    "3b": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/3b.json", *SMALL),
+}  # fmt: skip
+
+
+def run_part(part: Part, out: Path, work: Path, seconds: float) -> dict:
+    """Run it to its end or its limit. What it prints goes to {out}/NAME.txt."""
+    places = {"out": str(out), "work": str(work), "data": str(DATA)}
+    arguments = [argument.format(**places) for argument in part.arguments]
+    began, late = time.monotonic(), False
+    log = out / f"{part.name}.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 15)):
+            try:
+                process.wait(max(1.0, patience))
+                break
+            except subprocess.TimeoutExpired:
+                late = True
+                os.killpg(process.pid, number)
+        process.wait()
+    text = log.read_text(errors="replace")
+    state = "late" if late else "passed" if process.returncode == 0 else f"failed (exit {process.returncode})"
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return {"state": state, "seconds": round(time.monotonic() - began, 1), "last_line": last[:300]}
+
+
+def finish_run(out: Path, work: Path) -> None:
+    """Keep the records of the stacked run, and draw them."""
+    from nanostack.plot import draw
+
+    folder = work / "run"
+    records = read_run(folder)[1]
+    (out / "run.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
+    draw({"stacked": records}, "time", out / "run.png")
+    (out / "run.svg").unlink()
+
+
+def main(command: Command) -> dict:
+    console = Console(stderr=command.json, highlight=False, soft_wrap=True)
+    cuda = torch.cuda.is_available()
+    if not cuda and not command.rehearse:
+        raise UserError("there is no GPU here; --rehearse runs the same parts at sizes of seconds")
+    wanted = [name for name in command.only.split(",") if name] or [part.name for part in PARTS]
+    if unknown := set(wanted) - {part.name for part in PARTS}:
+        raise UserError(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in PARTS)}")
+    parts = [part for part in PARTS if part.name in wanted]
+    if command.rehearse:
+        parts = [replace(part, seconds=300, arguments=REHEARSAL[part.name]) for part in parts]
+    device = device_name(torch.device("cuda" if cuda else "cpu")).split(",")[0]
+    stem = "-".join([*device.lower().split(), date.today().isoformat()]) + ("-rehearsal" if command.rehearse else "")
+    out = (command.out or ROOT / "bench/results" / stem).resolve()
+    work = ROOT / "out" / "gpu"
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    prepare_text(console)
+    about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
+    about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
+    summary = {"about": about, "parts": {}}
+    began, allowed = time.monotonic(), ALLOWED if not command.rehearse else 3600
+    for part in parts:
+        left = allowed - (time.monotonic() - began)
+        console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")
+        summary["parts"][part.name] = (
+            run_part(part, out, work, min(part.seconds, left)) if left > 5 else {"state": "no time left"}
+        )
+        if part.name == "run":
+            try:
+                finish_run(out, work)
+            except (UserError, OSError) as error:
+                summary["parts"]["run"]["state"] += f"; no curve: {error}"
+        console.print(f"  {summary['parts'][part.name]['state']}")
+        write(summary, out)
+    console.print(f"wrote {out / 'README.md'}")
+    return summary
+
+
+def prepare_text(console: Console) -> None:
+    """Text of this machine: the Python source that is installed beside us, and the standard library."""
+    if (DATA / "manifest.json").is_file():
+        return
+    console.print("preparing text")
+    command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "site-packages", "--out", str(DATA), "--overwrite"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"no text could be prepared: {done.stderr.strip().splitlines()[-1]}")
+
+
+def driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def write(summary: dict, out: Path) -> None:
+    """summary.json, and README.md for people."""
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    about = summary["about"]
+    text = f"# {about['device']}, {about['date']}" + (" (a rehearsal, no measurement)" if about["rehearsal"] else "") + "\n\n"
+    text += f"Commit {(about['git_commit'] or 'unknown')[:7]}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}"
+    text += (f", driver {about['driver']}" if about["driver"] else "") + ". Written by `make gpu`.\n\n"
+    text += "| part | state | seconds | last line |\n| --- | --- | ---: | --- |\n"
+    for name, part in summary["parts"].items():
+        last = part.get("last_line", "").replace("|", "\\|")
+        text += f"| [{name}]({name}.txt) | {part['state']} | {part.get('seconds', '')} | {last} |\n"
+    for name in ("1b", "3b"):
+        if (out / f"{name}.json").is_file():
+            text += f"\n## Step of {name}\n\n{throughput(json.loads((out / f'{name}.json').read_text()))}"
+    for name, what in (("kernels", "Kernels beside their peers"), ("run", "A stacked run")):
+        if (out / f"{name}.png").is_file():
+            text += f"\n## {what}\n\n![{what}]({name}.png)\n"
+    (out / "README.md").write_text(text)
+
+
+def throughput(result: dict) -> str:
+    text = (
+        "| way | tokens/s | ms a step | MFU full | causal | peak GiB | first step, s | ours × |\n"
+        + "| --- |"
+        + " ---: |" * 7
+        + "\n"
+    )
+    for name, way in result["ways"].items():
+        shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
+        ratio = f"{way['ours_over']:.2f}" if way["ours_over"] else ""
+        cells = [name, f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.0f} ± {100 * way['spread']:.0f} %", *shares]
+        cells += [f"{way['peak_bytes'] / 2**30:.1f}", f"{way['first_step_cold']:.0f}", ratio]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    command_line(Command, main)

@@ -1,0 +1,136 @@
+"""The benchmarks themselves, at sizes of seconds: that they run, what they refuse, that a part's failure stays its own."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from bench import gpu
+from bench.throughput import timed
+from nanostack.config import load
+from nanostack.flops import n_params
+
+
+def bench(name, *arguments):
+    command = [sys.executable, f"bench/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in seconds on a CPU only")
+def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
+    options = ("--data.path", corpus, "--rounds", 1, "--steps", 3, "--warmup", 1, "--out", tmp_path / "found.json", "--json")
+    done = bench("throughput", TINY, "--against", "eager,hf", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "found.json").read_text()) and (tmp_path / "found.png").stat().st_size > 5000
+    assert list(found["ways"]) == ["nanostack", "eager", "hf"] and "MFU = " in done.stderr
+    for name, way in found["ways"].items():
+        assert [len(one["seconds"]) for one in way["rounds"]] == [3] and way["peak_bytes"] > 2**26
+        assert 0.5 < way["first_step_cold"] < 60 and way["ms"] > 0
+        assert way["tokens_per_s"] == pytest.approx(found["batch_tokens"] / way["ms"] * 1e3)
+        assert way["ours_over"] == (
+            None if name == "nanostack" else found["ways"]["nanostack"]["tokens_per_s"] / way["tokens_per_s"]
+        )
+    largest = load(TINY, ["--data.path", str(corpus)]).shapes()[-1]
+    assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=384))
+
+
+def test_peers_compute_the_model_that_is_timed():
+    """The same weights give the same loss, ours, in plain torch and in transformers; so the same is timed."""
+    from bench.peers import HuggingFaceLlama, PlainLlama
+    from nanostack.model import Llama, LlamaConfig
+
+    config = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=96, vocab_size=128, seq_len=32)
+    ours, plain, theirs = Llama(config), PlainLlama(config), HuggingFaceLlama(config, liger=False)
+    for mine, other in zip(ours.blocks, plain.blocks, strict=True):
+        pairs = ((mine.attn.qkv, other.qkv), (mine.attn.out, other.out), (mine.mlp.gate_up, other.gate_up))
+        for a, b in (*pairs, (mine.mlp.down, other.down), (mine.attn_norm, other.attn_norm), (mine.mlp_norm, other.mlp_norm)):
+            b.load_state_dict({"weight": a.weight})
+    for mine, other in zip(ours.blocks, theirs.model.model.layers, strict=True):
+        q, k, v = mine.attn.qkv.weight.split([64, 32, 32])
+        gate, up = mine.mlp.gate_up.weight.chunk(2)
+        named = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": mine.attn.out.weight}
+        named |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": mine.mlp.down.weight}
+        named |= {"input_layernorm": mine.attn_norm.weight, "post_attention_layernorm": mine.mlp_norm.weight}
+        other.load_state_dict({f"{name}.weight": value for name, value in named.items()})
+    ends = (
+        (plain.embed, plain.norm, plain.head),
+        (theirs.model.model.embed_tokens, theirs.model.model.norm, theirs.model.lm_head),
+    )
+    for embed, norm, head in ends:
+        for a, b in ((ours.embed, embed), (ours.norm, norm), (ours.head, head)):
+            b.load_state_dict({"weight": a.weight})
+    tokens = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0))
+    losses = [float(model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).detach()) for model in (ours, plain, theirs)]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_throughput_times_a_few_micro_batches_of_a_large_step(corpus):
+    config = timed(load(str(ROOT / "config/1b.py"), ["--data.path", str(corpus)]), steps=7, accumulate=2)
+    assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
+    assert config.model.n_layer == 24, "the grown model"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("throughput", ("--against", "jax"), "--against takes eager, compile, hf, not jax"),
+        ("throughput", ("--rounds", "0"), "must be at least 1"),
+        ("throughput", ("config/none.py",), "there is no config file config/none.py"),
+        ("throughput", (TINY, "--data.pth", "x"), "--data.pth"),
+        ("throughput", (TINY, "--data.path", "nowhere"), "nowhere"),
+        ("feeding", ("--rounds", "0"), "rounds must be at least 1"),
+        ("feeding", ("--data", "nowhere"), "nowhere"),
+        ("gpu", ("--only", "tests,fun", "--rehearse"), "there is no part fun; there are tests, kernels"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(name, arguments, message):
+    done = bench(name, *arguments)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[0] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_says_that_there_is_none():
+    done = bench("gpu")
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no GPU here; --rehearse"), done.stderr
+
+
+def test_part_that_fails_or_is_late_costs_only_itself(tmp_path):
+    parts = [
+        gpu.Part("fine", 60, ("-c", "print('all is well')")),
+        gpu.Part("broken", 60, ("-c", "raise SystemExit('it broke')")),
+        gpu.Part("late", 60, ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
+    ]
+    found = {part.name: gpu.run_part(part, tmp_path, tmp_path, 3 if part.name == "late" else 60) for part in parts}
+    assert [found[name]["state"] for name in found] == ["passed", "failed (exit 1)", "late"]
+    assert [found[name]["last_line"] for name in found] == ["all is well", "it broke", "begun"] and found["late"][
+        "seconds"
+    ] < 30
+    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
+    gpu.write({"about": about | {"rehearsal": False}, "parts": found}, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page.startswith("# a card, today\n") and "| [broken](broken.txt) | failed (exit 1) |" in page
+    assert json.loads((tmp_path / "summary.json").read_text())["parts"] == found
+
+
+def test_all_parts_together_stay_within_nine_minutes():
+    assert gpu.ALLOWED + 15 + 5 <= 9 * 60, "the last part may take 15 s to die"
+    assert sum(part.seconds for part in gpu.PARTS if part.name != "3b") <= gpu.ALLOWED, "the last one has what is left"
+
+
+@pytest.mark.slow
+def test_feeding_pins_one_core_and_compares_on_the_same_text(corpus, tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: the quick brown fox jumps over the lazy dog\n" * 400)
+    options = ("--data", corpus, "--text", tmp_path / "text", "--rounds", 1, "--out", tmp_path / "f.json", "--json")
+    done = bench("feeding", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["loader"]["tokens_per_s"] > 20 * 60_000 and found["text"]["bytes"] > 700_000
+    assert len(found["encode"]) == 3 and all(way["mb_per_s"] > 0.1 for way in found["encode"].values())

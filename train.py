@@ -271,14 +271,22 @@ class Run:
 
 
 def choose_kernels(name: str, placement: parallel.Placement) -> str:
-    """Set the backend of all kernels. Returns the one that will run: torch or triton."""
+    """Set the backend of all kernels. Returns the one that will run: triton, c or torch."""
     reason = kernels.unavailable_reason(placement.device)
     if reason is None and placement.device.type == "cpu" and placement.dtype != torch.float32:
         reason = "Triton's interpreter is right in float32 only; add --dtype float32"
     if name == "triton" and reason:
         raise UserError(f"--kernels triton: {reason}")
+    if name == "c":
+        reason = kernels.cpu.unavailable_reason() if placement.device.type == "cpu" else "they are for the CPU."
+        if reason:
+            raise UserError(f"--kernels c: {reason}")
     kernels.set_backend(name)
-    return name if name != "auto" else "triton" if placement.device.type == "cuda" and not reason else "torch"
+    if name != "auto":
+        return name
+    if placement.device.type == "cuda":
+        return "torch" if reason else "triton"
+    return "torch" if kernels.cpu.unavailable_reason() else "c"
 
 
 def with_vocabulary(config: Train) -> Train:

@@ -8,6 +8,7 @@
     kernels   bench/kernels.py: every operation beside its peers
     1b, 3b    bench/throughput.py: the whole step at both presets beside torch.compile
     growth    bench/growth.py: growing in place beside a trip through the host
+    timeline  bench/timeline.py: where the step of 1b goes, by operation
     run       a stacked run of three minutes, with its curve
 
 Each part is a process with a time of its own: one that fails or is late costs only itself. What it printed and measured goes to
@@ -43,7 +44,7 @@ class Command:
     """Test and measure everything on this GPU."""
 
     only: str = ""
-    """These parts, by comma: tests, kernels, 1b, growth, run, 3b."""
+    """These parts, by comma: tests, kernels, 1b, growth, timeline, run, 3b."""
     rehearse: bool = False
     """At sizes of seconds, on whatever device there is; results go to a folder that says so."""
     out: Path | None = None
@@ -64,13 +65,15 @@ class Part:
 STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--accumulate", "1", "--data.path", "{data}")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
-    Part("tests", 90, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
-    Part("kernels", 60, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("1b", 110, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
+    Part("tests", 80, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
+    Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
+    Part("1b", 100, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
                      "--model.vocab_size", "32000")),
-    Part("growth", 40, ("bench/growth.py", "--shapes", "410m", "1b", "--samples", "2", "--out", "{out}/growth.json")),
+    Part("growth", 30, ("bench/growth.py", "--shapes", "410m", "1b", "--samples", "2", "--out", "{out}/growth.json")),
+    Part("timeline", 30, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
+                          "--model.vocab_size", "32000", "--out", "{out}/timeline.json")),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
-    Part("run", 200, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
+    Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
                       "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
                       "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
                       "--eval_interval", "2621440", "--data.val_tokens", "262144")),
@@ -83,6 +86,8 @@ REHEARSAL = {
     "kernels": ("bench/kernels.py", "--op", "swiglu", "--samples", "4", "--out", "{out}/kernels.json"),
     "1b": ("bench/throughput.py", "config/quickstart_scratch.py", "--out", "{out}/1b.json", *SMALL),
     "growth": ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{out}/growth.json"),
+    "timeline": ("bench/timeline.py", "config/quickstart_base.py", "--steps", "1", "--data.path", "{data}",
+                 "--out", "{out}/timeline.json"),
     "run": ("train.py", "config/quickstart.py", "--data.path", "{data}", "--out", "{work}/run", "--overwrite",
             "--stages.0.tokens", "16384", "--stages.0.warmup_tokens", "0", "--stages.1.tokens", "16384",
             "--stages.1.warmup_tokens", "0", "--data.val_tokens", "4096", "--log_interval", "4096"),

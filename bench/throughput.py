@@ -52,7 +52,7 @@ PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face
 class Command:
     """Time the training step."""
 
-    config: tyro.conf.Positional[str | None] = None
+    config: tyro.conf.Positional[str] = ""
     """Its last stage's model is timed. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Changes to it as train.py takes them: all options that are not named here."""

@@ -1,5 +1,6 @@
-"""The fused operations of a Llama: each a pure function with a Triton kernel and a torch reference side by side."""
+"""The fused operations of a Llama: each a pure function with a Triton kernel, a torch reference and, for the CPU, C."""
 
+from . import cpu
 from .dispatch import set_backend, unavailable_reason
 from .flash_attention import flash_attention
 from .flash_attention import flops as flash_attention_flops
@@ -11,6 +12,7 @@ from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "cpu",
     "flash_attention",
     "flash_attention_flops",
     "linear",

@@ -1,8 +1,8 @@
-"""The one switch between Triton and torch, and the checks every operation shares.
+"""The one switch between Triton, C and torch, and the checks every operation shares.
 
-Each operation takes `backend=None | "torch" | "triton"`; None follows `set_backend`. "auto" means Triton for CUDA tensors it
-can serve and the torch reference for everything else. The choice reads only Python values and tensor metadata, so
-torch.compile makes it once, while tracing.
+Each operation takes `backend=None | "torch" | "triton" | "c"`; None follows `set_backend`. "auto" means Triton for CUDA
+tensors it can serve, C for CPU tensors where there is a compiler (cpu.py), and the torch reference for everything else. The
+choice reads only Python values and tensor metadata, so torch.compile makes it once, while tracing.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import os
 from types import SimpleNamespace
 
 import torch
+
+from . import cpu
 
 try:
     import triton
@@ -20,14 +22,14 @@ except ImportError:  # macOS and Windows: the kernels below are still defined, a
 
 HAS_TRITON = triton.__version__ is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so later is too late
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "c")
 
 _backend = "auto"
 _traced: bool | None = None  # None: operations are run
 
 
 def set_backend(name: str) -> None:
-    """Choose what `backend=None` means in this process: "auto", "torch" or "triton"."""
+    """Choose what `backend=None` means in this process: "auto", "torch", "triton" or "c"."""
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
@@ -72,7 +74,7 @@ def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None)
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if _traced is not None:
         return _traced and refusal is None
-    if name == "torch":
+    if name in ("torch", "c"):
         return False
     # The interpreter multiplies the raw bits of bfloat16 in tl.dot, and truncates where hardware rounds: never silently wrong.
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if x.is_cuda else (torch.float32, torch.float16)
@@ -87,6 +89,20 @@ def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None)
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f'backend="triton" on {x.device.type} takes {names} only, not {x.dtype}')
     return True
+
+
+def use_c(backend: str | None, *tensors: torch.Tensor) -> bool:
+    """Whether an operation on these, which does not run in Triton, runs in C (cpu.py) and not in torch.
+
+    Raises ValueError where "c" is asked for and cannot be had.
+    """
+    name = _backend if backend is None else backend
+    if name not in ("auto", "c") or _traced is not None or torch.compiler.is_compiling():
+        return False
+    reason = cpu.refusal(*tensors)
+    if reason is not None and name == "c":
+        raise ValueError(f'backend="c" is impossible: {reason}')
+    return reason is None
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

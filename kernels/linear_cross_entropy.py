@@ -20,8 +20,9 @@ z-loss: PaLM (arXiv:2204.02311, section 5). Chunking over rows: Liger-Kernel (ar
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from . import cpu
 from .configs import ANY, lookup
-from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, use_triton, wide
+from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, use_c, use_triton, wide
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 8·V·D bytes for the 6·V·D FLOPs of each of its rows
@@ -99,11 +100,12 @@ def _rows_torch(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits)
 @torch.library.custom_op("nanostack::linear_cross_entropy_rows", mutates_args=())
 def rows_op(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, row_scale: torch.Tensor | None,
-    ignore_index: int, z_loss: float, gradients: bool, on_triton: bool,
+    ignore_index: int, z_loss: float, gradients: bool, way: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Loss of each row (N,) and, with `gradients`, dx and dweight of Σ row_scale · loss; row_scale None means ones.
 
-    x (N, D) and weight (V, D) in the compute dtype, targets (N,). Opaque to torch.compile, which would unroll the chunks.
+    x (N, D) and weight (V, D) in the compute dtype, targets (N,); way is "triton", "c" or "torch". Opaque to torch.compile,
+    which would unroll the chunks.
     """
     rows, vocab = x.shape[0], weight.shape[0]
     targets = targets.contiguous()
@@ -118,7 +120,7 @@ def rows_op(
         logits = wide(torch.mm(x[part], weight.t(), **product))
         dlogits = torch.empty(logits.shape, dtype=x.dtype, device=x.device) if gradients else None
         row_scale_part = None if row_scale is None else row_scale[part].contiguous()
-        step = _rows_triton if on_triton else _rows_torch
+        step = {"triton": _rows_triton, "c": cpu.cross_entropy, "torch": _rows_torch}[way]
         step(logits, targets[part], row_scale_part, ignore_index, z_loss, loss[part], dlogits)
         if gradients:
             torch.mm(dlogits, weight, out=dx[part])
@@ -131,7 +133,7 @@ def rows_op(
 
 
 @rows_op.register_fake
-def _(x, weight, targets, row_scale, ignore_index, z_loss, gradients, on_triton):
+def _(x, weight, targets, row_scale, ignore_index, z_loss, gradients, way):
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     dx, dweight = (x.shape, weight.shape) if gradients else ((0,), (0,))
     return x.new_empty(x.shape[0], dtype=wide_dtype), x.new_empty(dx), x.new_empty(dweight, dtype=wide_dtype)
@@ -158,12 +160,12 @@ if torch.ops.nanostack.linear_cross_entropy_rows not in flop_registry:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, reduction, z_loss, gradients, on_triton):
-        ctx.options = (ignore_index, z_loss, True, on_triton)
+    def forward(ctx, x, weight, targets, ignore_index, reduction, z_loss, gradients, way):
+        ctx.options = (ignore_index, z_loss, True, way)
         ctx.save_for_backward(x, weight, targets)
         # "none": each row's weight is known only in the backward pass, which starts again from the inputs.
         early = gradients and reduction != "none"
-        loss, dx, dweight = rows_op(x, weight.to(x.dtype), targets, None, ignore_index, z_loss, early, on_triton)
+        loss, dx, dweight = rows_op(x, weight.to(x.dtype), targets, None, ignore_index, z_loss, early, way)
         ctx.gradients = (dx, dweight) if early else None
         if reduction == "none":
             ctx.factor = None
@@ -229,9 +231,9 @@ def linear_cross_entropy(
     require(weight.numel() > 0, f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
     require_number("ignore_index", ignore_index, whole=True)
     require_number("z_loss", z_loss)
-    on_triton = use_triton(backend, x)
+    way = "triton" if use_triton(backend, x) else "c" if use_c(backend, x) else "torch"
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     x_rows, targets_rows = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
-    options = (ignore_index, reduction, float(z_loss), gradients, on_triton)
+    options = (ignore_index, reduction, float(z_loss), gradients, way)
     loss = _LinearCrossEntropy.apply(x_rows, weight, targets_rows, *options)
     return loss.reshape(targets.shape) if reduction == "none" else loss

@@ -14,6 +14,7 @@ one persistent program per multiprocessor sums its rows in registers, then torch
 import torch
 from torch.library import triton_op, wrap_triton
 
+from . import cpu
 from .configs import lookup
 from .dispatch import (
     as_rows,
@@ -25,6 +26,7 @@ from .dispatch import (
     require_number,
     tl,
     triton,
+    use_c,
     use_triton,
     wide,
 )
@@ -191,7 +193,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | N
     """
     _check(x, weight, eps)
     on_triton = use_triton(backend, x, _too_wide(x))
-    return rms_norm_op(x, weight, eps) if on_triton and x.numel() else _RMSNorm.apply(x, weight, eps)
+    if on_triton and x.numel():
+        return rms_norm_op(x, weight, eps)
+    if use_c(backend, x):
+        return _RMSNormInC.apply(x, None, weight, eps)[0]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(
@@ -209,6 +215,8 @@ def add_rms_norm(
     )
     if use_triton(backend, x, _too_wide(x)) and x.numel():
         return add_rms_norm_op(x, residual, weight, eps)
+    if use_c(backend, x, residual):
+        return _RMSNormInC.apply(x, residual, weight, eps)
     residual_out = x + residual
     return _RMSNorm.apply(residual_out, weight, eps), residual_out
 
@@ -234,3 +242,21 @@ class _RMSNorm(torch.autograd.Function):
         projection = (dy_x_hat @ weight.to(dy.dtype)).div_(x.shape[-1]).unsqueeze(-1)
         dx = (dy * weight).sub_(x_hat.mul_(projection)).mul_(rstd)
         return dx.to(x.dtype), dweight.to(weight.dtype), None
+
+
+class _RMSNormInC(torch.autograd.Function):
+    """Both operations on the CPU: (y, x + residual), the second None without a residual."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        y, summed, rstd = cpu.rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+        ctx.added = residual is not None
+        return y, summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dresidual):
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = cpu.rms_norm_backward(dy, dresidual if ctx.added else None, x, weight, rstd)
+        return dx, dx if ctx.added else None, dweight.to(weight.dtype), None

@@ -12,8 +12,21 @@ One launch rotates both q and k; they may be slices of one fused projection, the
 import torch
 from torch.library import triton_op, wrap_triton
 
+from . import cpu
 from .configs import lookup
-from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, unit_stride, use_triton, wide
+from .dispatch import (
+    launch,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    tl,
+    triton,
+    unit_stride,
+    use_c,
+    use_triton,
+    wide,
+)
 
 MAX_D_HEAD = 256
 
@@ -121,7 +134,7 @@ def rotary(
     if use_triton(backend, q, refusal) and q.numel():
         return rotary_op(q, k, cos, sin, offset, False)
     rows = slice(offset, offset + q.shape[1])
-    return _Rotary.apply(q, k, cos[rows, None], sin[rows, None])
+    return _Rotary.apply(q, k, cos[rows], sin[rows], use_c(backend, q, k))
 
 
 def _check(q, k, cos, sin, offset):
@@ -149,22 +162,24 @@ def _check(q, k, cos, sin, offset):
 
 
 class _Rotary(torch.autograd.Function):
-    """The torch reference. Its backward is written out: no autograd through slices, and only cos and sin are saved."""
+    """In C, or the torch reference. Its backward is written out: no autograd through slices, and only cos and sin are saved."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin):
+    def forward(ctx, q, k, cos, sin, in_c):
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
+        ctx.rotate = cpu.rotate if in_c else _rotate
+        return ctx.rotate(q, cos, sin, 1), ctx.rotate(k, cos, sin, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return _rotate(dq, cos, sin, -1), _rotate(dk, cos, sin, -1), None, None
+        return ctx.rotate(dq, cos, sin, -1), ctx.rotate(dk, cos, sin, -1), None, None, None
 
 
 def _rotate(x, cos, sin, sign):
     half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     x1, x2 = wide(x[..., :half]), wide(x[..., half:])
     out = x.new_empty(x.shape)
     out[..., :half] = (x1 * cos).addcmul_(x2, sin, value=-sign)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 
+from . import cpu
 from .configs import lookup
-from .dispatch import as_rows, launch, require, require_floating, tl, triton, use_triton, wide
+from .dispatch import as_rows, launch, require, require_floating, tl, triton, use_c, use_triton, wide
 
 
 @triton.jit
@@ -95,15 +96,18 @@ def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
         f"gate_up has shape {tuple(gate_up.shape)}; its last dimension must be even: gate, then up",
     )
     on_triton = use_triton(backend, gate_up)
-    return swiglu_op(gate_up) if on_triton and gate_up.numel() else _SwiGLU.apply(gate_up)
+    return swiglu_op(gate_up) if on_triton and gate_up.numel() else _SwiGLU.apply(gate_up, use_c(backend, gate_up))
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The torch reference. Its backward is written out: half the time of autograd on the CPU, and only gate_up is saved."""
+    """In C, or the torch reference. Its backward is written out: half the time of autograd, and only gate_up is saved."""
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx, gate_up, in_c):
         ctx.save_for_backward(gate_up)
+        ctx.in_c = in_c
+        if in_c:
+            return cpu.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(wide(gate)).mul_(up).to(gate_up.dtype)
 
@@ -111,10 +115,12 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
+        if ctx.in_c:
+            return cpu.swiglu_backward(dy, gate_up), None
         gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
         dy = wide(dy)
         dgate_up = gate_up.new_empty(gate_up.shape)
         dgate, dup = dgate_up.chunk(2, dim=-1)
         dup.copy_(F.silu(gate).mul_(dy))
         dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return dgate_up
+        return dgate_up, None

@@ -78,7 +78,7 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
             return lambda: (ops.swiglu(gate_up),)
         return lambda: (ops.swiglu_backward(dy, gate_up),)
     x, weight, targets = randn(1024, 256), randn(128256, 256), torch.randint(128256, (1024,), device=device)
-    return lambda: ops.linear_cross_entropy_rows(x, weight, targets, None, -100, 0.0, True, True)
+    return lambda: ops.linear_cross_entropy_rows(x, weight, targets, None, -100, 0.0, True, "triton")
 
 
 def sound(kernel: str, size: int, arch: int, configs: list[Config]) -> list[Config]:

@@ -208,7 +208,7 @@ class Train:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype over fp32 masters; auto is bfloat16 where the device has it."""
     parallel: Parallel = Parallel()
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    kernels: Literal["auto", "torch", "triton", "c"] = "auto"
     compile: bool = False
     """torch.compile each block; compiled once, shared by all."""
     cuda_graph: bool = False

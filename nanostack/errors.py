@@ -37,14 +37,25 @@ def exits_cleanly():
 def command_line(options: type, main: Callable[[object], dict]) -> None:
     """Parse the command line into `options`, call main with it and, where it has --json, print the answer as one object.
 
-    Options that it does not know go to its field `overrides`, if it has one: they are those of a run's config.
+    Options that it does not know, with what follows them, go to its field `overrides` if it has one: a run's config has them.
     """
     with exits_cleanly():
+        mine, others = sys.argv[1:], ()
         if any(field.name == "overrides" for field in fields(options)):
-            command, others = tyro.cli(options, use_underscores=True, return_unknown_args=True)
-            command = replace(command, overrides=tuple(others))
-        else:
-            command = tyro.cli(options, use_underscores=True)
-        answer = main(command)
+            mine, others = split({field.name for field in fields(options)}, mine)
+        command = tyro.cli(options, args=mine, use_underscores=True)
+        answer = main(replace(command, overrides=tuple(others)) if others else command)
         if command.json:
             print(json.dumps(answer))
+
+
+def split(known: set[str], arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments in two: options named in `known` (and what comes before any option), and others, each with its values."""
+    mine, others = [], []
+    now = mine
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+            now = mine if name.removeprefix("no_") in known | {"help"} else others
+        now.append(argument)
+    return mine, others

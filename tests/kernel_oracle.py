@@ -23,7 +23,7 @@ def _target(device, backend, dtype):
 # The interpreter multiplies raw bits in a bf16 tl.dot, so it never sees bf16.
 INTERPRETER = [_target("cpu", "triton", dtype) for dtype in (torch.float32, torch.float16)]
 GPU = [_target("cuda", "triton", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-REFERENCE = [_target("cpu", "torch", dtype) for dtype in (torch.float32, torch.bfloat16)]
+REFERENCE = [_target("cpu", way, dtype) for way in ("torch", "c") for dtype in (torch.float32, torch.bfloat16)]
 TRITON = INTERPRETER if INTERPRETED else GPU
 TARGETS = INTERPRETER if INTERPRETED else REFERENCE + GPU
 

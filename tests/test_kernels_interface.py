@@ -62,8 +62,8 @@ MISTAKES = [
     (lambda: kernels.linear_cross_entropy(X, torch.ones(0, 8), torch.zeros(3).long()), "there is nothing to choose from"),
     (lambda: kernels.linear_cross_entropy(X, W[None], torch.zeros(3).long(), z_loss=None), "z_loss is None"),
     (lambda: kernels.linear_cross_entropy(X, W[None], torch.zeros(3).long(), ignore_index=1.5), "ignore_index is 1.5"),
-    (lambda: kernels.swiglu(X, backend="cuda"), "backend is 'cuda'; it must be one of auto, torch, triton"),
-    (lambda: kernels.set_backend("cuda"), "backend is 'cuda'; it must be one of auto, torch, triton"),
+    (lambda: kernels.swiglu(X, backend="cuda"), "backend is 'cuda'; it must be one of auto, torch, triton, c"),
+    (lambda: kernels.set_backend("cuda"), "backend is 'cuda'; it must be one of auto, torch, triton, c"),
 ]
 
 
@@ -181,5 +181,5 @@ def test_cross_entropy_never_holds_all_logits_and_skips_gradients_nobody_wants(m
     assert counter.get_total_flops() == 2 * rows * width * vocab
     rows = sys.modules["kernels.linear_cross_entropy"].rows_op._init_fn  # behind the operation, where a mode sees inside
     with LargestTensor() as largest:
-        rows(x.detach(), head.detach(), targets, None, -100, 0.0, True, False)
+        rows(x.detach(), head.detach(), targets, None, -100, 0.0, True, "torch")
     assert largest.elements == vocab * chunk

@@ -1,0 +1,192 @@
+"""Where the milliseconds of a training step go, by operation.
+
+    python bench/timeline.py [CONFIG]              measured: torch's profiler over steps of train.py's own loop, on this device
+    python bench/timeline.py --estimate [CONFIG]   from FLOPs and bytes and an H200's data sheet: an estimate, nothing is run
+
+CONFIG is config/1b.py with a GPU or --estimate, config/quickstart_scratch.py without; options of train.py may follow. JSON goes
+to bench/results/.
+"""
+
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
+
+from bench.throughput import ours, timed  # noqa: E402
+from nanostack.config import Train, load  # noqa: E402
+from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.flops import MFU, mfu, n_params  # noqa: E402
+from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.model import LlamaConfig  # noqa: E402
+
+KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(add)?mm|aten::bmm",
+    "attention": r"attention|flash|cudnn.*sdpa",
+    "RMSNorm": r"rms_?norm",
+    "rotary": r"rotary",
+    "SwiGLU": r"swiglu",
+    "cross entropy": r"cross_entropy",
+    "optimizer, clipping": r"adam|multi_tensor|foreach|linalg_vector_norm",
+    "copies, fills": r"memcpy|memset|copy|fill|aten::cat",
+    "other elementwise": r"elementwise|reduce|aten::(add|mul|sum|div|index|embedding)|scatter|gather",
+}
+REST = "all else"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where does a step's time go?"""
+
+    config: tyro.conf.Positional[str] = ""
+    """Its last stage's model is taken. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Changes to it as train.py takes them: all options that are not named here."""
+    estimate: bool = False
+    """Of an H200, from FLOPs and bytes."""
+    steps: int = 4
+    """Profiled, after as many that are not."""
+    accumulate: int = 4
+    """Micro-batches a step at most, where the config has more."""
+    out: Path | None = None
+    """Result file; in bench/results/ by config and device."""
+    json: bool = False
+    """Print the result as one JSON object; everything else goes to standard error."""
+
+
+def kind(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
+
+
+def measured(config: Train, steps: int) -> dict[str, float]:
+    """{kind: milliseconds of a step}; what the device idles, or Python takes on a CPU, is in `all else`."""
+    cuda, count, bounds = torch.cuda.is_available(), 0, []
+    trace = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+
+    def mark():
+        nonlocal count
+        count += 1
+        if count in (steps, 2 * steps):
+            if cuda:
+                torch.cuda.synchronize()
+            trace.start() if count == steps else trace.stop()
+
+    ours(config, mark)
+    found = defaultdict(float)
+    for event in trace.events():
+        took = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        bounds += [event.time_range.start, event.time_range.end]
+        found[kind(event.name)] += took / 1e3 / steps
+    whole = (max(bounds) - min(bounds)) / 1e3 / steps
+    found[REST] += max(0.0, whole - sum(found.values()))
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A data sheet, and what share of it is assumed to be reached."""
+
+    name: str
+    flops: float  # dense bf16 per second
+    bytes: float  # per second
+    products: float  # shares: of flops by matrix products, by attention; of bytes
+    attention: float
+    bandwidth: float
+
+
+H200 = Machine("H200", 989e12, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
+
+
+def estimated(model: LlamaConfig, rows: int, parts: int, gpu: Machine = H200) -> dict[str, float]:
+    """{kind: milliseconds of a step} of `parts` micro-batches of `rows` tokens, in bf16 over fp32 masters, nothing recomputed.
+
+    Bytes are those of docs/kernels.md: every operation reads and writes what it must once.
+    """
+    n, d, f, v = rows, model.d_model, model.d_ff, model.vocab_size
+    heads, weights = model.n_head + 2 * model.n_kv_head, n_params(model)
+    in_blocks = model.n_layer * (d * heads * model.d_head + model.n_head * model.d_head * d + 3 * d * f)
+    s = 2  # bytes of bf16
+    layer = {
+        "RMSNorm": s * n * d * ((2 + 4) + (3 + 4)),  # alone and fused with the addition; forward, backward
+        "rotary": 2 * 2 * s * n * (model.n_head + model.n_kv_head) * model.d_head,
+        "SwiGLU": s * n * f * (3 + 5),
+        "other elementwise": s * n * d * 3,  # the second addition to the residual stream
+    }
+    moved = {name: model.n_layer * size for name, size in layer.items()}
+    moved["cross entropy"] = (8 + 3 * s) * n * v
+    moved["copies, fills"] = s * n * heads * model.d_head * 2 * model.n_layer  # gradients of q, k, v put side by side
+    flops = {
+        "matrix products": 6 * n * (in_blocks + v * d),
+        "attention": 3.5 * 2 * n * model.seq_len * model.n_head * model.d_head * model.n_layer,  # causal; backward 2.5 times
+    }
+    share = {"matrix products": gpu.products, "attention": gpu.attention}
+    found = {name: parts * amount / (gpu.flops * share[name]) * 1e3 for name, amount in flops.items()}
+    # fp32 gradients are added to in place: read and written beside each product
+    found["matrix products"] += parts * 8 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
+    found |= {name: parts * size / (gpu.bytes * gpu.bandwidth) * 1e3 for name, size in moved.items()}
+    # once a step: weight, two moments and gradient read, three written; the norm; gradients zeroed; bf16 copies made
+    found["optimizer, clipping"] = (28 + 4 + 4) * weights / (gpu.bytes * gpu.bandwidth) * 1e3
+    found["copies, fills"] += 6 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
+    return found
+
+
+def main(command: Command) -> dict:
+    console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 120)
+    if min(command.steps, command.accumulate) < 1:
+        raise UserError("steps and accumulate must be at least 1")
+    large = torch.cuda.is_available() or command.estimate
+    path = command.config or str(ROOT / "config" / ("1b.py" if large else "quickstart_scratch.py"))
+    config = load(path, list(command.overrides))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if command.estimate:
+        model = config.shapes()[-1]
+        model = replace(model, vocab_size=model.vocab_size or 32000)
+        rows = config.micro_batch * model.seq_len
+        parts = min(command.accumulate, max(1, config.batch_tokens // rows))
+        tokens, where = rows * parts, H200.name
+        found = estimated(model, rows, parts)
+    else:
+        config = timed(config, 2 * command.steps + 1, command.accumulate)
+        model, tokens, where = config.model, config.batch_tokens, device_name(device)
+        found = measured(config, command.steps)
+    whole = sum(found.values())
+    result = {"config": Path(path).name, "device": where, "estimate": command.estimate, "tokens": tokens, "ms": whole}
+    result |= {"by_kind": dict(sorted(found.items(), key=lambda pair: -pair[1]))}
+    result |= {"versions": versions(), "git_commit": git_commit(), "date": date.today().isoformat()}
+    if command.estimate:
+        speed = tokens / whole * 1e3
+        result |= {"mfu_full": mfu(model, speed, H200.flops), "mfu_causal": mfu(model, speed, H200.flops, causal=True)}
+        result["assumed"] = {name: getattr(H200, name) for name in ("flops", "bytes", "products", "attention", "bandwidth")}
+    shown = Table("operation", "ms a step", "%", title=f"{result['config']}, {tokens:,} tokens a step, {where}")
+    for name, ms in result["by_kind"].items():
+        shown.add_row(name, f"{ms:.1f}", f"{100 * ms / whole:.1f}")
+    shown.add_row("all", f"{whole:.1f}", "100")
+    console.print(shown)
+    if command.estimate:
+        console.print(f"an ESTIMATE, nothing was run: {result['assumed']}")
+        console.print(
+            f"it would be {100 * result['mfu_full']:.0f} % MFU full, {100 * result['mfu_causal']:.0f} % causal. {MFU}"
+        )
+    name = "-".join(where.split(",")[0].lower().split()) + ("-estimate" if command.estimate else "")
+    out = command.out or ROOT / "bench/results" / f"timeline-{Path(path).stem}-{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"wrote {out}", soft_wrap=True)
+    return result
+
+
+if __name__ == "__main__":
+    command_line(Command, main)

@@ -1,0 +1,166 @@
+"""The fused operations in C, for the CPU: cpu.c, compiled on first use in about a second and kept.
+
+torch runs an unfused operation as several passes over memory, which on a CPU cost a third of a small model's step. The C
+functions do what the Triton kernels do, in float32 and bfloat16. Attention and matrix products stay torch's; torch.compile
+fuses by itself and sees the torch references.
+
+The library is built for the machine's own instructions into $XDG_CACHE_HOME/nanostack (~/.cache/nanostack).
+NANOSTACK_CC names the compiler; NANOSTACK_CC= turns all of this off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("cpu.c")
+# No -ffast-math: nan and inf must come out as they are, the trainer looks for them.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int  # noqa: E741
+SIGNATURES = {
+    "swiglu_forward": (P, P, L, L, I),
+    "swiglu_backward": (P, P, P, L, L, I),
+    "rotary": (P, P, P, P, L, L, L, L, L, L, L, F, I),
+    "rms_norm_forward": (P, P, P, P, P, P, L, L, F, I),
+    "rms_norm_backward": (P, P, P, P, P, P, P, L, L, I),
+    "cross_entropy": (P, P, P, P, P, L, L, L, F, I),
+}
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("NANOSTACK_CC", "cc"))
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """One sentence on why the C functions cannot be had here; None if they can."""
+    if sys.platform != "linux":
+        return "they find torch's OpenMP on Linux only."
+    if compiler() is None:
+        return "there is no C compiler (cc)."
+    try:
+        _load(torch.float32)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = error.stderr.strip().splitlines()[:1] if getattr(error, "stderr", None) else [str(error)]
+        return f"they could not be built: {' '.join(detail)}"
+    return None
+
+
+def refusal(*tensors: torch.Tensor) -> str | None:
+    """Why the C functions cannot work on these; None for plain CPU tensors with storage of float32 or bfloat16."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it needs tensors on the cpu, not on {x.device}."
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16 only, not {x.dtype}."
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, not {type(x).__name__}."
+    return unavailable_reason()
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """(..., 2F), gate first → (..., F)."""
+    y = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    _call("swiglu_forward", y.dtype, gate_up.contiguous(), y, *_rows(y))
+    return y
+
+
+def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    dgate_up = gate_up.new_empty(gate_up.shape)
+    _call("swiglu_backward", dy.dtype, dy.contiguous(), gate_up.contiguous(), dgate_up, *_rows(dy))
+    return dgate_up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """x (B, T, H, K) turned by sign · the angles of cos, sin (T, K/2) → the same, contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape)
+    sizes = (*x.shape[:3], x.shape[3] // 2, *x.stride()[:3], sign)
+    _call("rotary", x.dtype, x, out, cos.contiguous(), sin.contiguous(), *sizes)
+    return out
+
+
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """y, x + residual (None without one) and the reciprocal of each row's root mean square."""
+    y, (rows, width) = x.new_empty(x.shape), _rows(x)
+    summed = None if residual is None else x.new_empty(x.shape)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    residual = None if residual is None else residual.contiguous()
+    _call("rms_norm_forward", x.dtype, x.contiguous(), residual, weight.float().contiguous(), y, summed, rstd, rows, width, eps)
+    return y, summed, rstd
+
+
+def rms_norm_backward(
+    dy: torch.Tensor, dresidual: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, to which dresidual is added, and dweight in float32."""
+    dx, (rows, width) = x.new_empty(x.shape), _rows(x)
+    parts = x.new_empty((torch.get_num_threads(), width), dtype=torch.float32)
+    dresidual = None if dresidual is None else dresidual.contiguous()
+    given = (dy.contiguous(), dresidual, x.contiguous(), weight.float().contiguous(), rstd)
+    _call("rms_norm_backward", x.dtype, *given, dx, parts, rows, width)
+    return dx, parts.sum(0)
+
+
+def cross_entropy(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits) -> None:
+    """As linear_cross_entropy's kernel, into loss and dlogits; logits float32 and contiguous."""
+    dtype = torch.float32 if dlogits is None else dlogits.dtype
+    _call("cross_entropy", dtype, logits, targets, row_scale, loss, dlogits, *logits.shape, ignore_index, z_loss)
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int]:
+    """Of (..., D): how many rows, and D."""
+    return x.numel() // max(1, x.shape[-1]), x.shape[-1]
+
+
+def _call(name: str, dtype: torch.dtype, *arguments) -> None:
+    """Call a function of cpu.c for elements of `dtype`: tensors by address, None as NULL, numbers; it ends with the threads."""
+    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+    getattr(_load(dtype), name)(*values, torch.get_num_threads())
+
+
+@functools.cache
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
+    define = "-DBF16" if dtype == torch.bfloat16 else "-DFP32"
+    about = "\n".join((compiler(), *FLAGS, define, SOURCE.read_text(), torch.__version__, _processor()))
+    name = f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanostack"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            _build(define, folder / name)
+    except OSError:  # a home that cannot be written to
+        folder = Path(tempfile.mkdtemp(prefix="nanostack-"))
+        _build(define, folder / name)
+    library = ctypes.CDLL(str(folder / name))
+    for function, types in SIGNATURES.items():
+        getattr(library, function).argtypes, getattr(library, function).restype = types, None
+    return library
+
+
+def _build(define: str, path: Path) -> None:
+    """Compile and link in two steps: linked without -fopenmp, it uses the OpenMP that torch has loaded, and its threads."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+        for command in (
+            (*FLAGS, define, "-c", str(SOURCE), "-o", str(made[0])),
+            ("-shared", str(made[0]), "-o", str(made[1]), "-lm"),
+        ):
+            subprocess.run([compiler(), *command], check=True, capture_output=True, text=True, timeout=120)
+        os.replace(made[1], path)  # at once: others may be looking
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()

@@ -1,0 +1,120 @@
+"""The C functions of the CPU beyond their numbers, which test_kernels.py checks: how they are built, chosen and left alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kernels
+from kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"no C functions: {cpu.unavailable_reason()}")
+
+ASK = """
+import torch, kernels
+x = torch.arange(-8.0, 8.0).view(2, 8)
+print(kernels.cpu.unavailable_reason())
+print(kernels.swiglu(x).tolist() == kernels.swiglu(x, backend={backend!r}).tolist())
+"""
+
+
+def ask(backend, **environment):
+    command = [sys.executable, "-c", ASK.format(backend=backend)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_without_a_compiler_the_torch_references_run():
+    out, err = ask("torch", NANOSTACK_CC="").communicate()
+    assert out.splitlines() == ["there is no C compiler (cc).", "True"], err
+    err = ask("c", NANOSTACK_CC="").communicate()[1]
+    assert 'ValueError: backend="c" is impossible: there is no C compiler (cc).' in err
+
+
+def test_compiler_that_fails_is_told(tmp_path):
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    out, err = ask("torch", NANOSTACK_CC=str(broken), XDG_CACHE_HOME=str(tmp_path)).communicate()
+    assert out.splitlines() == ["they could not be built: no such flag", "True"], err
+
+
+def test_many_processes_build_at_once_into_an_empty_cache(tmp_path):
+    asked = [ask("c", XDG_CACHE_HOME=str(tmp_path)) for _ in range(4)]
+    for process in asked:
+        out, err = process.communicate()
+        assert out.splitlines() == ["None", "True"], err
+    assert [path.suffix for path in (tmp_path / "nanostack").iterdir()] == [".so"], "one library, no leftovers"
+
+
+def test_cache_that_cannot_be_written_to_is_done_without(tmp_path):
+    (tmp_path / "nanostack").write_text("in the way")
+    out, err = ask("c", XDG_CACHE_HOME=str(tmp_path)).communicate()
+    assert out.splitlines() == ["None", "True"], err
+
+
+def test_torch_is_what_torch_was_asked_for(monkeypatch):
+    def never(*_):
+        raise AssertionError("C was called")
+
+    monkeypatch.setattr(cpu, "_call", never)
+    x = torch.ones(2, 8)
+    kernels.swiglu(x, backend="torch")
+    kernels.swiglu(x.double())
+    kernels.swiglu(x.half())
+    with pytest.raises(AssertionError, match="C was called"):
+        kernels.swiglu(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 8, dtype=torch.float64), "takes float32 and bfloat16 only, not torch.float64"),
+        (torch.ones(2, 8, device="meta"), "needs tensors on the cpu, not on meta"),
+    ],
+)
+def test_what_c_cannot_do_is_refused_where_it_is_asked_for(x, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.swiglu(x, backend="c")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 200.0, -200.0])
+def test_extremes_come_out_as_from_torch(value):
+    """The trainer looks for what is not finite: it must not be lost on the way. What is finite stays so."""
+    x = torch.full((3, 40), 0.5)
+    x[1, 7] = value
+    weight = torch.ones(40)
+    functions = {
+        "swiglu": lambda backend: kernels.swiglu(x, backend=backend),
+        "rms_norm": lambda backend: kernels.rms_norm(x, weight, 1e-5, backend=backend),
+        "loss": lambda backend: kernels.linear_cross_entropy(
+            x, torch.eye(40), torch.arange(3), reduction="none", backend=backend
+        ),
+    }
+    for name, function in functions.items():
+        ours, theirs = function("c"), function("torch")
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), name
+        finite = theirs.isfinite()
+        torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-5, atol=1e-6)
+
+
+def test_number_of_threads_changes_rounding_only():
+    x, weight = torch.randn(300, 96, requires_grad=True), torch.ones(96, requires_grad=True)
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs = [
+                torch.autograd.grad(kernels.rms_norm(x, weight, 1e-5, backend="c").square().sum(), (x, weight)) for _ in "ab"
+            ]
+            assert all(map(torch.equal, *runs)), "the same number of threads gives the same bits"
+            found[threads] = runs[0]
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3):
+        assert torch.equal(found[threads][0], found[1][0])
+        torch.testing.assert_close(found[threads][1], found[1][1])

@@ -1,7 +1,8 @@
 """Grow a checkpoint on disk: `python grow.py out/1b_base/ckpt.pt --g 4` writes ckpt-x4.pt beside it.
 
 It is read tensor by tensor from the memory-mapped file to the device (the GPU where there is one), grown there in place, and
-written. Train on with `train.py CONFIG --init_from CHECKPOINT`.
+written. Train on with `train.py CONFIG --init_from CHECKPOINT`. A folder of Hugging Face's Llama is taken too, and a folder
+written: `python grow.py smollm --g 2 --out smollm-x2`.
 """
 
 import json
@@ -16,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from nanostack import checkpoint
+from nanostack import checkpoint, hf
 from nanostack.config import Growth, Optim
 from nanostack.data import Tokens, manifest_sha256
 from nanostack.depth import connection_rate
@@ -58,12 +59,15 @@ class Command:
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    folder = command.checkpoint.is_dir()
     if command.checkpoint.is_file():
         console.print(f"reading and checking {command.checkpoint} ({command.checkpoint.stat().st_size / 2**30:.2f} GiB)")
-    saved = checkpoint.load(command.checkpoint)
+    saved = hf.load(command.checkpoint) if folder else checkpoint.load(command.checkpoint)
     base = LlamaConfig(**saved["config"])
     grown = command.growth.shape(base)
-    out = command.out or command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix(base, grown.config)}.pt")
+    source = command.checkpoint.resolve() if folder else command.checkpoint
+    name = f"{source.name}-{suffix(base, grown.config)}" if folder else f"{source.stem}-{suffix(base, grown.config)}.pt"
+    out = command.out or source.with_name(name)
     check(command, saved, out)
     texts = [Tokens(command.data, split, base.seq_len, saved["seed"] or 0) for split in ("train", "val") if command.data]
     if texts and texts[0].vocab_size > base.vocab_size:
@@ -95,7 +99,16 @@ def main(command: Command) -> dict:
         )
     receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
-    checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
+    if folder:
+        options = {
+            "dtype": saved["dtype"],
+            "tokenizer": command.checkpoint,
+            "eot": saved["eot"],
+            "overwrite": command.overwrite,
+        }
+        hf.save(state, out, saved["manifest_sha256"], **options)
+    else:
+        checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
 
 

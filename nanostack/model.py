@@ -22,6 +22,16 @@ from nanostack.errors import UserError
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's longer context: slow rotary frequencies are divided by `factor`, fast ones stay, those between are mixed."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_seq_len: int
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """Shape of the model. In a run's config a `vocab_size` of None stands for the data's, rounded up to 128."""
 
@@ -35,8 +45,11 @@ class LlamaConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # from a checkpoint
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "seq_len", "rope_theta", "norm_eps")
         for name in sizes + (("vocab_size",) if self.vocab_size is not None else ()):
             if getattr(self, name) <= 0:
@@ -222,8 +235,13 @@ def document_starts(tokens_BT: Tensor, end_of_text: int) -> Tensor:
 def rope_angles(config: LlamaConfig, device: torch.device) -> Tensor:
     """(seq_len, d_head/2) fp32: position times θ^(−2i/d_head). RoFormer, arXiv 2104.09864."""
     exponents = torch.arange(0, config.d_head, 2, dtype=torch.float32, device=device) / config.d_head
+    frequencies = config.rope_theta**-exponents
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_seq_len * frequencies / (2 * math.pi)  # within the original context
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequencies = torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
     positions = torch.arange(config.seq_len, dtype=torch.float32, device=device)
-    return torch.outer(positions, config.rope_theta**-exponents)
+    return torch.outer(positions, frequencies)
 
 
 def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int, device: torch.device) -> Tensor:

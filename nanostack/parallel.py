@@ -189,7 +189,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
     if cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
-        # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. Read at the first allocation.
+        # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. Read when first needed.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -1,0 +1,416 @@
+"""Hugging Face's Llama folders, read and written as checkpoints are: tensor by tensor, names and fused weights translated.
+
+`load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for; `save(state, folder)` writes
+config.json, safetensors (sharded by size), generation_config.json, tokenizer files and a model card. What Hugging Face has no
+place for (tokens, FLOPs, growth receipts) goes into config.json under "nanostack": a round trip loses the optimizer only.
+
+Their q_proj, k_proj, v_proj are the rows of our qkv, gate_proj and up_proj those of gate_up; both rotate halves.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanostack import checkpoint
+from nanostack.config import describe_tokens
+from nanostack.errors import UserError
+from nanostack.flops import n_params
+from nanostack.model import LlamaConfig, RopeScaling
+from nanostack.state import Cursor, State
+from nanostack.tokenizer import EOT, Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+BLOCK = {  # ours: theirs, put side by side in this order
+    "attn_norm.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.out.weight": ("self_attn.o_proj.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.down.weight": ("mlp.down_proj.weight",),
+}
+ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+
+
+def require_extra() -> None:
+    """UserError with the line that installs what is missing."""
+    try:
+        import safetensors  # noqa: F401
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"Hugging Face folders need {error.name}: pip install -e .[hf]") from error
+
+
+def theirs(name: str) -> tuple[str, ...]:
+    """Hugging Face's names of one of our parameters."""
+    if name in ENDS:
+        return (ENDS[name],)
+    _, number, rest = name.split(".", 2)
+    return tuple(f"model.layers.{number}.{part}" for part in BLOCK[rest])
+
+
+def rows_of(name: str, config: LlamaConfig) -> list[int]:
+    """How many rows each of `theirs(name)` has."""
+    heads, kv = config.n_head * config.d_head, config.n_kv_head * config.d_head
+    fused = {"qkv": [heads, kv, kv], "gate_up": [config.d_ff, config.d_ff]}
+    return next((rows for part, rows in fused.items() if f".{part}." in name), [-1])
+
+
+def names_of(config: LlamaConfig) -> Iterator[str]:
+    """Our parameters, a tied head left out."""
+    yield "embed.weight"
+    for number in range(config.n_layer):
+        yield from (f"blocks.{number}.{rest}" for rest in BLOCK)
+    yield from ("norm.weight",) if config.tie_embeddings else ("norm.weight", "head.weight")
+
+
+def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype) -> dict:
+    """config.json of a model."""
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= dataclasses.asdict(scaling) | {"rope_type": "llama3"}
+        rope["original_max_position_embeddings"] = rope.pop("original_seq_len")
+    old = {"rope_theta": config.rope_theta}  # where transformers 4 looks
+    if scaling is not None:
+        old["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.d_head,
+        "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": eot,
+        "pad_token_id": None,
+        "dtype": str(dtype).removeprefix("torch."),
+    } | old
+
+
+def from_config(found: dict, where: Path) -> LlamaConfig:
+    """The shape that a config.json describes. UserError for what our Llama is not."""
+    if found.get("model_type") != "llama":
+        raise UserError(f"{where} is of architecture {found.get('model_type')!r}; only 'llama' can be read")
+    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if found.get(key, wanted) != wanted:
+            raise UserError(f"{where} has {key} {found[key]!r}; our Llama has {wanted!r}")
+    rope = dict(found.get("rope_scaling") or {}) | dict(found.get("rope_parameters") or {})
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if missing := [name for name in names if name not in rope]:
+            raise UserError(f"{where}: its llama3 rotary scaling lacks {', '.join(missing)}")
+        scaling = RopeScaling(*(rope[name] for name in names))
+    elif kind != "default":
+        raise UserError(f"{where} scales rotary positions by {kind!r}; 'default' and 'llama3' are known")
+    try:
+        heads, width = found["num_attention_heads"], found["hidden_size"]
+        config = LlamaConfig(
+            n_layer=found["num_hidden_layers"],
+            n_head=heads,
+            n_kv_head=found.get("num_key_value_heads") or heads,
+            d_model=width,
+            d_ff=found["intermediate_size"],
+            vocab_size=found["vocab_size"],
+            seq_len=found.get("max_position_embeddings", 2048),
+            rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 1e4))),
+            norm_eps=found.get("rms_norm_eps", 1e-6),
+            tie_embeddings=bool(found.get("tie_word_embeddings", False)),
+            rope_scaling=scaling,
+        )
+    except KeyError as error:
+        raise UserError(f"{where} does not say {error.args[0]}") from error
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where} does not describe a Llama: {error}") from error
+    if (found.get("head_dim") or config.d_head) != config.d_head:
+        raise UserError(f"{where} has heads of {found['head_dim']}, not of hidden_size / num_attention_heads = {config.d_head}")
+    return config
+
+
+class Weights(Mapping):
+    """Our parameters {name: tensor on the host} out of a folder, read when they are asked for, in the dtype they have there."""
+
+    def __init__(self, folder: Path, config: LlamaConfig):
+        self.folder, self.config, self._open = folder, config, {}
+        self._files = _files_of(folder)
+        wanted = [theirs_ for name in names_of(config) for theirs_ in theirs(name)]
+        if missing := [name for name in wanted if name not in self._files]:
+            raise UserError(f"{folder} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} first")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "head.weight" and self.config.tie_embeddings:
+            name = "embed.weight"
+        parts = [self._read(one) for one in theirs(name)]
+        wanted = rows_of(name, self.config)
+        for part, rows, one in zip(parts, wanted, theirs(name), strict=True):
+            if rows not in (-1, part.shape[0]):
+                raise UserError(f"{self.folder}: {one} has {part.shape[0]} rows, its config.json asks for {rows}")
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*names_of(self.config), *(["head.weight"] if self.config.tie_embeddings else [])])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self._files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, "pt")
+            return self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _files_of(folder: Path) -> dict[str, str]:
+    """{tensor: file}, from the index or the one file; UserError for shards that are not there."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _read_json(index).get("weight_map", {})
+        if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
+            raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names")
+        return files
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        other = " (it has pytorch_model.bin: save it anew with transformers)" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder} has neither model.safetensors nor an index of shards{other}")
+    try:
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{single} is damaged: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
+
+
+def load(folder: str | Path) -> dict:
+    """What `checkpoint.load` gives, of a Hugging Face folder: no optimizer; the ledger where we wrote it, else a new one.
+
+    "model" reads from the files as it is asked; "dtype" is what they hold. Raises `UserError` for another architecture, missing
+    shards, damaged files.
+    """
+    folder = Path(folder)
+    require_extra()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+    found = _read_json(folder / "config.json")
+    config = from_config(found, folder / "config.json")
+    ours = found.get("nanostack") or {}
+    return {
+        "format": checkpoint.FORMAT,
+        "config": dataclasses.asdict(config),
+        "model": Weights(folder, config),
+        "optimizer": {},
+        "cursor": ours.get("cursor") or dataclasses.asdict(Cursor()),
+        "rng": {"cpu": torch.get_rng_state()},
+        "growth": ours.get("growth") or [],
+        "manifest_sha256": ours.get("manifest_sha256"),
+        "seed": ours.get("seed", 0),
+        "dtype": getattr(torch, found.get("dtype") or found.get("torch_dtype") or "float32"),
+        "eot": found.get("eos_token_id"),
+    }
+
+
+def save(
+    state: State,
+    folder: str | Path,
+    manifest_sha256: str | None,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 5 * 10**9,
+    tokenizer: "Tokenizer | Path | None" = None,
+    eot: int | None = None,
+    records: list[dict] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
+
+    tokenizer: ours, which is translated, or a folder whose tokenizer files are copied. records: of the run, for the card's
+    curve. Everything is written beside the folder first: it is whole or it is not there. Raises `UserError` where it cannot be.
+    """
+    require_extra()
+    folder, config = Path(folder), state.model.config
+    if isinstance(tokenizer, Tokenizer):
+        if tokenizer.n_vocab > config.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
+        eot = tokenizer.eot
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists already: choose another folder, or replace it (--overwrite)")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_weights(state, partial, dtype, shard_bytes)
+        about = {"cursor": dataclasses.asdict(state.cursor), "growth": state.growth, "seed": state.seed}
+        about["manifest_sha256"] = manifest_sha256
+        _write_json(partial / "config.json", to_config(config, eot, dtype) | {"nanostack": about})
+        _write_json(
+            partial / "generation_config.json", {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        )
+        if isinstance(tokenizer, Tokenizer):
+            _write_tokenizer(tokenizer, partial, config.seq_len)
+        elif tokenizer is not None:
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, partial / name)
+        (partial / "README.md").write_text(card(folder.name, state, records))
+        if records:
+            from nanostack.plot import draw
+
+            draw({folder.name: records}, "flops", partial / "curves.png")
+        _replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place; one that was there goes only when the new one is in."""
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    old = folder.with_name(folder.name + ".old")
+    os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old)
+
+
+def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """safetensors, each of at most shard_bytes unless a tensor alone is larger; only a shard at a time is held."""
+    from safetensors.torch import save_file
+
+    parameters, config = dict(state.model.named_parameters()), state.model.config
+    shapes = [
+        (name, one, rows) for name in names_of(config) for one, rows in zip(theirs(name), rows_of(name, config), strict=True)
+    ]
+    shards: list[list[str]] = [[]]
+    size, total, filled = dtype.itemsize, 0, 0
+    for name, one, rows in shapes:
+        shape = parameters[name].shape
+        n_bytes = size * (shape.numel() if rows == -1 else rows * shape[1])
+        if shards[-1] and filled + n_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(one)
+        filled, total = filled + n_bytes, total + n_bytes
+    ours = {one: name for name, one, _ in shapes}
+    index = {}
+    for number, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for one in names:
+            name = ours[one]
+            parts = parameters[name].detach()
+            if len(theirs(name)) > 1:
+                parts = parts.split(rows_of(name, config))[theirs(name).index(one)]
+            tensors[one] = parts.to("cpu", dtype, copy=True).contiguous()
+            index[one] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
+    tokenizer_json(ours).save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT, "model_max_length": seq_len}
+    _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
+
+
+def tokenizer_json(ours: Tokenizer):
+    """Our tokenizer as a `tokenizers.Tokenizer` with the same ids.
+
+    tiktoken keeps ranks of byte strings, Hugging Face an ordered list of merges: the merge that made a token is found by
+    merging its bytes with the lower ranks only, until two are left. Text that looks like end-of-text becomes that token, as is
+    the custom there; ours takes it as text.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Theirs
+
+    shown = _bytes_to_unicode()
+    text = {token: "".join(shown[byte] for byte in token) for token in ours.ranks}
+    merges = []
+    for token, rank in sorted(ours.ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1 and len(parts := _merged(ours.ranks, token, rank)) == 2:
+            merges.append((text[parts[0]], text[parts[1]]))
+    made = Theirs(models.BPE({text[token]: rank for token, rank in ours.ranks.items()}, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(ours.pattern), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in sorted(ours.special, key=ours.special.get)]
+    )
+    return made
+
+
+def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
+    """The bytes of a token, merged as far as ranks below `below` go."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        found = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        rank, i = min(found)
+        if rank >= below:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for every byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def card(name: str, state: State, records: list[dict] | None) -> str:
+    """README.md of the folder: shape, tokens, FLOPs, how it grew, its curve."""
+    config, cursor = state.model.config, state.cursor
+    heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
+    lines += [
+        f"# {name}",
+        "",
+        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
+    ]
+    lines += [f"{heads}, context {config.seq_len}. Trained with nanostack.", "", f"- tokens: {describe_tokens(cursor.tokens)}"]
+    lines += [f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"]
+    for receipt in state.growth:
+        lines += [f"- after {describe_tokens(receipt['tokens'])} tokens: {receipt['op']} to {len(receipt['rules'])} layers"]
+    lines += [] if state.growth else ["- never grown"]
+    evaluated = [record for record in records or [] if record.get("val_loss") is not None]
+    lines += [f"- validation loss: {evaluated[-1]['val_loss']:.4f} nats per token"] if evaluated else []
+    return "\n".join([*lines, *(["", "![curves](curves.png)"] if records else [])]) + "\n"

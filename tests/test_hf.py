@@ -1,0 +1,233 @@
+"""Hugging Face in and out: the same numbers, the same ids, and what is refused. transformers itself is the judge."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train
+from nanostack import checkpoint, hf, tokenizer
+from nanostack.config import Growth, Optim, load
+from nanostack.errors import UserError
+from nanostack.model import LlamaConfig, RopeScaling
+from nanostack.parallel import Placement
+from nanostack.state import State
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+MHA = LlamaConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=64, d_ff=96, vocab_size=384, seq_len=64)
+GQA = replace(MHA, n_kv_head=2, norm_eps=1e-6, rope_theta=5e5)
+SCALED = replace(GQA, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32))
+SHAPES = {"mha": MHA, "gqa": GQA, "tied": replace(MHA, tie_embeddings=True), "llama3": SCALED}
+on_every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+
+
+def state_of(config: LlamaConfig, seed: int = 0) -> State:
+    state = State.create(config, Optim(), Placement(CPU), seed)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            if "norm" in name:  # gains of 1 would hide one that is in the wrong place
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return state
+
+
+def run(module, *arguments):
+    command = [sys.executable, *(["-m", module] if module.startswith("nanostack") else [module]), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def export(state, folder, **options):
+    hf.save(state, folder, None, **options)
+    return folder
+
+
+TOKENS = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(3))
+
+
+@on_every_shape
+def test_transformers_gives_the_same_logits(config, tmp_path):
+    state = state_of(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(export(state, tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, state.model(TOKENS), rtol=0, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in state.model.parameters())
+
+
+@on_every_shape
+def test_round_trip_is_bit_for_bit_and_keeps_the_ledger(config, tmp_path):
+    state = state_of(config, seed=5)
+    state.cursor.advance(7, config)
+    state.grow(Growth("stack", 2))
+    folder = export(state, tmp_path / "out", shard_bytes=100_000)
+    done = run("nanostack.import_hf", folder, tmp_path / "back.pt")
+    assert done.returncode == 0, done.stderr
+    back = checkpoint.load(tmp_path / "back.pt")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2 and (folder / "model.safetensors.index.json").is_file()
+    for name, parameter in state.model.named_parameters():
+        assert torch.equal(back["model"][name], parameter), name
+    assert back["config"] == asdict(state.model.config) and back["cursor"] == asdict(state.cursor)
+    assert back["growth"] == json.loads(json.dumps(state.growth)) and back["seed"] == 5
+    restored = State.restore(back, Optim(), Placement(CPU))
+    assert torch.equal(restored.model(TOKENS), state.model(TOKENS))
+
+
+@on_every_shape
+def test_what_transformers_saved_is_read(config, tmp_path):
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.to_config(config, None, torch.float32)))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    saved = hf.load(tmp_path / "theirs")
+    assert LlamaConfig(**saved["config"]) == config
+    with torch.no_grad():
+        ours = State.restore(saved, Optim(), Placement(CPU)).model(TOKENS)
+        torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
+    state = state_of(GQA)
+    base = export(state, tmp_path / "base", dtype=dtype, eot=7)
+    (base / "tokenizer.json").write_text("{}")
+    done = run("grow.py", base, "--g", "2")
+    assert done.returncode == 0, done.stderr
+    grown = tmp_path / "base-x2"
+    assert (grown / "tokenizer.json").read_text() == "{}" and json.loads((grown / "config.json").read_text())[
+        "eos_token_id"
+    ] == 7
+    model = transformers.AutoModelForCausalLM.from_pretrained(grown, dtype=dtype)
+    before = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    assert len(model.model.layers) == 6 and model.lm_head.weight.dtype == dtype
+    for i, layer in enumerate(model.model.layers):
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before.model.layers[i % 3].state_dict()[name]), (i, name)
+    again = run("grow.py", base, "--g", "2")
+    assert again.returncode == 2 and "base-x2 exists already" in again.stderr
+
+
+def test_tokenizer_gives_the_same_ids_as_tiktoken(corpus, tmp_path):
+    ours = tokenizer.load(corpus)
+    export(state_of(MHA), tmp_path / "out", tokenizer=ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [
+        "def f(x):\n    return x  # naïve ☃ 中文 🙂\n",
+        "  \t\n\n\n 12345 don't DON'T",
+        "",
+        "a" * 300,
+        (ROOT / "train.py").read_text(),
+    ]
+    for text in texts:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text), text[:40]
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == ours.eot and len(theirs) == ours.n_vocab
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
+    config = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run")])
+    train.Run(config).train()
+    done = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", corpus, "--json")
+    assert done.returncode == 0, done.stderr
+    files = json.loads(done.stdout)["files"]
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert wanted | {"README.md", "curves.png"} <= set(files)
+    page = (tmp_path / "out/README.md").read_text()
+    assert "stack to 4 layers" in page and "FLOPs" in page and "validation loss" in page
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+    text = pipe("def ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert text.startswith("def ") and len(text) > 4
+    again = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out")
+    assert again.returncode == 2 and "exists already" in again.stderr
+    replaced = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--overwrite", "--dtype", "bfloat16")
+    assert replaced.returncode == 0 and not (tmp_path / "out/tokenizer.json").exists(), replaced.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"], "nothing half-written is left"
+
+
+def damaged(change):
+    """A folder that `change` has been at."""
+
+    def make(tmp_path):
+        folder = export(state_of(MHA), tmp_path / "model", shard_bytes=100_000)
+        change(folder)
+        return folder
+
+    return make
+
+
+def edit(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def cut(folder):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD = [
+    (edit(model_type="mistral"), "is of architecture 'mistral'; only 'llama' can be read"),
+    (edit(attention_bias=True), "has attention_bias True"),
+    (edit(head_dim=32), "has heads of 32, not of hidden_size / num_attention_heads = 16"),
+    (edit(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "scales rotary positions by 'yarn'"),
+    (edit(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "lacks low_freq_factor"),
+    (edit(num_hidden_layers=4), "lacks 9 tensors that its config.json asks for, model.layers.3"),
+    (edit(intermediate_size=48), "rows, its config.json asks for 48"),
+    (edit(hidden_size=None), "does not describe a Llama"),
+    (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "which its index names"),
+    (cut, "is damaged"),
+    (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+    (lambda folder: (folder / "config.json").unlink(), "is no Hugging Face folder"),
+    (lambda folder: [path.unlink() for path in folder.glob("model*")], "neither model.safetensors nor an index"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_folder_that_is_not_right_is_refused_and_nothing_written(change, message, tmp_path):
+    folder = damaged(change)(tmp_path)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        saved = hf.load(folder)
+        State.restore(saved, Optim(), Placement(CPU))
+
+
+def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
+    state = state_of(replace(MHA, vocab_size=128))
+    checkpoint.save(state, tmp_path / "ckpt.pt", None)
+    folder = export(state_of(MHA), tmp_path / "model")
+    cut(folder)
+    for arguments, message in (
+        (("nanostack.export", tmp_path / "ckpt.pt", tmp_path / "out", "--data", corpus), "the tokenizer has"),
+        (("nanostack.export", tmp_path / "none.pt", tmp_path / "out"), "there is no checkpoint"),
+        (("nanostack.export", tmp_path / "ckpt.pt", tmp_path / "out", "--shard_gb", "0"), "shard_gb must be positive"),
+        (("nanostack.import_hf", folder, tmp_path / "out.pt"), "is damaged"),
+        (("nanostack.import_hf", "nowhere", tmp_path / "out.pt"), "there is no folder nowhere"),
+        (("nanostack.import_hf", folder, tmp_path / "ckpt.pt"), "exists already"),
+        (("grow.py", folder, "--g", "2"), "is damaged"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt-0.pt", "ckpt.pt", "model"]
+
+
+def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"need safetensors: pip install -e \.\[hf\]"):
+        hf.require_extra()
+
+
+def test_context_can_be_cut_on_the_way_in(tmp_path):
+    folder = export(state_of(MHA), tmp_path / "model")
+    assert run("nanostack.import_hf", folder, tmp_path / "a.pt", "--seq_len", "32").returncode == 0
+    assert checkpoint.load(tmp_path / "a.pt")["config"]["seq_len"] == 32
+    longer = run("nanostack.import_hf", folder, tmp_path / "b.pt", "--seq_len", "128")
+    assert longer.returncode == 2 and "between 1 and the model's 64" in longer.stderr
+    shutil.rmtree(folder)

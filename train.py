@@ -21,6 +21,7 @@ from nanostack import checkpoint, growth, parallel
 from nanostack.config import Train, describe_tokens, load
 from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError, exits_cleanly
+from nanostack.fit import check_batch
 from nanostack.flops import flops_per_token, mfu, n_params, peak_flops
 from nanostack.metrics import Clock, Display, Late, Metrics, header, profiler
 from nanostack.micro_step import MicroStep
@@ -47,6 +48,10 @@ class Run:
         config = self.config
         state_bytes = 16 * n_params(config.shapes()[-1]) / self.placement.shards
         parallel.check_room(self.placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
+        if self.placement.mesh is None:  # of several devices fit.py has an estimate only, which is not enough to refuse a run
+            free = parallel.free_bytes(self.placement.device)
+            slack = 1.5 if self.kernels == "c" else 1.0  # what runs in C takes less than what is traced
+            check_batch(config, config.shapes()[-1], self.placement.dtype, self.kernels == "triton", free, slack)
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
         self.val = Tokens(config.data.path, "val", config.model.seq_len)

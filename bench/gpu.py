@@ -16,6 +16,7 @@ bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary. 
 """
 
 import json
+import math
 import os
 import platform
 import signal
@@ -32,7 +33,9 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from nanostack.config import load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.fit import RESERVED, need, scratch_of  # noqa: E402
 from nanostack.metrics import device_name, git_commit, read_run, versions  # noqa: E402
 
 DATA = ROOT / "data" / "gpu"
@@ -68,17 +71,17 @@ PARTS = (
     Part("tests", 80, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
     Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
     Part("1b", 100, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
-                     "--model.vocab_size", "32000")),
+                     "--model.vocab_size", "32000", "--micro_batch", "{1b}")),
     Part("growth", 30, ("bench/growth.py", "--shapes", "410m", "1b", "--samples", "2", "--out", "{out}/growth.json")),
     Part("timeline", 30, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
-                          "--model.vocab_size", "32000", "--out", "{out}/timeline.json")),
+                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
     Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
                       "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
                       "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
                       "--eval_interval", "2621440", "--data.val_tokens", "262144")),
     Part("3b", 100, ("bench/throughput.py", "config/3b.py", "--against", "compile", "--out", "{out}/3b.json", *STEP,
-                     "--model.vocab_size", "32000", "--micro_batch", "4")),
+                     "--model.vocab_size", "32000", "--micro_batch", "{3b}")),
 )  # fmt: skip
 SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
 REHEARSAL = {
@@ -95,12 +98,23 @@ REHEARSAL = {
 }  # fmt: skip
 
 
-def run_part(part: Part, out: Path, work: Path, seconds: float) -> dict:
+def micro_batches() -> dict[str, str]:
+    """{preset: sequences}: a power of two that leaves a third of the GPU to the peers, which need more than we do."""
+    found, room = {}, torch.cuda.mem_get_info()[0] - RESERVED
+    for name in ("1b", "3b"):
+        config = load(str(ROOT / f"config/{name}.py"), [])
+        model = replace(config.shapes()[-1], vocab_size=32000)
+        fixed = need(config, model, torch.bfloat16, on_triton=True)
+        most = fixed.sequences(room, scratch_of(model, torch.bfloat16, on_triton=True))
+        found[name] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
+    return found
+
+
+def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
     """Run it to its end or its limit. What it prints goes to {out}/NAME.txt."""
-    places = {"out": str(out), "work": str(work), "data": str(DATA)}
     arguments = [argument.format(**places) for argument in part.arguments]
     began, late = time.monotonic(), False
-    log = out / f"{part.name}.txt"
+    log = Path(places["out"]) / f"{part.name}.txt"
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -151,13 +165,12 @@ def main(command: Command) -> dict:
     about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
     about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
     summary = {"about": about, "parts": {}}
+    places = {"out": str(out), "work": str(work), "data": str(DATA)} | ({} if command.rehearse else micro_batches())
     began, allowed = time.monotonic(), ALLOWED if not command.rehearse else 3600
     for part in parts:
         left = allowed - (time.monotonic() - began)
         console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")
-        summary["parts"][part.name] = (
-            run_part(part, out, work, min(part.seconds, left)) if left > 5 else {"state": "no time left"}
-        )
+        summary["parts"][part.name] = run_part(part, places, min(part.seconds, left)) if left > 5 else {"state": "no time left"}
         if part.name == "run":
             try:
                 finish_run(out, work)

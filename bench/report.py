@@ -44,6 +44,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     finished = {name: one for name, one in found.items() if "arms" in one}
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
+    docs.mkdir(parents=True, exist_ok=True)
     text, summaries = HEAD, {name: summarise(one) for name, one in finished.items()}
     for name, summary in summaries.items():
         draw(finished[name], summary, docs / f"study-{name}.png")

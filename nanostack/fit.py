@@ -9,7 +9,7 @@ On several GPUs (--count, fully sharded) the states are divided and FSDP2's gath
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,7 @@ from kernels import dispatch
 from kernels.linear_cross_entropy import scratch_bytes
 from nanostack.config import Train, load
 from nanostack.errors import UserError, command_line
+from nanostack.flops import n_params
 from nanostack.model import Llama, LlamaConfig
 from nanostack.parallel import Placement
 
@@ -168,6 +169,43 @@ def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
         return [p.shape for p in Llama(replace(model, n_layer=1)).blocks[0].parameters()]
 
 
+def scratch_of(model: LlamaConfig, dtype: torch.dtype, on_triton: bool) -> Callable[[int], int]:
+    """Sequences to the bytes that the loss takes for itself."""
+    sizes = (model.d_model, model.vocab_size, dtype.itemsize, on_triton)
+    return lambda sequences: scratch_bytes(sequences * model.seq_len, *sizes)
+
+
+def check_batch(
+    config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, free: float, slack: float = 1.0
+) -> None:
+    """Raise `UserError`, which says what would fit, where the config's micro-batch needs more than `slack` times `free` bytes.
+
+    A trace takes seconds: it is made only where a bound from above, which costs nothing, does not fit into half of them.
+    """
+    room = slack * free
+    per_token = 4 * (model.n_layer * (16 * model.d_model + 8 * model.d_ff) + 2 * model.vocab_size)
+    states = 18 * n_params(model)
+    if states + config.micro_batch * model.seq_len * per_token < room / 2:
+        return
+    scratch = scratch_of(model, dtype, on_triton)
+    options = {}
+    for how in ("none", "selective", "full"):
+        one = replace(config, parallel=replace(config.parallel, activation_checkpointing=how))
+        found = options[how] = need(one, model, dtype, on_triton)
+        if (
+            how == config.parallel.activation_checkpointing
+            and found.peak(config.micro_batch, scratch(config.micro_batch)) <= room
+        ):
+            return
+    wanted = options[config.parallel.activation_checkpointing].peak(config.micro_batch, scratch(config.micro_batch))
+    most = {how: found.sequences(room, scratch) for how, found in options.items()}
+    said = ", ".join(f"{size} with --parallel.activation_checkpointing {how}" for how, size in most.items() if size)
+    raise UserError(
+        f"micro_batch {config.micro_batch} needs about {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "
+        + (f"what fits: {said}" if said else "not even one sequence fits: the model is too large for this device")
+    )
+
+
 def main(command: Command) -> dict:
     config = load(command.config, list(command.overrides))
     if command.count < 1:
@@ -185,9 +223,7 @@ def main(command: Command) -> dict:
         one = replace(config, parallel=parallel, optim=replace(config.optim, moments=moments))
         found = need(one, model, dtype, True, command.count)
 
-        def scratch(sequences: int) -> int:
-            return scratch_bytes(sequences * model.seq_len, model.d_model, model.vocab_size, dtype.itemsize, True)
-
+        scratch = scratch_of(model, dtype, True)
         most = found.sequences(room, scratch)
         peak = found.peak(config.micro_batch, scratch(config.micro_batch))
         answer["options"].append(

@@ -106,7 +106,7 @@ def test_part_that_fails_or_is_late_costs_only_itself(tmp_path):
         gpu.Part("broken", 60, ("-c", "raise SystemExit('it broke')")),
         gpu.Part("late", 60, ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
     ]
-    found = {part.name: gpu.run_part(part, tmp_path, tmp_path, 3 if part.name == "late" else 60) for part in parts}
+    found = {part.name: gpu.run_part(part, {"out": str(tmp_path)}, 3 if part.name == "late" else 60) for part in parts}
     assert [found[name]["state"] for name in found] == ["passed", "failed (exit 1)", "late"]
     assert [found[name]["last_line"] for name in found] == ["all is well", "it broke", "begun"] and found["late"][
         "seconds"

@@ -12,7 +12,8 @@ from conftest import ROOT, peak_bytes
 from kernels import dispatch
 from kernels.linear_cross_entropy import scratch_bytes
 from nanostack.config import Data, Optim, Parallel, Stage, Train, load
-from nanostack.fit import capacity, need
+from nanostack.errors import UserError
+from nanostack.fit import capacity, check_batch, need, scratch_of
 from nanostack.flops import n_params
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
@@ -86,3 +87,17 @@ def test_command_tells_every_option_and_refuses_what_there_is_not():
     assert capacity("12.5") == 12.5 * 2**30
     with pytest.raises(ValueError, match="there is no config file"):
         load("config/none.py", [])
+
+
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_micro_batch_that_cannot_fit_is_refused_with_what_would(how):
+    config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how))
+    found = need(config, SHAPE, torch.float32, on_triton=False)
+    peak = found.peak(8, scratch_of(SHAPE, torch.float32, False)(8))
+    check_batch(config, SHAPE, torch.float32, False, peak)
+    check_batch(config, SHAPE, torch.float32, False, peak / 1.5, slack=1.5)
+    with pytest.raises(UserError, match=r"micro_batch 8 needs about 0\.\d GiB, 0\.\d GiB are free; what fits: ") as told:
+        check_batch(config, SHAPE, torch.float32, False, peak - 1)
+    assert f"7 with --parallel.activation_checkpointing {how}" in str(told.value)
+    with pytest.raises(UserError, match="not even one sequence fits"):
+        check_batch(config, SHAPE, torch.float32, False, 1e6)

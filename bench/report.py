@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +28,13 @@ This page is written by `python bench/speedup.py --report` from the result files
 config/study/.
 
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
-(warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep at every budget, with the first seed; an
-optimum at the edge of the sweep widens it. The arms of a seed share the order of the text, the base model and the validation
-tokens. FLOPs are those of the base and of all growth, 6·N per token as the paper counts; the column beside it counts matrix
-products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1 at the loss that the model from scratch
-has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥ means that the arm's first point is below
-already. **Minus base** is the loss of an arm at the largest budget minus that of the base that never grew: below zero, growth
-paid.
+(warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep; an optimum at its edge widens it. What was
+tried, at which budgets and with how many seeds, is folded away below each table. The arms of a seed share the order of the
+text, the base model and the validation tokens. FLOPs are those of the base and of all growth, 6·N per token as the paper
+counts; the column beside it counts matrix products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1
+at the loss that the model from scratch has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥
+means that the arm's first point is below already. **Minus base** is the loss of an arm at the largest budget minus that of the
+base that never grew: below zero, growth paid.
 """
 
 
@@ -98,13 +99,18 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 def sweeps(results: dict) -> str:
     """Every learning rate that was tried, folded away."""
+
+    def shown(loss: float | None) -> str:
+        return "diverged" if loss is None else f"{loss:.3f}"
+
     lines = []
     for arm in results["arms"].values():
         for budget, tried in arm["sweep"].items():
-            losses = ", ".join(f"{lr}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in tried.items())
-            taken = min((lr for lr in tried if tried[lr] is not None), key=tried.get)
-            lines.append([arm["label"], f"{float(budget):.3g}", losses, taken])
-    table = markdown(["arm", "budget, FLOPs", "loss by rate, first seed", "taken"], lines)
+            said = [f"{lr}: {' '.join(map(shown, losses))}" for lr, losses in tried.items()]
+            most = max(map(len, tried.values()))
+            means = {lr: statistics.mean(losses) for lr, losses in tried.items() if len(losses) == most and None not in losses}
+            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), min(means, key=means.get)])
+    table = markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
     return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
 
 

@@ -103,7 +103,7 @@ def synthetic(curves: dict[str, list[list[float]]], budgets=(1e12, 2e12, 4e12)) 
     for name, seeds in curves.items():
         grows, n_layer = name.startswith("grown"), {"scratch": 8, "base": 2, "base4": 4}.get(name, 2)
         arms[name] = {"label": name, "grows": grows, "n_layer": n_layer, "seeds": {}, "at": [0.1] if grows else []}
-        arms[name]["sweep"] = {f"{budgets[0]:g}": {"0.001": 2.0, "0.002": None}}
+        arms[name]["sweep"] = {f"{budgets[0]:g}": {"0.001": [2.0, 2.1], "0.002": [None]}}
         for seed, losses in enumerate(seeds):
             named = {f"{name}-{seed}-{i}": point for i, point in enumerate(zip(budgets, losses, strict=True))}
             arms[name]["seeds"][str(seed)] = [run for run, (_, loss) in named.items() if loss is not None]

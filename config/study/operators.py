@@ -29,15 +29,15 @@ study = Study(
     },
     sizes={"cpu": (CPU,), "gpu": (GPU,)},
     means="""
-stack, random and learn end within each other's noise, interleave and zero behind them; middle, which begins with 4 layers
-and grows twice, is no better than from scratch. stack stays the default: it needs neither a ramp nor batches of its own.
-The speedup over the tuned and decayed target is far from the paper's 54.6 % here, and its interval holds zero: at the
-largest budget the seeds of the target alone are 0.07 nats apart. Growth beats both bases that never grew in the mean there,
-the 4-layer one not beyond doubt; at half of that budget neither. The curves of grown models fall as steeply as that of the
-target and more steeply than those of the bases, so a larger budget should favour growth over the bases; whether its lead
-over the target lasts is another matter: it shrinks from 0.11 to 0.08 nats. Limits: 0.27M parameters, 4.5M tokens of Python,
-three seeds, rates tuned at the smallest budget. Other work shared the cores while these runs were made: FLOPs and losses
-are exact, seconds are not to be compared. The target's rate, tuned at the smallest budget, is not its best at the largest:
-one run by hand at half of it ended lower there, so these speedups flatter growth.
+stack, random and learn end within each other's noise, interleave and zero behind them; middle, which begins with 4 layers and
+grows twice, is no better than from scratch. stack stays the default: it needs neither a ramp nor batches of its own. The
+speedup over the tuned and decayed target is far from the paper's 54.6 % here, and its interval holds zero: at the largest
+budget the seeds of the target alone are 0.07 nats apart. Growth beats both bases that never grew in the mean there, the
+4-layer one not beyond doubt; at half of that budget neither. The curves of grown models fall as steeply as that of the target
+and more steeply than those of the bases, so a larger budget should favour growth over the bases; whether its lead over the
+target lasts is another matter: it shrinks from 0.11 to 0.08 nats. Limits: 0.27M parameters, 4.5M tokens of Python, three
+seeds, rates tuned at the smallest budget with the first seed, as the sweep below shows. Other work shared the cores while
+these runs were made: FLOPs and losses are exact, seconds are not to be compared. The target's rate, tuned at the smallest
+budget, is not its best at the largest: one run by hand at half of it ended lower there, so these speedups flatter growth.
 """,
 )

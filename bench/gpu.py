@@ -15,10 +15,12 @@ Each part is a process with a time of its own: one that fails or is late costs o
 bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary. Nothing comes from the network.
 """
 
+import contextlib
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,11 +70,11 @@ class Part:
 STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--accumulate", "1", "--data.path", "{data}")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
-    Part("tests", 80, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
-    Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("1b", 100, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
+    Part("tests", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
+    Part("kernels", 80, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
+    Part("1b", 110, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
                      "--model.vocab_size", "32000", "--micro_batch", "{1b}")),
-    Part("growth", 30, ("bench/growth.py", "--shapes", "410m", "1b", "--samples", "2", "--out", "{out}/growth.json")),
+    Part("growth", 60, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
     Part("timeline", 30, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
                           "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
@@ -115,18 +117,24 @@ def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
     arguments = [argument.format(**places) for argument in part.arguments]
     began, late = time.monotonic(), False
     log = Path(places["out"]) / f"{part.name}.txt"
+    for old in (".json", ".png", ".jsonl"):
+        log.with_suffix(old).unlink(missing_ok=True)
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 15)):
-            try:
-                process.wait(max(1.0, patience))
-                break
-            except subprocess.TimeoutExpired:
-                late = True
-                os.killpg(process.pid, number)
-        process.wait()
+        try:
+            for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 15)):
+                try:
+                    process.wait(max(1.0, patience))
+                    break
+                except subprocess.TimeoutExpired:
+                    late = True
+                    os.killpg(process.pid, number)
+        finally:  # whoever is left of it, and where Ctrl-C ended the waiting, must not run beside the next part
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     text = log.read_text(errors="replace")
     state = "late" if late else "passed" if process.returncode == 0 else f"failed (exit {process.returncode})"
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
@@ -164,7 +172,10 @@ def main(command: Command) -> dict:
     prepare_text(console)
     about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
     about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
+    shutil.rmtree(work / "run", ignore_errors=True)
     summary = {"about": about, "parts": {}}
+    if command.only and (out / "summary.json").is_file():
+        summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
     places = {"out": str(out), "work": str(work), "data": str(DATA)} | ({} if command.rehearse else micro_batches())
     began, allowed = time.monotonic(), ALLOWED if not command.rehearse else 3600
     for part in parts:

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +43,10 @@ EPS = 1e-5
 OURS = "nanostack"
 ROOFLINE = "roofline"
 
+try:
+    from torch.nn import LinearCrossEntropyOptions  # younger than the oldest torch that we run on
+except ImportError:
+    LinearCrossEntropyOptions = None
 try:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -185,7 +188,6 @@ def flash_attention(device: torch.device, batch: int, seq: int, n_head: int, n_k
 
 def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int) -> Work:
     targets = torch.randint(vocab, (rows,), device=device)
-    in_chunks = LinearCrossEntropyOptions(allow_retain_graph=False)  # without options it is the eager form
 
     def eager(x, w):
         return F.cross_entropy((x @ w.t()).float(), targets)
@@ -194,8 +196,10 @@ def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int
         OURS: lambda x, w: kernels.linear_cross_entropy(x, w, targets),
         "torch eager": eager,
         "torch.compile": compiled(eager),
-        "F.linear_cross_entropy": lambda x, w: F.linear_cross_entropy(x, w, targets, options=in_chunks),
     }
+    if LinearCrossEntropyOptions:
+        in_chunks = LinearCrossEntropyOptions(allow_retain_graph=False)  # without options it is the eager form
+        ways["F.linear_cross_entropy"] = lambda x, w: F.linear_cross_entropy(x, w, targets, options=in_chunks)
     if LigerRMSNormFunction:
         ways["Liger"] = lambda x, w: LigerFusedLinearCrossEntropyFunction.apply(x, w, targets)[0]
     x, weight = randn(rows, width, like=device), (randn(vocab, width, like=device).detach() * width**-0.5).requires_grad_()

@@ -49,7 +49,7 @@ class PlainLlama(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        angles = rope_angles(config, torch.device("cpu"))
+        angles = rope_angles(config, torch.get_default_device())
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 

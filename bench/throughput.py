@@ -193,14 +193,23 @@ def main(command: Command) -> dict:
     if command.worker:
         return work(command, config)
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
-    found = {name: [] for name in [OURS, *against]}
+    found, failed = {name: [] for name in [OURS, *against]}, {}
     with TemporaryDirectory() as caches:
         turns = [(i, name) for i in range(command.rounds) for name in rotated_by(list(found), i)]
         for number, name in track(turns, "rounds", console=console):
-            found[name].append(in_process(name, path, command, Path(caches), number))
+            if name not in failed:
+                try:
+                    found[name].append(in_process(name, path, command, Path(caches), number))
+                except UserError as error:  # a peer that fails costs its own numbers only
+                    if name == OURS:
+                        raise
+                    failed[name] = str(error)
+                    console.print(f"left out: {error}", soft_wrap=True)
+    found = {name: rounds for name, rounds in found.items() if name not in failed}
     result = summarise(found, config, device) | {"config": Path(path).name, "overrides": command.overrides}
     result |= {"device": device_name(device), "versions": versions(), "git_commit": git_commit()}
     result |= {"date": date.today().isoformat(), "liger": liger(device), "rounds": command.rounds, "steps": command.steps}
+    result["failed"] = failed
     console.print(table(result))
     console.print(MFU)
     stem = f"throughput-{Path(path).stem}-{'-'.join(device_name(device).split(',')[0].lower().split())}"
@@ -221,11 +230,11 @@ def in_process(name: str, path: str, command: Command, caches: Path, number: int
     arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--worker", name, "--json"]
     arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
-    environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "PYTHONHASHSEED": "0"}
+    environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise UserError(f"{name}, round {number + 1}: {last}")
+        said = "\n".join(done.stderr.strip().splitlines()[-20:])
+        raise UserError(f"{name}, round {number + 1}, ended with exit code {done.returncode}:\n{said}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -32,15 +32,15 @@ from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
 from nanostack.model import LlamaConfig  # noqa: E402
 
 KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
+    "attention": r"attention|flash|fmha|cudnn.*sdpa",
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(add)?mm|aten::bmm",
-    "attention": r"attention|flash|cudnn.*sdpa",
     "RMSNorm": r"rms_?norm",
     "rotary": r"rotary",
     "SwiGLU": r"swiglu",
     "cross entropy": r"cross_entropy",
     "optimizer, clipping": r"adam|multi_tensor|foreach|linalg_vector_norm",
     "copies, fills": r"memcpy|memset|copy|fill|aten::cat",
-    "other elementwise": r"elementwise|reduce|aten::(add|mul|sum|div|index|embedding)|scatter|gather",
+    "other elementwise": r"elementwise|reduce|triton_|aten::(add|mul|sum|div|index|embedding)|scatter|gather",
 }
 REST = "all else"
 
@@ -90,6 +90,8 @@ def measured(config: Train, steps: int) -> dict[str, float]:
             continue
         bounds += [event.time_range.start, event.time_range.end]
         found[kind(event.name)] += took / 1e3 / steps
+    if not bounds:
+        raise UserError("the profiler saw no kernel on the device: is CUPTI installed, and allowed to this user?")
     whole = (max(bounds) - min(bounds)) / 1e3 / steps
     found[REST] += max(0.0, whole - sum(found.values()))
     return dict(found)

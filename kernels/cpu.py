@@ -48,9 +48,11 @@ def unavailable_reason() -> str | None:
         return "there is no C compiler (cc)."
     try:
         _load(torch.float32)
+        _load(torch.bfloat16)
     except (OSError, subprocess.SubprocessError) as error:
-        detail = error.stderr.strip().splitlines()[:1] if getattr(error, "stderr", None) else [str(error)]
-        return f"they could not be built: {' '.join(detail)}"
+        said = getattr(error, "stderr", None) or str(error)
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return f"they could not be built: {said.strip().splitlines()[0]}"
     return None
 
 
@@ -61,6 +63,8 @@ def refusal(*tensors: torch.Tensor) -> str | None:
             return f"it needs tensors on the cpu, not on {x.device}."
         if x.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16 only, not {x.dtype}."
+        if x.is_neg():
+            return "it takes no tensor whose sign is yet to be turned."
         if type(x) not in (torch.Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, not {type(x).__name__}."
     return unavailable_reason()
@@ -134,12 +138,12 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
     define = "-DBF16" if dtype == torch.bfloat16 else "-DFP32"
     about = "\n".join((compiler(), *FLAGS, define, SOURCE.read_text(), torch.__version__, _processor()))
     name = f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanostack"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanostack"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
             _build(define, folder / name)
-    except OSError:  # a home that cannot be written to
+    except (OSError, RuntimeError):  # a home that cannot be written to, or none
         folder = Path(tempfile.mkdtemp(prefix="nanostack-"))
         _build(define, folder / name)
     library = ctypes.CDLL(str(folder / name))

@@ -44,6 +44,8 @@ def main(command: Command) -> dict:
     for path in command.runs:
         folder = path.parent if path.name == "metrics.jsonl" else path
         runs[folder] = read_run(folder)[1]
+        if any(not isinstance(record, dict) or AXES[command.x][0] not in record for record in runs[folder]):
+            raise UserError(f"{folder} was not written by this version of train.py: its records lack {AXES[command.x][0]}")
         if not runs[folder]:
             raise UserError(f"{folder} has no record yet: nothing to draw")
     first = next(iter(runs))

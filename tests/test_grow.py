@@ -1,5 +1,6 @@
 """grow.py on real checkpoints."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -147,7 +148,9 @@ def test_interrupted_write_leaves_the_source_intact_and_no_half_checkpoint(ckpt,
     before, partial, out = ckpt.read_bytes(), ckpt.with_name("ckpt-x64.pt.partial"), ckpt.with_name("ckpt-x64.pt")
     command = [sys.executable, str(ROOT / "grow.py"), str(ckpt), "--g", "64", "--optimizer", "copy"]
     for _ in range(10):  # on a busy machine the write can be over before the signal is sent
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        # a shell that starts the tests in the background has them ignore Ctrl-C, and their children too
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         while not partial.exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.0005)

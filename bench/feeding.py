@@ -12,14 +12,12 @@ All of it runs pinned to one core, in turns; medians. JSON goes to bench/results
 
 import contextlib
 import io
-import json
 import os
 import statistics
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,11 +29,12 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from bench.throughput import write_result  # noqa: E402
 from nanostack import tokenizer  # noqa: E402
 from nanostack.config import load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.metrics import device_name  # noqa: E402
 from nanostack.prepare import Args, prepare  # noqa: E402
 from nanostack.sources import Reader, list_files  # noqa: E402
 
@@ -122,9 +121,6 @@ def main(command: Command) -> dict:
             for name, took in seconds.items()
         },
         "device": device_name(device),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "date": date.today().isoformat(),
     }
     console.print(
         f"loader: {result['loader']['tokens_per_s'] / 1e6:.1f}M tokens/s from one core at context {seq_len}, "
@@ -134,11 +130,7 @@ def main(command: Command) -> dict:
     for name, way in result["encode"].items():
         shown.add_row(name, f"{way['mb_per_s']:.2f}", f"{way['speed_over_tiktoken']:.2f}")
     console.print(shown)
-    name = "-".join(result["device"].split(",")[0].lower().split())
-    out = command.out or ROOT / "bench/results" / f"feeding-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"wrote {out}", soft_wrap=True)
+    write_result(result, "feeding", command.out, console)
     return result
 
 

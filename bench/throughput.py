@@ -207,18 +207,24 @@ def main(command: Command) -> dict:
                     console.print(f"left out: {error}", soft_wrap=True)
     found = {name: rounds for name, rounds in found.items() if name not in failed}
     result = summarise(found, config, device) | {"config": Path(path).name, "overrides": command.overrides}
-    result |= {"device": device_name(device), "versions": versions(), "git_commit": git_commit()}
-    result |= {"date": date.today().isoformat(), "liger": liger(device), "rounds": command.rounds, "steps": command.steps}
-    result["failed"] = failed
+    result |= {"liger": liger(device), "rounds": command.rounds, "steps": command.steps, "failed": failed}
+    result |= {"device": device_name(device)}
     console.print(table(result))
     console.print(MFU)
-    stem = f"throughput-{Path(path).stem}-{'-'.join(device_name(device).split(',')[0].lower().split())}"
-    out = command.out or ROOT / "bench/results" / f"{stem}.json"
+    out = write_result(result, f"throughput-{Path(path).stem}", command.out, console)
+    draw(result, out.with_suffix(".png"))
+    return result
+
+
+def write_result(result: dict, stem: str, out: Path | None, console: Console) -> Path:
+    """Add when and with what a result was made; write it to `out`, or to bench/results/ by its device. Returns the path."""
+    result |= {"versions": versions(), "git_commit": git_commit(), "date": date.today().isoformat()}
+    device = "-".join(result["device"].split(",")[0].lower().split())
+    out = out or ROOT / "bench/results" / f"{stem}-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, out.with_suffix(".png"))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
-    return result
+    console.print(f"wrote {out}", soft_wrap=True)
+    return out
 
 
 def rotated_by(names: list[str], turn: int) -> list[str]:

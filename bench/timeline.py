@@ -7,12 +7,10 @@ CONFIG is config/1b.py with a GPU or --estimate, config/quickstart_scratch.py wi
 to bench/results/.
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -24,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.throughput import ours, timed  # noqa: E402
+from bench.throughput import ours, timed, write_result  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import MFU, mfu, n_params  # noqa: E402
-from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.metrics import device_name  # noqa: E402
 from nanostack.model import LlamaConfig  # noqa: E402
 
 KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
@@ -167,7 +165,6 @@ def main(command: Command) -> dict:
     whole = sum(found.values())
     result = {"config": Path(path).name, "device": where, "estimate": command.estimate, "tokens": tokens, "ms": whole}
     result |= {"by_kind": dict(sorted(found.items(), key=lambda pair: -pair[1]))}
-    result |= {"versions": versions(), "git_commit": git_commit(), "date": date.today().isoformat()}
     if command.estimate:
         speed = tokens / whole * 1e3
         result |= {"mfu_full": mfu(model, speed, H200.flops), "mfu_causal": mfu(model, speed, H200.flops, causal=True)}
@@ -182,11 +179,8 @@ def main(command: Command) -> dict:
         console.print(
             f"it would be {100 * result['mfu_full']:.0f} % MFU full, {100 * result['mfu_causal']:.0f} % causal. {MFU}"
         )
-    name = "-".join(where.split(",")[0].lower().split()) + ("-estimate" if command.estimate else "")
-    out = command.out or ROOT / "bench/results" / f"timeline-{Path(path).stem}-{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"wrote {out}", soft_wrap=True)
+    stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
+    write_result(result, stem, command.out, console)
     return result
 
 

@@ -188,17 +188,13 @@ def check_batch(
     if states + config.micro_batch * model.seq_len * per_token < room / 2:
         return
     scratch = scratch_of(model, dtype, on_triton)
-    options = {}
+    wanted = need(config, model, dtype, on_triton).peak(config.micro_batch, scratch(config.micro_batch))
+    if wanted <= room:
+        return
+    most = {}
     for how in ("none", "selective", "full"):
         one = replace(config, parallel=replace(config.parallel, activation_checkpointing=how))
-        found = options[how] = need(one, model, dtype, on_triton)
-        if (
-            how == config.parallel.activation_checkpointing
-            and found.peak(config.micro_batch, scratch(config.micro_batch)) <= room
-        ):
-            return
-    wanted = options[config.parallel.activation_checkpointing].peak(config.micro_batch, scratch(config.micro_batch))
-    most = {how: found.sequences(room, scratch) for how, found in options.items()}
+        most[how] = need(one, model, dtype, on_triton).sequences(room, scratch)
     said = ", ".join(f"{size} with --parallel.activation_checkpointing {how}" for how, size in most.items() if size)
     raise UserError(
         f"micro_batch {config.micro_batch} needs about {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "

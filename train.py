@@ -212,12 +212,14 @@ class Run:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
         device, each, ranks = self.placement.device, self.config.micro_batch, parallel.world_size()
         nats = torch.zeros((), dtype=torch.float64, device=device)
-        for first in range(0, self.val_blocks, each * ranks):
-            start, stop = (min(first + (parallel.rank() + i) * each, self.val_blocks) for i in (0, 1))
-            none_left = start == stop  # then go along for the collectives, but do not count
-            block = torch.from_numpy(self.val.blocks(*((0, 1) if none_left else (start, stop)))).to(device)
-            loss = self.state.model(block[:, :-1], block[:, 1:])
-            nats += 0 if none_left else loss.double() * block[:, 1:].numel()
+        firsts = range(parallel.rank() * each, self.val_blocks + parallel.rank() * each, each * ranks)
+        mine = [(min(first, self.val_blocks), min(first + each, self.val_blocks)) for first in firsts]
+        ranges = [(start, stop) if start < stop else (0, 1) for start, stop in mine]
+        with Prefetcher(self.val, ranges, device=device, as_text=True) as blocks:
+            for (start, stop), (tokens_BT, targets_BT) in zip(mine, blocks, strict=True):
+                loss = self.state.model(tokens_BT, targets_BT)
+                if start < stop:  # else there was none left: gone along for the collectives, but not counted
+                    nats += loss.double() * targets_BT.numel()
         if dist.is_initialized():
             dist.all_reduce(nats)
         parallel.reshard(self.state.model)

@@ -29,7 +29,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.throughput import write_result  # noqa: E402
+from bench.results import write_result  # noqa: E402
 from nanostack import tokenizer  # noqa: E402
 from nanostack.config import load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens  # noqa: E402
@@ -130,7 +130,7 @@ def main(command: Command) -> dict:
     for name, way in result["encode"].items():
         shown.add_row(name, f"{way['mb_per_s']:.2f}", f"{way['speed_over_tiktoken']:.2f}")
     console.print(shown)
-    write_result(result, "feeding", command.out, console)
+    console.print(f"wrote {write_result(result, 'feeding', command.out, ('tiktoken',))}", soft_wrap=True)
     return result
 
 

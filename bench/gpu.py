@@ -5,14 +5,17 @@
     python bench/gpu.py --rehearse        without a GPU: the same parts at sizes of seconds, to see that they work
 
     tests     the tests that need a GPU
-    kernels   bench/kernels.py: every operation beside its peers
     1b, 3b    bench/throughput.py: the whole step at both presets beside torch.compile
+    kernels   bench/kernels.py: every operation beside its peers
     growth    bench/growth.py: growing in place beside a trip through the host
     timeline  bench/timeline.py: where the step of 1b goes, by operation
     run       a stacked run of three minutes, with its curve
+    1b-4096   if time is left: 1b at twice the context, two micro-batches a step
+    large     if time is left: the tests at full size
 
-Each part is a process with a time of its own: one that fails or is late costs only itself. What it printed and measured goes to
-bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary. Nothing comes from the network.
+Text is prepared before the clock starts. Each part is a process with a time of its own: one that fails or is late costs only
+itself. What it printed and measured goes to bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary.
+Nothing comes from the network.
 """
 
 import contextlib
@@ -25,8 +28,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -35,6 +41,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from bench import growth, throughput  # noqa: E402
 from nanostack.config import load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.fit import RESERVED, need, scratch_of  # noqa: E402
@@ -49,7 +56,7 @@ class Command:
     """Test and measure everything on this GPU."""
 
     only: str = ""
-    """These parts, by comma: tests, kernels, 1b, growth, timeline, run, 3b."""
+    """These parts, by comma; see above. Default: all."""
     rehearse: bool = False
     """At sizes of seconds, on whatever device there is; results go to a folder that says so."""
     out: Path | None = None
@@ -67,27 +74,45 @@ class Part:
     arguments: tuple[str, ...]
 
 
-STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--accumulate", "1", "--data.path", "{data}")
+TESTS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_compiled", "data", "growth", "train")]
+STEP = (
+    "--rounds",
+    "1",
+    "--steps",
+    "10",
+    "--warmup",
+    "3",
+    "--against",
+    "compile",
+    "--data.path",
+    "{data}",
+    "--model.vocab_size",
+    "32000",
+)
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
-    Part("tests", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests")),
-    Part("kernels", 80, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("1b", 110, ("bench/throughput.py", "config/1b.py", "--against", "compile", "--out", "{out}/1b.json", *STEP,
-                     "--model.vocab_size", "32000", "--micro_batch", "{1b}")),
-    Part("growth", 60, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
-    Part("timeline", 30, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
+    Part("tests", 60, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
+    Part("1b", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--accumulate", "1",
+                    "--micro_batch", "{1b}")),
+    Part("kernels", 70, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
+    Part("3b", 80, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--accumulate", "1",
+                    "--micro_batch", "{3b}")),
+    Part("growth", 30, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
+    Part("timeline", 20, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
                           "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
     Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
                       "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
                       "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
                       "--eval_interval", "2621440", "--data.val_tokens", "262144")),
-    Part("3b", 100, ("bench/throughput.py", "config/3b.py", "--against", "compile", "--out", "{out}/3b.json", *STEP,
-                     "--model.vocab_size", "32000", "--micro_batch", "{3b}")),
+    Part("1b-4096", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b-4096.json", *STEP, "--accumulate", "2",
+                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}")),
+    Part("large", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels_full_size.py")),
 )  # fmt: skip
 SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
+SHORT = ("-m", "pytest", "-q", "tests/test_flops.py")
 REHEARSAL = {
-    "tests": ("-m", "pytest", "-q", "tests/test_flops.py"),
+    "tests": SHORT,
     "kernels": ("bench/kernels.py", "--op", "swiglu", "--samples", "4", "--out", "{out}/kernels.json"),
     "1b": ("bench/throughput.py", "config/quickstart_scratch.py", "--out", "{out}/1b.json", *SMALL),
     "growth": ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{out}/growth.json"),
@@ -97,19 +122,27 @@ REHEARSAL = {
             "--stages.0.tokens", "16384", "--stages.0.warmup_tokens", "0", "--stages.1.tokens", "16384",
             "--stages.1.warmup_tokens", "0", "--data.val_tokens", "4096", "--log_interval", "4096"),
     "3b": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/3b.json", *SMALL),
+    "1b-4096": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/1b-4096.json", *SMALL,
+                "--model.seq_len", "512"),
+    "large": SHORT,
 }  # fmt: skip
 
 
-def micro_batches() -> dict[str, str]:
-    """{preset: sequences}: a power of two that leaves a third of the GPU to the peers, which need more than we do."""
+def ask_gpu() -> tuple[str, dict[str, str]]:
+    """The device's name and {part: sequences in a micro-batch}: a power of two that leaves a third of the GPU to the peers,
+    which need more than we do. Run in a process of its own, whose memory on the GPU is gone when the parts begin.
+    """
+    name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")).split(",")[0]
+    if not torch.cuda.is_available():
+        return name, {}
     found, room = {}, torch.cuda.mem_get_info()[0] - RESERVED
-    for name in ("1b", "3b"):
-        config = load(str(ROOT / f"config/{name}.py"), [])
+    for part, preset, seq_len in (("1b", "1b", 2048), ("3b", "3b", 2048), ("1b-4096", "1b", 4096)):
+        config = load(str(ROOT / f"config/{preset}.py"), ["--model.seq_len", str(seq_len)])
         model = replace(config.shapes()[-1], vocab_size=32000)
         fixed = need(config, model, torch.bfloat16, on_triton=True)
         most = fixed.sequences(room, scratch_of(model, torch.bfloat16, on_triton=True))
-        found[name] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
-    return found
+        found[part] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
+    return name, found
 
 
 def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
@@ -163,7 +196,8 @@ def main(command: Command) -> dict:
     parts = [part for part in PARTS if part.name in wanted]
     if command.rehearse:
         parts = [replace(part, seconds=300, arguments=REHEARSAL[part.name]) for part in parts]
-    device = device_name(torch.device("cuda" if cuda else "cpu")).split(",")[0]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        device, sequences = pool.submit(ask_gpu).result()
     stem = "-".join([*device.lower().split(), date.today().isoformat()]) + ("-rehearsal" if command.rehearse else "")
     out = (command.out or ROOT / "bench/results" / stem).resolve()
     work = ROOT / "out" / "gpu"
@@ -176,7 +210,7 @@ def main(command: Command) -> dict:
     summary = {"about": about, "parts": {}}
     if command.only and (out / "summary.json").is_file():
         summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
-    places = {"out": str(out), "work": str(work), "data": str(DATA)} | ({} if command.rehearse else micro_batches())
+    places = {"out": str(out), "work": str(work), "data": str(DATA)} | sequences
     began, allowed = time.monotonic(), ALLOWED if not command.rehearse else 3600
     for part in parts:
         left = allowed - (time.monotonic() - began)
@@ -219,33 +253,34 @@ def write(summary: dict, out: Path) -> None:
     text = f"# {about['device']}, {about['date']}" + (" (a rehearsal, no measurement)" if about["rehearsal"] else "") + "\n\n"
     text += f"Commit {(about['git_commit'] or 'unknown')[:7]}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}"
     text += (f", driver {about['driver']}" if about["driver"] else "") + ". Written by `make gpu`.\n\n"
-    text += "| part | state | seconds | last line |\n| --- | --- | ---: | --- |\n"
-    for name, part in summary["parts"].items():
-        last = part.get("last_line", "").replace("|", "\\|")
-        text += f"| [{name}]({name}.txt) | {part['state']} | {part.get('seconds', '')} | {last} |\n"
-    for name in ("1b", "3b"):
+    parts = summary["parts"].items()
+    said = {name: part.get("last_line", "").replace("|", "\\|") for name, part in parts}
+    rows = [[f"[{name}]({name}.txt)", part["state"], str(part.get("seconds", "")), said[name]] for name, part in parts]
+    text += markdown(("part", "state", "seconds", "last line"), rows)
+    tables = {name: (f"The step of {name}", throughput.HEAD, throughput.cells) for name in ("1b", "3b", "1b-4096")}
+    tables["growth"] = (
+        "Growing in place beside a trip through the host",
+        growth.HEAD,
+        lambda result: growth.cells(result["rows"]),
+    )
+    tables["timeline"] = ("Where the step of 1b goes", ("operation", "ms", "%"), by_kind)
+    for name, (title, head, cells) in tables.items():
         if (out / f"{name}.json").is_file():
-            text += f"\n## Step of {name}\n\n{throughput(json.loads((out / f'{name}.json').read_text()))}"
+            text += f"\n## {title}\n\n{markdown(head, cells(json.loads((out / f'{name}.json').read_text())))}"
     for name, what in (("kernels", "Kernels beside their peers"), ("run", "A stacked run")):
         if (out / f"{name}.png").is_file():
             text += f"\n## {what}\n\n![{what}]({name}.png)\n"
     (out / "README.md").write_text(text)
 
 
-def throughput(result: dict) -> str:
-    text = (
-        "| way | tokens/s | ms a step | MFU full | causal | peak GiB | first step, s | ours × |\n"
-        + "| --- |"
-        + " ---: |" * 7
-        + "\n"
-    )
-    for name, way in result["ways"].items():
-        shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
-        ratio = f"{way['ours_over']:.2f}" if way["ours_over"] else ""
-        cells = [name, f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.0f} ± {100 * way['spread']:.0f} %", *shares]
-        cells += [f"{way['peak_bytes'] / 2**30:.1f}", f"{way['first_step_cold']:.0f}", ratio]
-        text += f"| {' | '.join(cells)} |\n"
-    return text
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def by_kind(result: dict) -> list[list[str]]:
+    return [[name, f"{ms:.1f}", f"{100 * ms / result['ms']:.1f}"] for name, ms in result["by_kind"].items()]
 
 
 if __name__ == "__main__":

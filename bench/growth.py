@@ -20,7 +20,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,11 +33,12 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from bench.results import write_result  # noqa: E402
 from nanostack import growth  # noqa: E402
 from nanostack.config import Optim, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import n_params  # noqa: E402
-from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.metrics import device_name  # noqa: E402
 from nanostack.model import Llama, LlamaConfig  # noqa: E402
 from nanostack.moments import COPY, RESET  # noqa: E402
 from nanostack.optimizer import make_optimizer  # noqa: E402
@@ -246,44 +246,40 @@ def main(command: Command) -> dict:
     for name, needed in left_out.items():
         console.print(f"{name} left out: it needs {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free")
     jobs = [(name, way) for name in command.shapes if name not in left_out for way in WAYS]
-    rows = []
+    rows, out = [], None
+    answer = {"what": "bench/growth.py", "device": device_name(device), "g": G, "samples": command.samples}
+    answer |= {"left_out": left_out, "rows": rows}
     for job in track(jobs, "growing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         rows.append(measure(*job, device, command.samples))
         first = next(row for row in rows if row["shape"] == job[0])
         rows[-1]["times_in_place"] = rows[-1]["seconds"] / first["seconds"]
-    answer = {"what": "bench/growth.py", "device": device_name(device), "g": G, "samples": command.samples}
-    answer |= {"versions": versions(), "git_commit": git_commit(), "date": date.today().isoformat()}
-    answer |= {"left_out": left_out, "rows": rows}
-    slug = answer["device"].split(",")[0].lower().replace("(r)", "").replace(" ", "-")
-    out = command.out or ROOT / f"bench/results/growth-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(answer, indent=1) + "\n")
-    console.print(table(rows, answer["device"]))
+        out = write_result(answer, "growth", command.out)
+    if out is None:
+        raise UserError("no shape is left to measure")
+    console.print(table(answer))
     console.print(f"wrote {out}", soft_wrap=True)
     return answer
 
 
-def table(rows: list[dict], device: str) -> Table:
-    columns = (
-        "shape",
-        "way",
-        "seconds",
-        "range",
-        "× in place",
-        "peak GiB",
-        "layers beyond",
-        "host GiB",
-        "% of copy rate",
-    )
-    shown = Table(*columns, title=f"growing ×{G} on {device}")
-    for row in rows:
+HEAD = ("shape", "way", "seconds", "range", "× in place", "peak GiB", "layers beyond", "host GiB", "% of copy rate")
+
+
+def cells(result: dict) -> list[list[str]]:
+    """A row under HEAD for every shape and way."""
+    shown = []
+    for row in result["rows"]:
         low, high = row["seconds_range"]
-        shown.add_row(
-            *(row["shape"], row["way"], f"{row['seconds']:.3f}", f"{low:.3f}-{high:.3f}", f"{row['times_in_place']:.2f}"),
-            *(f"{row['peak_bytes'] / 2**30:.2f}", f"{row['layers_beyond']:.2f}"),
-            "-" if row["bytes_host"] is None else f"{row['bytes_host'] / 2**30:.2f}",
-            f"{100 * row['of_copy_rate']:.0f}",
-        )
+        times = [f"{row['seconds']:.3f}", f"{low:.3f}-{high:.3f}", f"{row['times_in_place']:.2f}"]
+        memory = [f"{row['peak_bytes'] / 2**30:.2f}", f"{row['layers_beyond']:.2f}"]
+        host = "-" if row["bytes_host"] is None else f"{row['bytes_host'] / 2**30:.2f}"
+        shown.append([row["shape"], row["way"], *times, *memory, host, f"{100 * row['of_copy_rate']:.0f}"])
+    return shown
+
+
+def table(result: dict) -> Table:
+    shown = Table(*HEAD, title=f"growing ×{G} on {result['device']}")
+    for row in cells(result):
+        shown.add_row(*row)
     return shown
 
 

@@ -11,12 +11,10 @@ bench/results/.
 Without a GPU it says so and times the reference paths only.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
 import kernels  # noqa: E402
+from bench.results import write_result  # noqa: E402
 from kernels.timing import interleaved  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.metrics import device_name  # noqa: E402
 
 EPS = 1e-5
 OURS = "nanostack"
@@ -413,29 +412,17 @@ def main(command: Command) -> dict:
         return {"what": "least work and time by data sheet", "device": "NVIDIA H200", "per_s": H200, "rows": rows}
     if device.type == "cpu":
         console.print("no GPU: only the torch reference paths are timed, and nothing here is about the kernels")
-    rows = []
+    rows: list[dict] = []
+    answer = {"what": "bench/kernels.py", "device": device_name(device), "dtype": "bfloat16", "samples": command.samples}
+    answer["rows"] = rows
     for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         rows += measure(op, shape, device, command.samples)
-    answer = {"what": "bench/kernels.py", "device": device_name(device), "dtype": "bfloat16", "samples": command.samples}
-    answer |= {"versions": versions() | _liger_version(), "git_commit": git_commit(), "date": date.today().isoformat()}
-    answer["rows"] = rows
-    slug = answer["device"].split(",")[0].lower().replace("(r)", "").replace(" ", "-")
-    out = command.out or ROOT / f"bench/results/kernels-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(answer, indent=1) + "\n")
+        out = write_result(answer, "kernels", command.out, ("liger-kernel",))
     what = "kernels" if device.type == "cuda" else "torch reference paths, no GPU"
     draw(rows, f"{what} on {answer['device']}, bf16, median of {command.samples}", out.with_suffix(".png"))
     show(rows, console)
     console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
     return answer
-
-
-def _liger_version() -> dict[str, str]:
-    if LigerRMSNormFunction is None:
-        return {}
-    from importlib.metadata import version
-
-    return {"liger-kernel": version("liger-kernel")}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What one would train the same Llama with instead: plain torch, and Hugging Face's own, as their users write it.
 
-Both keep fp32 weights and compute in bfloat16 under autocast, as is usual; neither knows our kernels.
+Both keep fp32 weights and compute in bfloat16 under autocast, as is usual; neither knows our kernels. The plain one has its
+residual stream in bfloat16 too, as ours has; Hugging Face's keeps it in fp32, as it does under autocast.
 """
 
 import torch
@@ -11,16 +12,23 @@ from nanostack.errors import UserError
 from nanostack.model import LlamaConfig, rope_angles
 
 
+class PlainNorm(nn.RMSNorm):
+    """torch's fused RMSNorm, which takes a weight of x's dtype only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class PlainBlock(nn.Module):
     """RMSNorm, rotate-half rotary, SDPA, SwiGLU from torch.nn.functional."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config, D, K = config, config.d_model, config.d_head
-        self.attn_norm = nn.RMSNorm(D, config.norm_eps)
+        self.attn_norm = PlainNorm(D, config.norm_eps)
         self.qkv = nn.Linear(D, (config.n_head + 2 * config.n_kv_head) * K, bias=False)
         self.out = nn.Linear(config.n_head * K, D, bias=False)
-        self.mlp_norm = nn.RMSNorm(D, config.norm_eps)
+        self.mlp_norm = PlainNorm(D, config.norm_eps)
         self.gate_up = nn.Linear(D, 2 * config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, D, bias=False)
 
@@ -45,9 +53,11 @@ class PlainLlama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        if config.tie_embeddings:
+            raise UserError("plain torch beside us has its head apart from its embedding: --model.tie_embeddings False")
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = PlainNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         angles = rope_angles(config, torch.get_default_device())
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -56,6 +66,8 @@ class PlainLlama(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         T = tokens_BT.shape[1]
         x_BTD = self.embed(tokens_BT)
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         for block in self.blocks:
             x_BTD = block(x_BTD, self.cos[:T], self.sin[:T])
         logits = self.head(self.norm(x_BTD))
@@ -72,6 +84,8 @@ class HuggingFaceLlama(nn.Module):
             from transformers import LlamaForCausalLM
         except ImportError as error:
             raise UserError("--against hf needs transformers: pip install -e .[peers]") from error
+        if config.rope_scaling is not None:
+            raise UserError("--against hf compares models without rope scaling")
         if liger:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 

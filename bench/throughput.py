@@ -24,7 +24,6 @@ BEGAN = time.time()  # before torch is imported
 
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
-from datetime import date  # noqa: E402
 from pathlib import Path  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 
@@ -37,11 +36,12 @@ from rich.table import Table  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from bench.results import write_result  # noqa: E402
 from nanostack.config import Stage, Train, load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import MFU, mfu, n_params, peak_flops  # noqa: E402
-from nanostack.metrics import device_name, git_commit, versions  # noqa: E402
+from nanostack.metrics import device_name  # noqa: E402
 from nanostack.parallel import compute_dtype  # noqa: E402
 
 OURS = "nanostack"
@@ -190,6 +190,8 @@ def main(command: Command) -> dict:
     if unknown := [name for name in against if name not in PEERS]:
         raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
     config = timed(load(path, list(command.overrides)), command.warmup + command.steps, command.accumulate)
+    if config.data.document_mask and against:
+        raise UserError('the others see whole rows, so --data.document_mask goes with --against "" only')
     if command.worker:
         return work(command, config)
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -211,20 +213,10 @@ def main(command: Command) -> dict:
     result |= {"device": device_name(device)}
     console.print(table(result))
     console.print(MFU)
-    out = write_result(result, f"throughput-{Path(path).stem}", command.out, console)
+    out = write_result(result, f"throughput-{Path(path).stem}", command.out, ("transformers", "liger-kernel"))
+    console.print(f"wrote {out}", soft_wrap=True)
     draw(result, out.with_suffix(".png"))
     return result
-
-
-def write_result(result: dict, stem: str, out: Path | None, console: Console) -> Path:
-    """Add when and with what a result was made; write it to `out`, or to bench/results/ by its device. Returns the path."""
-    result |= {"versions": versions(), "git_commit": git_commit(), "date": date.today().isoformat()}
-    device = "-".join(result["device"].split(",")[0].lower().split())
-    out = out or ROOT / "bench/results" / f"{stem}-{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"wrote {out}", soft_wrap=True)
-    return out
 
 
 def rotated_by(names: list[str], turn: int) -> list[str]:
@@ -269,17 +261,27 @@ def summarise(found: dict, config: Train, device: torch.device) -> dict:
     return shape | {"micro_batch": config.micro_batch, "ways": ways}
 
 
+HEAD = ("", "tokens/s", "ms a step", "±", "MFU full", "causal", "peak, GiB", "first step, s: cold", "warm", "ours ×")
+
+
+def cells(result: dict) -> list[list[str]]:
+    """A row under HEAD for every way."""
+    rows = []
+    for name, way in result["ways"].items():
+        shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
+        row = [f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.1f}", f"{100 * way['spread']:.0f} %", *shares]
+        row += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}", f"{way['first_step_warm']:.1f}"]
+        rows.append([PEERS.get(name, name), *row, f"{way['ours_over']:.2f}" if way["ours_over"] else ""])
+    return rows
+
+
 def table(result: dict) -> Table:
     size = f"{result['n_params'] / 1e6:.1f}M parameters, context {result['seq_len']}, {result['batch_tokens']} tokens a step"
     shown = Table(title=f"{result['config']}: {size}; {result['device']}")
-    head = ("", "tokens/s", "ms a step", "±", "MFU full", "causal", "peak, GiB", "first step, s: cold", "warm", "ours ×")
-    for name in head:
+    for name in HEAD:
         shown.add_column(name, justify="right" if name else "left")
-    for name, way in result["ways"].items():
-        shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
-        cells = [f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.1f}", f"{100 * way['spread']:.0f} %", *shares]
-        cells += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}", f"{way['first_step_warm']:.1f}"]
-        shown.add_row(PEERS.get(name, name), *cells, f"{way['ours_over']:.2f}" if way["ours_over"] else "")
+    for row in cells(result):
+        shown.add_row(*row)
     return shown
 
 

@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.throughput import ours, timed, write_result  # noqa: E402
+from bench.results import write_result  # noqa: E402
+from bench.throughput import ours, timed  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import MFU, mfu, n_params  # noqa: E402
@@ -180,7 +181,7 @@ def main(command: Command) -> dict:
             f"it would be {100 * result['mfu_full']:.0f} % MFU full, {100 * result['mfu_causal']:.0f} % causal. {MFU}"
         )
     stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
-    write_result(result, stem, command.out, console)
+    console.print(f"wrote {write_result(result, stem, command.out)}", soft_wrap=True)
     return result
 
 

@@ -1,8 +1,7 @@
 """The fused operations in C, for the CPU: cpu.c, compiled on first use in about a second and kept.
 
-torch runs an unfused operation as several passes over memory, which on a CPU cost a third of a small model's step. The C
-functions do what the Triton kernels do, in float32 and bfloat16. Attention and matrix products stay torch's; torch.compile
-fuses by itself and sees the torch references.
+torch runs an unfused operation as several passes over memory. The C functions do what the Triton kernels do, in float32 and
+bfloat16. Attention and matrix products stay torch's; torch.compile fuses by itself and sees the torch references.
 
 The library is built for the machine's own instructions into $XDG_CACHE_HOME/nanostack (~/.cache/nanostack).
 NANOSTACK_CC names the compiler; NANOSTACK_CC= turns all of this off.

@@ -238,15 +238,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Prefetcher:
-    """Batches of `tokens` for the sample ranges (start, stop), in order, prepared up to `depth` ahead by a thread.
+    """Batches of `tokens` for the ranges (start, stop), in order, prepared up to `depth` ahead by a thread. Ranges are of
+    samples in the order of training or, with `as_text`, of blocks in the order of the text.
 
     Yields (tokens_BT, targets_BT): int64 tensors on the CPU, or on the CUDA `device`, where they are copied from pinned
     memory on a stream of their own while earlier batches are worked on. An error in the thread is raised where its batch would
     have come. `close`, or leaving a `with`, ends the thread.
     """
 
-    def __init__(self, tokens: Tokens, ranges: Iterable[tuple[int, int]], depth: int = 2, device: "torch.device | None" = None):
-        self._tokens, self._ranges = tokens, ranges
+    def __init__(
+        self,
+        tokens: Tokens,
+        ranges: Iterable[tuple[int, int]],
+        depth: int = 2,
+        device: "torch.device | None" = None,
+        as_text: bool = False,
+    ):
+        self._read, self._ranges = tokens.blocks if as_text else tokens.batch, ranges
         self._device = device if device is not None and device.type == "cuda" else None
         self._ready: queue.Queue = queue.Queue(maxsize=max(1, depth))
         self._stream = None
@@ -306,7 +314,7 @@ class Prefetcher:
         """The batch, and the event after which it is on the device."""
         import torch
 
-        batch = torch.from_numpy(self._tokens.batch(start, stop))
+        batch = torch.from_numpy(self._read(start, stop))
         pair = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         if self._device is None:
             return pair, None

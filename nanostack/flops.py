@@ -11,13 +11,17 @@ import torch
 
 from nanostack.model import LlamaConfig
 
-# Dense bf16 peak, FLOP/s, from the vendors' datasheets (SXM parts where there are several).
+# Dense bf16 peak, FLOP/s, from NVIDIA's data sheets, by words of the device's name; the entry with the most of them counts.
 PEAK_BF16 = {
     "A100": 312e12,
-    "H100": 989e12,
+    "H100": 989e12,  # SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "GH200": 989e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -53,8 +57,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None where it is not known or not what the run computes in."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    matches = [key for key in PEAK_BF16 if key in name]
+    return peak_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_by_name(name: str) -> float | None:
+    """The peak of a device by the name that it gives itself; None for another one (a laptop's is not the desktop's)."""
+    words = name.replace("-", " ").split()
+    matches = [key for key in PEAK_BF16 if set(key.split()) <= set(words) and not {"Laptop", "Max", "D"} & set(words)]
     return PEAK_BF16[max(matches, key=len)] if matches else None
 
 

@@ -48,8 +48,10 @@ def main(command: Command) -> dict:
             raise UserError(f"{folder} was not written by this version of train.py: its records lack {AXES[command.x][0]}")
         if not runs[folder]:
             raise UserError(f"{folder} has no record yet: nothing to draw")
-    first = next(iter(runs))
-    out = (command.out or first / "curves.png").with_suffix(".png")
+    out = command.out or next(iter(runs)) / "curves.png"
+    if not out.name:
+        raise UserError(f"--out names a picture, not {str(out)!r}")
+    out = out.with_suffix(".png")
     try:
         draw({name(folder, list(runs)): records for folder, records in runs.items()}, command.x, out)
     except OSError as error:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanostack.config import load
-from nanostack.flops import flops_exact_per_token, flops_per_token, mfu, n_matmul, n_params
+from nanostack.flops import flops_exact_per_token, flops_per_token, mfu, n_matmul, n_params, peak_by_name
 from nanostack.model import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
@@ -53,3 +53,23 @@ def test_mfu_is_the_share_of_the_peak():
     flops = 6 * n_matmul(CONFIG) + 12 * CONFIG.n_layer * CONFIG.d_model * CONFIG.seq_len
     assert mfu(CONFIG, 1000.0, 2000.0 * flops) == pytest.approx(0.5)
     assert mfu(CONFIG, 1000.0, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_is_that_of_the_device_and_not_of_one_with_a_similar_name(name, tera):
+    assert peak_by_name(name) == (tera and tera * 1e12)

@@ -378,3 +378,17 @@ def test_nothing_passes_through_the_host_and_memory_grows_by_the_new_layers():
     assert any("DtoD" in name or "copy" in name.lower() for name in names)
     assert torch.cuda.memory_stats()["requested_bytes.all.current"] - before == receipt["bytes_allocated"]
     assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == receipt["bytes_allocated"]
+
+
+@pytest.mark.gpu
+def test_growth_leaves_no_memory_that_nothing_can_use():
+    """Of what the allocator holds after growth and a step, all but its segments' ends is in use or free for the next step."""
+    config = LlamaConfig(n_layer=4, n_head=8, n_kv_head=8, d_model=1024, d_ff=2816, vocab_size=1024, seq_len=128)
+    model, optimizer, tokens = trained(config=config, device="cuda")
+    for _ in range(2):
+        growth.grow(model, optimizer, g=2, moments=COPY)
+        backward(model(tokens, tokens.roll(-1, 1)))
+        optimizer.step()
+    torch.cuda.synchronize()
+    held_, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
+    assert reserved < 1.1 * held_ + 2**26, f"{reserved:,} bytes reserved, of which {held_:,} were ever in use"

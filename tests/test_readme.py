@@ -30,7 +30,9 @@ def small(line: str) -> list[str]:
     """The same command at toy size: two processes instead of eight, tiny shapes."""
     words = shlex.split(line)
     if words[0] == "torchrun":
-        words[:3] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        processes = "2" if "--nproc_per_node" in words else "1"
+        script = words[words.index("train.py") :]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *script]
         config = next(word for word in words if word.startswith("config/"))
         stages = range(2 if config == "config/1b.py" else 1)
         return words + SMALL.split() + " ".join(STAGE.format(i) for i in stages).split()

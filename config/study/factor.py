@@ -1,4 +1,4 @@
-"""By how much? 8 layers from 4, 2 and 1, in one jump or in two."""
+"""By how much? 8 layers from 4, 2 and 1, in one jump or in two: old moments kept, zero for new layers, the rate goes on."""
 
 from bench.study import CONTROLS, CPU, GPU, Arm, Jump, Study
 from nanostack.config import Growth
@@ -7,7 +7,7 @@ AT = 0.1  # of the largest budget
 
 
 def jump(at: float, g: int) -> Jump:
-    return Jump(at, Growth("stack", g))
+    return Jump(at, Growth("stack", g, moments_old="keep", moments_new="zero"), restart=False)
 
 
 study = Study(

@@ -1,0 +1,117 @@
+"""The commands of docs/, run as they stand there but for their size; and the job script under a Slurm of two small scripts."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+from test_readme import run, small
+
+PAGES = ("train", "grow_yours", "scale", "add_a_kernel")
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if " # needs " not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_commands_of_the_pages_work_in_order(tmp_path):
+    for name in ("train.py", "grow.py", "config", "nanostack", "kernels", "bench"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "texts").mkdir()
+    for name in ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py"):
+        (tmp_path / "texts" / name).symlink_to(os.path.join(os.path.dirname(os.__file__), name))
+    base = "torchrun --nproc_per_node 8 train.py config/1b_base.py --data.path data/texts"
+    for page in PAGES:
+        found = commands(page)
+        assert found, page
+        for line in found:
+            run(small(line), tmp_path)
+        if page == "train":
+            run(small(base), tmp_path)  # which the README's commands have trained before
+    assert (tmp_path / "exported-x2/model.safetensors").exists() and (tmp_path / "out/imported/ckpt.pt").exists()
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere():
+    pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    linked = set(re.findall(r"\]\(docs/([\w.]+)", (ROOT / "README.md").read_text()))
+    for name, text in pages.items():
+        for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
+            assert (ROOT / "docs" / target).exists(), f"{name}: {target}"
+            linked.add(target)
+    assert linked >= pages.keys()
+
+
+def test_operator_of_the_page_is_one():
+    from nanostack import depth
+
+    page = (ROOT / "docs/add_an_operator.md").read_text()
+    scope = dict(vars(depth)) | {"OPERATORS": dict(depth.OPERATORS)}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], scope)
+    sources, rule = scope["OPERATORS"]["reverse"]
+    assert sources(4, 2, None) == depth.parse_layers("0-3,3,2,1,0") and rule == "copied"
+
+
+SRUN = """#!/bin/bash
+# srun as far as the job script uses it: a process per task, signals passed on, the first bad exit ends all
+while [ "${1#--}" != "$1" ]; do shift; done
+trap 'kill -TERM $tasks 2>/dev/null' TERM
+for i in 0 1; do
+    SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" &
+    tasks="$tasks $!"
+done
+status=0
+for task in $tasks; do
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; last=$?; done
+    [ "$last" -eq 0 ] || status=$last
+done
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = requeue ] && echo "$2" >> "$REQUEUED" || echo 127.0.0.1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_slurm_script_saves_requeues_and_goes_on(corpus, tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    requeued, out = tmp_path / "requeued", tmp_path / "out"
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here", "REQUEUED": str(requeued)}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["--data.path", corpus, "--out", out, "--stages.0.tokens", 400000, "--log_interval", 256]
+    command = ["bash", "docs/slurm.sh", TINY, *map(str, options)]
+    before: list[str] = []
+    for number in (1, 2):
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while len(lines(out)) <= len(before) + 5:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode == 0 and "stopped by a signal" in said, said
+        assert requeued.read_text() == "4711\n" * number
+        assert lines(out)[1 : len(before)] == before[1:], "the second job goes on where the first one saved"
+        before = lines(out)
+
+
+def lines(out) -> list[str]:
+    path = out / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_slurm_script_says_that_it_is_one():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(["bash", "docs/slurm.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode and "this is a job script: sbatch docs/slurm.sh CONFIG.py" in done.stderr

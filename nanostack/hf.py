@@ -25,7 +25,7 @@ from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.state import Cursor, State
-from nanostack.tokenizer import EOT, Tokenizer
+from nanostack.tokenizer import JSON_FILE, JsonTokenizer, Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 BLOCK = {  # ours: theirs, put side by side in this order
@@ -346,8 +346,11 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
-    tokenizer_json(ours).save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT, "model_max_length": seq_len}
+    if isinstance(ours, JsonTokenizer):
+        (folder / JSON_FILE).write_bytes(ours.data)
+    else:
+        tokenizer_json(ours).save(str(folder / JSON_FILE))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
     _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
 
 

@@ -9,6 +9,7 @@ download that was cut off goes on at the byte where it stopped, whatever ended i
 import contextlib
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def is_name(source: str) -> bool:
 def model(source: str, patterns: list[str]) -> Path:
     """A folder with the files of a model that match `patterns`; its name is the commit. UserError if it cannot be had."""
     repository, _, revision = source.partition("@")
-    with _errors_told(source, "hf"):
+    with _errors_told(f"{source} is neither a file nor a folder here, and", "hf"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
@@ -48,9 +49,11 @@ def dataset(source: str, name: str | None, split: str) -> tuple[str, dict[str, i
         splits = {str(key): urls for key, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
             raise UserError(f"hf:{source} has no split {split!r}, only {', '.join(splits)}")
-        files = HfFileSystem()
-        found = [(files.resolve_path(url), files.info(url)["size"]) for url in splits[split]]
-        return f"{repository}@{found[0][0].revision}", {place.path_in_repo: size for place, size in found}
+        names = [url.removeprefix("hf://") for url in splits[split]]
+        files, folders = HfFileSystem(), sorted({name.rpartition("/")[0] for name in names})
+        sizes = {entry["name"]: entry["size"] for folder in folders for entry in files.ls(folder)}
+        pinned = "/".join(names[0].split("/")[1:3])
+        return pinned, {name.removeprefix(f"datasets/{pinned}/"): sizes[name] for name in names}
 
 
 def download(repository: str, path: str, size: int) -> Path:
@@ -63,6 +66,8 @@ def download(repository: str, path: str, size: int) -> Path:
             return file
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
+        if sys.stderr.isatty():
+            print(f"fetching {path}, {size / 1e6:,.0f} MB …", file=sys.stderr)
         with open(partial, "ab") as sink:
             fcntl.flock(sink, fcntl.LOCK_EX)  # another prepare may be fetching it
             if file.is_file():
@@ -91,15 +96,17 @@ def _errors_told(what: str, extra: str, then: str = "") -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{what}: reading from the Hub takes {error.name}; pip install 'nanostack[{extra}]'") from None
+        raise UserError(f"{what} could not be had without {error.name}; pip install 'nanostack[{extra}]'") from None
     except Exception as error:
-        raise UserError(f"{what} could not be had from the Hub: {_reason(error)}{then}") from None
+        raise UserError(f"{what} could not be had from Hugging Face's Hub: {_reason(error)}{then}") from None
 
 
-def _reason(error: BaseException) -> str:
-    if type(error).__name__ == "GatedRepoError":
-        return "its owner wants you to accept conditions on its page first, and to show who you are with: hf auth login"
-    if type(error).__name__ in ("RepositoryNotFoundError", "DatasetNotFoundError"):
-        return "there is no such repository, or none that you may see without: hf auth login"
+def _reason(error: Exception) -> str:
+    known = {
+        "GatedRepoError": "its owner wants you to accept conditions on its page, and to show who you are with: hf auth login",
+        "RepositoryNotFoundError": "there is no such repository, or none that you may see without: hf auth login",
+        "RevisionNotFoundError": "it has no such revision",
+        "EntryNotFoundError": "it has no such file",
+    }
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return known.get(type(error).__name__) or (lines[0].rstrip(".") if lines else type(error).__name__)

@@ -228,7 +228,7 @@ def get(name: str) -> Tokenizer:
     if name in tiktoken.list_encoding_names():
         return _download(name)
     if path.is_dir():
-        return _from_folder(path, str(path.resolve().name))
+        return _from_folder(path, path.resolve().name)
     if path.is_file():
         return _from_file(path)
     if hub.is_name(name):
@@ -252,21 +252,24 @@ def load(folder: str | Path) -> Tokenizer:
 
 def _from_folder(folder: Path, name: str) -> Tokenizer:
     """The tokenizer of prepared data, or of a model of Hugging Face's."""
-    if (folder / JSON_FILE).is_file() and not (folder / "manifest.json").is_file():
+    if (folder / "manifest.json").is_file():
+        return load(folder)
+    if (folder / JSON_FILE).is_file():
         return _from_json(folder / JSON_FILE, name)
-    if (folder / "tokenizer.model").is_file():
-        raise UserError(f"{folder} has a tokenizer.model but no {JSON_FILE}; transformers' AutoTokenizer makes one of it")
-    return load(folder)
+    old = "; transformers' AutoTokenizer makes one of its tokenizer.model" if (folder / "tokenizer.model").is_file() else ""
+    raise UserError(f"{folder} holds neither a {JSON_FILE} nor prepared data{old}")
 
 
 def _from_json(path: Path, name: str) -> JsonTokenizer:
     """End-of-text is the eos_token of tokenizer_config.json beside it, else EOT; a config.json there bounds the ids."""
-    about = _read_json(path.with_name("tokenizer_config.json"))
-    eot_token = about.get("eos_token") or EOT
-    made = JsonTokenizer(name, path.read_bytes(), eot_token if isinstance(eot_token, str) else eot_token.get("content"))
+    eot_token = _read_json(path.with_name("tokenizer_config.json")).get("eos_token") or EOT
+    if isinstance(eot_token, dict):  # with its properties, as older versions wrote it
+        eot_token = eot_token.get("content")
+    made = JsonTokenizer(str(path), path.read_bytes(), eot_token)
     most = _read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
     if made.n_vocab > most:
         raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
+    made.name = name  # without the path: data are the same wherever the file lay
     return made
 
 
@@ -277,7 +280,7 @@ def _read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} does not hold a JSON object: {error}") from None
 
 
 def _from_file(path: Path) -> Tokenizer:

@@ -45,7 +45,7 @@ def require_extra() -> None:
         import safetensors  # noqa: F401
         import tokenizers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"Hugging Face folders need {error.name}: pip install -e .[hf]") from error
+        raise UserError(f"Hugging Face folders need {error.name}: pip install 'nanostack[hf]'") from error
 
 
 def theirs(name: str) -> tuple[str, ...]:
@@ -254,8 +254,9 @@ def save(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
-    tokenizer: ours, which is translated, or a folder whose tokenizer files are copied. records: of the run, for the card's
-    curve. Everything is written beside the folder first: it is whole or it is not there. Raises `UserError` where it cannot be.
+    tokenizer: ours, translated unless it is a tokenizer.json already, or a folder whose tokenizer files are copied. records: of
+    the run, for the card's curve. Everything is written beside the folder first: it is whole or it is not there. Raises
+    `UserError` where it cannot be.
     """
     require_extra()
     folder, config = Path(folder), state.model.config

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tyro
 import zstandard
 
 from nanostack import hf, tokenizer
@@ -326,6 +327,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     result = cli("stdlib", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1, preexec_fn=limit)
     refused(result, f"writing {tmp_path / 'out'}: File too large")
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_the_data_page_are_understood():
+    page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
+    lines = [line.split() for line in page.splitlines() if line.startswith("python -m nanostack.prepare ")]
+    commands = [tyro.cli(Args, args=line[3:], use_underscores=True) for line in lines]
+    assert len(commands) == 12
+    for command in commands:
+        module._check_options(command)
+    assert {40 * 10**9, 500 * 10**9} < {command.max_bytes for command in commands}
 
 
 def test_overwriting_replaces_the_data_only_when_asked_and_only_at_the_end(tmp_path, texts):

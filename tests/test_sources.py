@@ -109,8 +109,8 @@ def python(hub: Hub, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=120)
 
 
-def prepared(hub: Hub, out: Path, *words: object) -> dict:
-    done = python(hub, "-c", SMALL, *words, "--out", out, "--tokenizer", "bytes", "--workers", 1, "--json")
+def prepared(hub: Hub, out: Path, *words: object, name: str = "bytes") -> dict:
+    done = python(hub, "-c", SMALL, *words, "--out", out, "--tokenizer", name, "--workers", 1, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -160,7 +160,7 @@ def test_a_download_that_died_goes_on_where_it_stopped(hub, tmp_path):
 def test_a_limit_fetches_no_file_that_it_does_not_need(hub, tmp_path):
     words = ["hf:own/slim", "--max_documents", 8, "--val_fraction", 0.3]
     assert prepared(hub, tmp_path / "bytes", *words)["max_documents"] == 8
-    prepared(hub, tmp_path / "bpe", *words, "--tokenizer", "bpe:260")
+    assert prepared(hub, tmp_path / "bpe", *words, name="bpe:260")["tokenizer"]["trained_on"]["documents"] > 1
     assert {name for name, _ in fetched(hub)} == {"example_0.jsonl.zst"}
 
 

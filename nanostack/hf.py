@@ -25,7 +25,7 @@ from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.state import Cursor, State
-from nanostack.tokenizer import EOT, Tokenizer
+from nanostack.tokenizer import JSON_FILE, JsonTokenizer, Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 BLOCK = {  # ours: theirs, put side by side in this order
@@ -45,7 +45,7 @@ def require_extra() -> None:
         import safetensors  # noqa: F401
         import tokenizers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"Hugging Face folders need {error.name}: pip install -e .[hf]") from error
+        raise UserError(f"Hugging Face folders need {error.name}: pip install 'nanostack[hf]'") from error
 
 
 def theirs(name: str) -> tuple[str, ...]:
@@ -254,8 +254,9 @@ def save(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
-    tokenizer: ours, which is translated, or a folder whose tokenizer files are copied. records: of the run, for the card's
-    curve. Everything is written beside the folder first: it is whole or it is not there. Raises `UserError` where it cannot be.
+    tokenizer: ours, translated unless it is a tokenizer.json already, or a folder whose tokenizer files are copied. records: of
+    the run, for the card's curve. Everything is written beside the folder first: it is whole or it is not there. Raises
+    `UserError` where it cannot be.
     """
     require_extra()
     folder, config = Path(folder), state.model.config
@@ -346,8 +347,11 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
-    tokenizer_json(ours).save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT, "model_max_length": seq_len}
+    if isinstance(ours, JsonTokenizer):
+        (folder / JSON_FILE).write_bytes(ours.data)
+    else:
+        tokenizer_json(ours).save(str(folder / JSON_FILE))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
     _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
 
 

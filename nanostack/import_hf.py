@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nanostack import checkpoint, hf
+from nanostack import checkpoint, hf, hub
 from nanostack.config import Optim
 from nanostack.errors import UserError, command_line
 from nanostack.flops import n_params
@@ -39,18 +39,9 @@ def folder_of(source: str) -> Path:
     """The folder itself, or where the Hub's files are kept on this machine."""
     if Path(source).is_dir():
         return Path(source)
-    if source.count("/") != 1:
+    if not hub.is_name(source):
         raise UserError(f"there is no folder {source}, and a model on the Hub is called OWNER/NAME")
-    hf.require_extra()
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError("models of the Hub need huggingface_hub: pip install -e .[hf]") from error
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
-    except Exception as error:  # of requests, of the Hub, of the file system: it has many
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source} is no folder here, and could not be had from the Hub: {reason}") from error
+    return hub.model(source, ["*.json", "*.safetensors", "tokenizer*"])
 
 
 def main(command: Command) -> dict:

@@ -1,9 +1,11 @@
 """Text to tokens: `python -m nanostack.prepare SOURCE... --out DIR --tokenizer NAME`.
 
-A source is a folder, a file, or one of two words (a folder of that name is ./stdlib):
+A source is a folder, a file, a dataset of Hugging Face's, or one of two words (a folder of that name is ./stdlib):
 
     stdlib          the Python standard library on this machine, without tests and tables: 10 MB that need no network
     site-packages   the Python source of what is installed beside this package, for larger runs
+    hf:OWNER/NAME   a dataset of the Hub, as in hf:HuggingFaceFW/fineweb-edu,name=sample-10BT,split=train (the split unless
+                    told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept (nanostack.hub)
     *.jsonl         one document per line, in --field
     *.parquet       one document per row, in the column --field
     anything else   plain text or code; a file is a document, a long one several (cut at line ends, see sources.LONGEST)
@@ -17,8 +19,11 @@ A source is a folder, a file, or one of two words (a folder of that name is ./st
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
    leaves OUT as it was, and the next one clears away what it left.
 
-The same sources and options give the same bytes, whatever the number of workers. Memory does not grow with the corpus,
-but for 100 bytes per document, which it takes to find the repeated ones.
+--max_documents and --max_bytes end the text early; of a dataset, only the files that this takes are fetched. docs/data.md has
+recipes.
+
+The same sources and options give the same bytes, whatever the number of workers; the manifest names a dataset with its
+commit. Memory does not grow with the corpus, but for 100 bytes per document, which it takes to find the repeated ones.
 """
 
 import contextlib
@@ -44,26 +49,32 @@ import tyro
 
 from nanostack.data import FORMAT, MANIFEST, SPLITS, manifest_sha256
 from nanostack.errors import UserError, exits_cleanly
-from nanostack.sources import File, Reader, list_files
-from nanostack.tokenizer import RANKS_FILE, Tokenizer, check_size, get, train
+from nanostack.sources import File, Reader, list_files, name_of
+from nanostack.tokenizer import Tokenizer, check_size, get, train
 
 BATCH = 1 << 20  # bytes of text that a worker gets at a time
 SAMPLE = 1 << 26  # bytes of text that bpe:N is trained on at most
+LIMITS = ("max_documents", "max_bytes")
 
 
 @dataclass
 class Args:
     sources: tyro.conf.Positional[list[str]]
-    """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet"""
+    """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet; hf:OWNER/NAME,name=...,split=..."""
     out: Path
     """folder for the tokens; must not exist yet"""
     tokenizer: str = "bpe:1024"
-    """gpt2, cl100k_base, o200k_base, bytes, bpe:N (N entries, trained on the sources), a file of ranks, or a folder of
-    prepared data; bpe:1024 suits 10 MB of text, more deserves a larger one"""
+    """gpt2, cl100k_base, o200k_base, bytes, bpe:N (N entries, trained on the sources), a file of ranks, a tokenizer.json or
+    a folder that has one, OWNER/NAME on Hugging Face's Hub, or a folder of prepared data; bpe:1024 suits 10 MB of text, more
+    deserves a larger one"""
     field: str = "text"
     """the field of .jsonl and column of .parquet that holds the text"""
     val_fraction: float = 0.05
     """share of the documents kept for validation; 0.001 is plenty for many GB"""
+    max_documents: int | None = None
+    """stop after so many documents, repeated ones not counted"""
+    max_bytes: int | None = None
+    """stop before the document with which the text would be longer; a token is 4 to 5 bytes of English"""
     shard_tokens: int = 100_000_000
     """tokens per shard"""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -79,7 +90,9 @@ def prepare(args: Args) -> dict:
     _check_options(args)
     with _folder(args.out.resolve(), args.overwrite) as folder:
         skipped: Counter = Counter()
-        files = [file for source in args.sources for file in list_files(source, skipped)]
+        listed = [list_files(source, skipped) for source in args.sources]
+        files = list(itertools.chain.from_iterable(listed))
+        limits = {name: most for name in LIMITS if (most := getattr(args, name)) is not None}
         bound = int(args.val_fraction * 2**64)
         encoder, trained = _tokenizer(args, files, bound)
         splits, dropped, lowest = _write_shards(args, files, encoder, folder, bound)
@@ -90,8 +103,9 @@ def prepare(args: Args) -> dict:
         _check_documents(args, splits, dropped)
         manifest = {
             "format": FORMAT,
-            "sources": [Path(source).resolve().name if Path(source).exists() else source for source in args.sources],
+            "sources": [name_of(source, found) for source, found in zip(args.sources, listed, strict=True)],
             "val_fraction": args.val_fraction,
+            **limits,
             "tokenizer": encoder.save(folder) | trained,
             "dtype": encoder.dtype.str,
             "splits": splits,
@@ -106,6 +120,9 @@ def _check_options(args: Args):
         raise UserError(f"--val_fraction is a share of the documents between 0 and 1, not {args.val_fraction}")
     if min(args.shard_tokens, args.workers) < 1:
         raise UserError("--shard_tokens and --workers must be at least 1")
+    for name in LIMITS:
+        if (most := getattr(args, name)) is not None and most < 2:  # training and validation need a document each
+            raise UserError(f"--{name} must be at least 2, not {most}")
     if not args.sources:
         raise UserError("name a source, such as stdlib; --help tells what there is")
     if args.tokenizer.startswith("bpe:"):
@@ -117,6 +134,7 @@ def _check_options(args: Args):
 
 def _check_documents(args: Args, splits: dict, dropped: dict):
     left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing"
+    left_out += "".join(f"; all above --{name} {getattr(args, name)}" for name in LIMITS if getattr(args, name))
     documents = sum(entry["documents"] for entry in splits.values())
     if documents == 0:
         raise UserError(f"there is no text in {' '.join(args.sources)} (left out: {left_out})")
@@ -146,7 +164,7 @@ def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
             old.rename(out)  # a run was killed between the two renames below
         _check_out(out, overwrite)
         yield partial
-        for path in (partial / RANKS_FILE, partial / MANIFEST, partial):
+        for path in [*(path for path in partial.iterdir() if path.suffix != ".bin"), partial]:
             _sync_path(path)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -182,16 +200,22 @@ def _sync_path(path: Path):
 
 
 def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, dict]:
-    """The tokenizer, with what to say of it in the manifest: bpe:N is trained on SAMPLE bytes at most, a share per file."""
+    """The tokenizer, with what to say of it in the manifest: bpe:N is trained on SAMPLE bytes at most, a share per file.
+
+    Under a limit it is trained on the first SAMPLE bytes within, so that no other file of a dataset is fetched.
+    """
     if not args.tokenizer.startswith("bpe:"):
         return get(args.tokenizer), {}
-    share = max(SAMPLE // max(1, len(files)), 1 << 20)
+    limits = [getattr(args, name) for name in LIMITS]
+    by_hash = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.name)).digest())
+    groups = [files] if any(limits) else [[file] for file in by_hash]  # with a limit, the text that is used comes first
+    share = max(SAMPLE // max(1, len(groups)), 1 << 20)
     seen, count = set(), {"documents": 0, "bytes": 0}
 
     def sample() -> Iterator[str]:
-        for file in sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.name)).digest()):
+        for group in groups:
             end = min(count["bytes"] + share, SAMPLE)
-            for split, text, size in Split(Reader([file], args.field), bound, seen):
+            for split, text, size in Split(Reader(group, args.field), bound, seen, *limits):
                 if count["bytes"] + size > end:
                     break
                 if split == "train":
@@ -210,7 +234,7 @@ def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, di
 def _write_shards(args: Args, files: list[File], encoder: Tokenizer, folder: Path, bound: int) -> tuple[dict, Counter, int]:
     """Encode and write every document; returns (entry per split, what was dropped, the lowest hash of a document)."""
     reader = Reader(files, args.field)
-    documents = Split(reader, bound, seen=set())
+    documents = Split(reader, bound, set(), *(getattr(args, name) for name in LIMITS))
     shards = {split: Shards(folder, split, args.shard_tokens) for split in SPLITS}
     encoded = _encode(_batches(documents), encoder, args.workers)
     with contextlib.closing(encoded), _progress(reader, sum(file.size for file in files)) as show:
@@ -227,10 +251,16 @@ def _write_shards(args: Args, files: list[File], encoder: Tokenizer, folder: Pat
 
 
 class Split:
-    """Reads documents once, leaves out the empty and the repeated, and says on which side of the split each one is."""
+    """Reads documents once, leaves out the empty and the repeated, and says on which side of the split each one is.
 
-    def __init__(self, reader: Reader, bound: int, seen: set[bytes]):
+    Ends after max_documents of both sides together, and before the one with which they would have more than max_bytes.
+    """
+
+    def __init__(
+        self, reader: Reader, bound: int, seen: set[bytes], max_documents: int | None = None, max_bytes: int | None = None
+    ):
         self.reader, self.bound, self.seen, self.lowest = reader, bound, seen, 1 << 64
+        self.max_documents, self.max_bytes = max_documents or float("inf"), max_bytes or float("inf")
         self.documents, self.bytes = Counter(), Counter()
 
     def __iter__(self) -> Iterator[tuple[str, str, int]]:
@@ -245,6 +275,8 @@ class Split:
                 self.reader.dropped["empty"] += 1
             elif digest in self.seen:
                 self.reader.dropped["duplicate"] += 1
+            elif self.bytes.total() + len(data) > self.max_bytes:
+                return
             else:
                 self.seen.add(digest)
                 place = int.from_bytes(digest[:8], "big")
@@ -253,6 +285,8 @@ class Split:
                 self.documents[split] += 1
                 self.bytes[split] += len(data)
                 yield split, text, len(data)
+                if self.documents.total() >= self.max_documents:
+                    return  # before the next document, which may take another download
 
 
 def _batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[str, list[str]]]:
@@ -315,6 +349,7 @@ def _start_worker(encoder: Tokenizer, started: list[multiprocessing.process.Base
 
 
 def _work(encoder: Tokenizer, pipe: Connection):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is done, or gone
         while True:
             pipe.send_bytes(encoder.encode_documents(pipe.recv()))

@@ -16,22 +16,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from nanostack import hub
 from nanostack.data import MANIFEST
 from nanostack.errors import UserError
-from nanostack.tokenizer import RANKS_FILE
+from nanostack.tokenizer import JSON_FILE, RANKS_FILE
 
 LONGEST = 1 << 18  # bytes of a document made of plain text: far above any seq_len, and a book still gives several
 NOT_CODE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
 class File(NamedTuple):
-    path: Path
+    path: Path  # on this machine, or in `repository`
     name: str  # path in the source, with / on every system: the order and bpe:N's sample depend on it
     size: int
+    repository: str = ""  # OWNER/NAME@COMMIT of the dataset that it is fetched from when it is read
 
 
 def list_files(source: str, dropped: Counter) -> list[File]:
     """The files of a source, sorted by name; counts in `dropped` what is left out. UserError if the source is missing."""
+    if source.startswith("hf:"):
+        return _dataset_files(source)
     if source in ("stdlib", "site-packages"):
         keys = ("stdlib",) if source == "stdlib" else ("purelib", "platlib")
         roots = sorted({Path(sysconfig.get_path(key)).resolve() for key in keys})
@@ -46,9 +50,39 @@ def list_files(source: str, dropped: Counter) -> list[File]:
         path = Path(source).resolve()
         paths = [(path.parent, path)]
     else:
-        raise UserError(f"there is no source {source!r}: it is no file, no folder, and not the word stdlib or site-packages")
+        raise UserError(
+            f"there is no source {source!r}: it is no file, no folder, not the word stdlib or site-packages, and a "
+            f"dataset of Hugging Face's is written hf:OWNER/NAME"
+        )
     files = [File(path, path.relative_to(root).as_posix(), path.stat().st_size) for root, path in paths]
     return sorted(files, key=lambda file: file.name)
+
+
+def _dataset_files(source: str) -> list[File]:
+    repository, *options = source.removeprefix("hf:").split(",")
+    chosen = dict(option.partition("=")[::2] for option in options)
+    if not hub.is_name(repository) or not all(chosen.values()) or not chosen.keys() <= {"name", "split"}:
+        raise UserError(f"{source!r} is not of the form hf:OWNER/NAME[@REVISION][,name=CONFIGURATION][,split=SPLIT]")
+    pinned, found = hub.dataset(repository, chosen.get("name"), chosen.get("split", "train"))
+    files = [File(Path(path), path, size, pinned) for path, size in sorted(found.items())]
+    if unknown := [file.name for file in files if _kind(file)[0] not in (".jsonl", ".parquet", ".txt")]:
+        raise UserError(f"{source} holds {unknown[0]}; of datasets, parquet, jsonl and txt can be read, also as .gz and .zst")
+    return files
+
+
+def name_of(source: str, files: list[File]) -> str:
+    """What a manifest calls a source: a path by its last part, a dataset with its commit, so that it names the same bytes."""
+    if source.startswith("hf:"):
+        return ",".join(["hf:" + files[0].repository, *source.split(",")[1:]])
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _kind(file: File) -> tuple[str, str | None]:
+    """(what a file holds, how it is packed), as suffixes; .json of a dataset is one document per line, as .jsonl is."""
+    suffixes = [suffix.lower() for suffix in file.path.suffixes]
+    packing = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else None
+    kind = suffixes[-1] if suffixes else ""
+    return ".jsonl" if file.repository and kind == ".json" else kind, packing
 
 
 def _walk(root: Path, dropped: Counter, skip: Iterable[str] = ()) -> Iterator[Path]:
@@ -56,7 +90,7 @@ def _walk(root: Path, dropped: Counter, skip: Iterable[str] = ()) -> Iterator[Pa
         raise error  # os.walk passes over folders it cannot read; a corpus must not lose them unseen
 
     for folder, folders, names in os.walk(root, onerror=stop):
-        if MANIFEST in names and RANKS_FILE in names:  # tokens, ours
+        if MANIFEST in names and (RANKS_FILE in names or JSON_FILE in names):  # tokens, ours
             dropped["prepared_data"] += 1
             folders.clear()
             continue
@@ -77,25 +111,23 @@ class Reader:
     def __iter__(self) -> Iterator[str]:
         done = 0
         for file in self.files:
-            with open(file.path, "rb") as raw:
-                for text in self._documents(file, raw):
+            path = hub.download(file.repository, file.name, file.size) if file.repository else file.path
+            with open(path, "rb") as raw:
+                for text in self._documents(path, *_kind(file), raw):
                     self.position = done + min(raw.tell(), file.size)
                     yield text
             done += file.size
             self.position = done
 
-    def _documents(self, file: File, raw: BinaryIO) -> Iterator[str]:
-        suffixes = [suffix.lower() for suffix in file.path.suffixes]
-        packing = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else None
-        kind = suffixes[-1] if suffixes else ""
+    def _documents(self, path: Path, kind: str, packing: str | None, raw: BinaryIO) -> Iterator[str]:
         if kind == ".parquet" and not packing:
-            yield from self._parquet(file.path)
+            yield from self._parquet(path)
             return
         stream = gzip.GzipFile(fileobj=raw) if packing == ".gz" else _unzstd(raw) if packing else raw
         try:
-            yield from self._jsonl(stream, file.path) if kind == ".jsonl" else self._plain(stream)
+            yield from self._jsonl(stream, path) if kind == ".jsonl" else self._plain(stream)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file.path} is damaged or cut short: {error}") from None
+            raise UserError(f"{path} is damaged or cut short: {error}") from None
 
     def _plain(self, stream: BinaryIO) -> Iterator[str]:
         tail, first = b"", True

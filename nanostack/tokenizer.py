@@ -1,4 +1,5 @@
-"""Text to token ids and back: byte-pair encoding run by tiktoken, from ranks that are known, on disk, or trained here.
+"""Text to token ids and back: byte-pair encoding run by tiktoken, from ranks that are known, on disk, or trained here;
+or, slower, a tokenizer.json run by Hugging Face's tokenizers.
 
 A tokenizer is a table of ranks (bytes → id; the lower id merges first), a regular expression that cuts text into pieces
 which no merge crosses, and special tokens, of which we use one: end-of-text, behind every document. Names:
@@ -6,13 +7,16 @@ which no merge crosses, and special tokens, of which we use one: end-of-text, be
     gpt2, cl100k_base, o200k_base, …   tiktoken's own; the ranks are downloaded once and kept in TIKTOKEN_CACHE_DIR
     bytes                              256 bytes and end-of-text
     bpe:N                              N entries in all, end-of-text last, trained on the corpus by rustbpe
-    a path                             a file of ranks in tiktoken's format, or a folder written by nanostack.prepare
+    a path                             a file of ranks in tiktoken's format, a tokenizer.json, a folder that has one, or one
+                                       written by nanostack.prepare
+    OWNER/NAME, OWNER/NAME@REVISION    a model on Hugging Face's Hub; its tokenizer is downloaded once
 
 rustbpe breaks ties by token ids, so the same texts give the same ranks whatever their order and the number of threads.
 """
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,11 +24,16 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from nanostack import hub
 from nanostack.errors import UserError
 
 EOT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"
-NAMES = "gpt2, cl100k_base, o200k_base, bytes, bpe:N (as in bpe:1024), a file of ranks, or a folder of prepared data"
+JSON_FILE = "tokenizer.json"
+NAMES = (
+    "gpt2, cl100k_base, o200k_base, bytes, bpe:N (as in bpe:1024), a file of ranks, a tokenizer.json, a folder of a model or "
+    "of prepared data, and OWNER/NAME on Hugging Face's Hub"
+)
 
 # The pieces of cl100k_base (GPT-4): words take the space or sign before them, numbers come in threes, indentation stays
 # together. Written as in rustbpe, so that training and encoding cut alike.
@@ -42,7 +51,7 @@ class Tokenizer:
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
-        self.eot = special[EOT]
+        self.eot_token, self.eot = EOT, special[EOT]
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 
@@ -92,6 +101,105 @@ class Tokenizer:
         }
 
 
+class JsonTokenizer(Tokenizer):
+    """The same interface for a tokenizer.json: the ids are those of `tokenizers` with no special tokens added.
+
+    data: the content of the file; eot_token: the token that ends a document. Text that looks like a special token is plain text
+    here too (what transformers calls split_special_tokens). UserError for a file that is damaged, that cannot encode every
+    text (it must be byte-level, as GPT-2's and Llama 3's, or fall back to bytes, as Llama 2's), or that lacks eot_token.
+    """
+
+    def __init__(self, name: str, data: bytes, eot_token: str):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{name}: a {JSON_FILE} takes tokenizers; pip install 'nanostack[hf]'") from None
+        try:
+            self._bpe = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library has no other class
+            raise UserError(f"{name} is no {JSON_FILE} that the tokenizers library can read: {error}") from None
+        self.name, self.data, self.eot_token = name, data, eot_token
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        self._bpe.encode_special_tokens = True
+        if getattr(self._bpe.model, "dropout", None):
+            self._bpe.model.dropout = None  # merges left out at random, for training the old way
+        vocab = self._bpe.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocab.values(), default=-1) + 1
+        ids = len(set(vocab.values()))
+        if ids < len(vocab) or self.n_vocab > 2 * ids:
+            raise UserError(f"{name} is damaged: its {len(vocab)} tokens have {ids} ids up to {self.n_vocab - 1}")
+        if eot_token not in vocab:
+            raise UserError(f"{name} has no token {eot_token!r}, which is to end the documents (eos_token)")
+        self.eot = vocab[eot_token]
+        self.special = {eot_token: self.eot}
+        self._lengths = self._measured(vocab)
+        if self.eot in self.encode(eot_token):
+            raise UserError(f"{name} takes the text {eot_token!r} for the end of a document, so not every text can be encoded")
+
+    def __reduce__(self):
+        return JsonTokenizer, (self.name, self.data, self.eot_token)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        pieces = [np.array([*ids, self.eot], self.dtype) for ids in self.encode_batch(texts)]
+        return np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._bpe.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids), skip_special_tokens=False)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """(n_vocab,) int64 as in `Tokenizer`; where a normalizer changes text, the bytes of what it made of it.
+
+        Llama 2's and its like put a space before every text, which its first token has and the text has not. End-of-text
+        stands for −1 byte there, so that the sum over documents is right.
+        """
+        return self._lengths
+
+    def _measured(self, vocab: dict[str, int]) -> np.ndarray:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        made = json.loads(self.data)
+        decoder = made.get("decoder") or {}
+        steps = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))}
+        if "ByteLevel" in steps:
+            complete, length = vocab.keys() >= set(ByteLevel.alphabet()), len  # a character stands for a byte
+        else:
+            fallback = {f"<0x{byte:02X}>": 1 for byte in range(256)} if "ByteFallback" in steps else {}
+            complete = bool(fallback) and made["model"].get("byte_fallback") and vocab.keys() >= fallback.keys()
+
+            def length(token: str) -> int:
+                return fallback.get(token) or len(token.replace("▁", " ").encode())
+
+        if not complete:
+            raise UserError(f"{self.name} cannot encode every text: it has neither all 256 bytes nor a fallback to them")
+        lengths = np.zeros(self.n_vocab, np.int64)
+        lengths[list(vocab.values())] = [length(token) for token in vocab]
+        for number, token in self._bpe.get_added_tokens_decoder().items():
+            lengths[number] = 0 if token.special else len(token.content.encode())
+        lengths[self.eot] = 0
+        lengths[self.eot] = len("a") - lengths[self.encode("a")].sum()
+        return lengths
+
+    def save(self, folder: str | Path) -> dict:
+        """Write tokenizer.json to `folder` as it was; returns the manifest's entry, as `Tokenizer.save` does."""
+        (Path(folder) / JSON_FILE).write_bytes(self.data)
+        return {
+            "name": self.name,
+            "file": JSON_FILE,
+            "sha256": hashlib.sha256(self.data).hexdigest(),
+            "special": self.special,
+            "eot": self.eot,
+            "n_vocab": self.n_vocab,
+        }
+
+
 def train(texts: Iterable[str], n: int) -> Tokenizer:
     """A tokenizer of `n` entries, end-of-text included, fitted to `texts`. UserError if they hold too little for n."""
     import rustbpe
@@ -120,9 +228,12 @@ def get(name: str) -> Tokenizer:
     if name in tiktoken.list_encoding_names():
         return _download(name)
     if path.is_dir():
-        return load(path)
+        return _from_folder(path, path.resolve().name)
     if path.is_file():
         return _from_file(path)
+    if hub.is_name(name):
+        folder = hub.model(name, [JSON_FILE, "tokenizer_config.json", "config.json"])
+        return _from_folder(folder, f"{name.partition('@')[0]}@{folder.name}")
     raise UserError(f"there is no tokenizer {name!r}; known are {NAMES}")
 
 
@@ -134,14 +245,51 @@ def load(folder: str | Path) -> Tokenizer:
     path = Path(folder) / entry["file"]
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is missing or is not the file its manifest describes; prepare the data again")
+    if path.name == JSON_FILE:
+        return JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
     return Tokenizer(entry["name"], entry["pattern"], _read_ranks(path), entry["special"])
+
+
+def _from_folder(folder: Path, name: str) -> Tokenizer:
+    """The tokenizer of prepared data, or of a model of Hugging Face's."""
+    if (folder / "manifest.json").is_file():
+        return load(folder)
+    if (folder / JSON_FILE).is_file():
+        return _from_json(folder / JSON_FILE, name)
+    old = "; transformers' AutoTokenizer makes one of its tokenizer.model" if (folder / "tokenizer.model").is_file() else ""
+    raise UserError(f"{folder} holds neither a {JSON_FILE} nor prepared data{old}")
+
+
+def _from_json(path: Path, name: str) -> JsonTokenizer:
+    """End-of-text is the eos_token of tokenizer_config.json beside it, else EOT; a config.json there bounds the ids."""
+    eot_token = _read_json(path.with_name("tokenizer_config.json")).get("eos_token") or EOT
+    if isinstance(eot_token, dict):  # with its properties, as older versions wrote it
+        eot_token = eot_token.get("content")
+    made = JsonTokenizer(str(path), path.read_bytes(), eot_token)
+    most = _read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
+    if made.n_vocab > most:
+        raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
+    made.name = name  # without the path: data are the same wherever the file lay
+    return made
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a file, {} if there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not hold a JSON object: {error}") from None
 
 
 def _from_file(path: Path) -> Tokenizer:
     """A file of ranks says nothing of the pattern: a manifest beside it does, else it is taken to be PATTERN."""
     manifest = path.parent / "manifest.json"
-    if path.name == RANKS_FILE and manifest.is_file():
+    if path.name in (RANKS_FILE, JSON_FILE) and manifest.is_file():
         return load(path.parent)
+    if path.suffix == ".json":
+        return _from_json(path, path.name)
     ranks = _read_ranks(path)
     return Tokenizer(path.name, PATTERN, ranks, {EOT: max(ranks.values()) + 1})
 

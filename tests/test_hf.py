@@ -17,6 +17,7 @@ from nanostack.config import Growth, Optim, load
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
+from nanostack.prepare import Args, prepare
 from nanostack.state import State
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -149,6 +150,27 @@ def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"], "nothing half-written is left"
 
 
+@pytest.mark.slow
+def test_model_of_theirs_trains_on_text_prepared_with_its_own_tokenizer(corpus, tmp_path):
+    """From a folder to ours and back: vocabulary and end-of-text fit, and its tokenizer.json is the same at the end."""
+    config, ours = replace(load(TINY, []).model, vocab_size=300), tokenizer.load(corpus)
+    base = export(state_of(config), tmp_path / "base", tokenizer=ours)
+    text = {"sources": [str(ROOT / "nanostack")], "out": tmp_path / "data", "tokenizer": str(base), "val_fraction": 0.2}
+    prepare(Args(**text, workers=1))
+    assert run("nanostack.import_hf", base, tmp_path / "ckpt.pt").returncode == 0
+    options = {"data.path": tmp_path / "data", "init_from": tmp_path / "ckpt.pt", "out": tmp_path / "run"}
+    options |= {"model.vocab_size": 300, "stages.0.tokens": 1024, "stages.1.tokens": 1024}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    trained = train.Run(load(TINY, [*words, "--data.document_mask"]))
+    assert trained.state.model.end_of_text == ours.eot
+    trained.train()
+    done = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == ours.eot
+    assert run("grow.py", base, "--g", "2", "--data", tmp_path / "data").returncode == 0
+
+
 def damaged(change):
     """A folder that `change` has been at."""
 
@@ -220,7 +242,7 @@ def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
 
 def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match=r"need safetensors: pip install -e \.\[hf\]"):
+    with pytest.raises(UserError, match=r"need safetensors: pip install 'nanostack\[hf\]'"):
         hf.require_extra()
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tyro
 import zstandard
 
+from nanostack import hf, tokenizer
 from nanostack import prepare as module
-from nanostack import tokenizer
 from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError
 from nanostack.prepare import Args, prepare
@@ -90,10 +91,14 @@ def test_documents_stay_in_the_order_of_their_paths(tmp_path, texts):
         assert found == [text for text in order if text in found]
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path, texts, monkeypatch):
+@pytest.mark.parametrize("name", ["bpe:300", "tokenizer.json"])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, texts, monkeypatch, name):
     monkeypatch.setattr(module, "BATCH", 30_000)
+    if name == "tokenizer.json":
+        name = str(tmp_path / name)
+        hf.tokenizer_json(tokenizer.train(TEXTS, 300)).save(name)
     for workers in (1, 2, 3):
-        run(tmp_path / f"{workers}", texts, workers=workers, tokenizer="bpe:300", shard_tokens=50_000)
+        run(tmp_path / f"{workers}", texts, workers=workers, tokenizer=name, shard_tokens=50_000)
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
 
 
@@ -144,6 +149,19 @@ def test_repeated_documents_are_dropped_once_seen(tmp_path, texts):
     manifest = run(tmp_path / "out", texts, tmp_path / "again")
     assert manifest["dropped"] == {"duplicate": len(TEXTS) - 1}
     assert everything(tmp_path / "out") == sorted([*TEXTS, TEXTS[0] + " "])
+
+
+def test_a_limit_ends_the_text_at_a_document(tmp_path, texts):
+    order = list(dict.fromkeys(path.read_text() for path in sorted(texts.rglob("*.py"))))
+    manifest = run(tmp_path / "some", texts, texts, max_documents=10)
+    assert everything(tmp_path / "some") == sorted(order[:10]) and manifest["max_documents"] == 10
+    most = sum(len(text.encode()) for text in order[:7])
+    for name, limit, count in (("exact", most, 7), ("less", most - 1, 6)):
+        manifest = run(tmp_path / name, texts, max_bytes=limit)
+        assert everything(tmp_path / name) == sorted(order[:count]) and manifest["max_bytes"] == limit
+    assert "max_bytes" not in run(tmp_path / "all", texts)
+    trained = run(tmp_path / "bpe", texts, max_documents=10, tokenizer="bpe:300")["tokenizer"]["trained_on"]
+    assert trained["documents"] == load_manifest(tmp_path / "some")["splits"]["train"]["documents"]
 
 
 def test_what_is_left_out_is_counted(tmp_path, texts):
@@ -272,6 +290,11 @@ def refused(result: subprocess.CompletedProcess, message: str):
         (["texts", "--tokenizer", "gpt2"], "TIKTOKEN_CACHE_DIR"),
         (["texts", "--val_fraction", "2"], "--val_fraction"),
         (["texts", "--workers", "0"], "--workers must be at least 1"),
+        (["texts", "--max_documents", "1"], "--max_documents must be at least 2, not 1"),
+        (["texts", "--max_bytes", "5"], "there is no text in texts (left out: nothing; all above --max_bytes 5)"),
+        (["texts", "--max_bytes", "6"], "is a single document (left out: nothing; all above --max_bytes 6)"),
+        (["hf:texts"], "is not of the form hf:OWNER/NAME"),
+        (["texts", "--tokenizer", "own/nothing"], "own/nothing is neither a file nor a folder here, and could not be had"),
         (["texts", "--out", "texts"], "exists and is no prepared data"),
         (["texts", "--out", "one/below"], "one"),
         (["texts", "--out", "done"], "choose another --out, or replace it with --overwrite"),
@@ -304,6 +327,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     result = cli("stdlib", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1, preexec_fn=limit)
     refused(result, f"writing {tmp_path / 'out'}: File too large")
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_the_data_page_are_understood():
+    page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
+    lines = [line.split() for line in page.splitlines() if line.startswith("python -m nanostack.prepare ")]
+    commands = [tyro.cli(Args, args=line[3:], use_underscores=True) for line in lines]
+    assert len(commands) == 12
+    for command in commands:
+        module._check_options(command)
+    assert {40 * 10**9, 500 * 10**9} < {command.max_bytes for command in commands}
 
 
 def test_overwriting_replaces_the_data_only_when_asked_and_only_at_the_end(tmp_path, texts):

@@ -1,6 +1,9 @@
 """Sources: which files they are, what documents are in them, and what is said of those that cannot be read."""
 
 import gzip
+import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -8,6 +11,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
+from hub_server import COMMIT, Hub
 
 from nanostack.errors import UserError
 from nanostack.sources import LONGEST, Reader, list_files
@@ -44,3 +49,141 @@ def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monke
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"pip install 'nanostack\[data\]'"):
         list(reader(tmp_path / "a.parquet"))
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample
+  data_files:
+  - split: train
+    path: sample/*
+---
+"""
+TEXTS = [f"document {i} of a dataset\n" * 400 for i in range(24)]
+SMALL = (
+    "from nanostack import hub, prepare; hub.BLOCK = 1 << 12; prepare.main()"  # so that a small file comes in several blocks
+)
+READ = """
+import json, sys
+from collections import Counter
+from nanostack.errors import UserError
+from nanostack.sources import Reader, list_files
+for source in sys.argv[2:]:
+    try:
+        print(json.dumps(list(Reader(list_files(source, Counter()), sys.argv[1]))))
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """own/web: parquet with a card, as FineWeb-Edu; own/slim: .jsonl.zst in folders named for splits, as SlimPajama."""
+    web, slim = tmp_path / "hub/datasets/own/web", tmp_path / "hub/datasets/own/slim"
+    for place, texts in (("sample", TEXTS), ("data/CC-1", ["crawled"])):
+        (web / place).mkdir(parents=True)
+        for i in range(3):
+            table = pyarrow.table({"text": texts[i::3], "id": range(len(texts[i::3]))})
+            pyarrow.parquet.write_table(table, web / place / f"00{i}.parquet", compression="none")
+    (web / "README.md").write_text(CARD)
+    for split, texts in (("train", TEXTS), ("validation", ["held out"])):
+        for i in (0, 1, 10):
+            lines = "".join(json.dumps({"text": text, "meta": {"set": "C4"}}) + "\n" for text in texts[i % 3 :: 3])
+            path = slim / split / "chunk1" / f"example_{i}.jsonl.zst"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(zstandard.compress(lines.encode()))
+    server = Hub(tmp_path / "hub")
+    yield server
+    server.shutdown()
+
+
+def python(hub: Hub, *words: object) -> subprocess.CompletedProcess:
+    """Run Python where `hub` is the Hub; what it downloads is kept in `home` beside its folder."""
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, *map(str, words)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def prepared(hub: Hub, out: Path, *words: object, name: str = "bytes") -> dict:
+    done = python(hub, "-c", SMALL, *words, "--out", out, "--tokenizer", name, "--workers", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def fetched(hub: Hub) -> list[tuple[str, str]]:
+    """(name of the file, range) of every request for some of a file, in order."""
+    return [(path.rpartition("/")[2], part.removeprefix("bytes=")) for _, path, part in hub.requests if part]
+
+
+def test_a_dataset_of_the_hub_is_its_files_at_a_commit(hub, tmp_path):
+    """The configuration and split choose them; what the manifest calls the source gives the same data again."""
+    first = prepared(hub, tmp_path / "first", "hf:own/web,name=sample")
+    assert first["sources"] == [f"hf:own/web@{COMMIT},name=sample"]
+    plain = prepared(hub, tmp_path / "plain", hub.folder / "datasets/own/web/sample")
+    assert plain["splits"] == first["splits"] and first["splits"]["train"]["bytes"] > 200_000
+    again = prepared(hub, tmp_path / "again", *first["sources"])
+    assert again["manifest_sha256"] == first["manifest_sha256"]
+    assert len([part for _, part in fetched(hub) if part.startswith("0-")]) == 3, "fetched once, kept for the second time"
+
+
+def test_folders_and_files_of_a_dataset_are_read_in_order(hub):
+    done = python(hub, "-c", READ, "text", "hf:own/slim", "hf:own/slim,split=validation", "hf:own/web")
+    train, held_out, default = (json.loads(line) for line in done.stdout.splitlines())
+    assert train == [*TEXTS[0::3], *TEXTS[1::3], *TEXTS[1::3]] and set(held_out) == {"held out"} and default == ["crawled"]
+
+
+def test_a_download_that_died_goes_on_where_it_stopped(hub, tmp_path):
+    words = ["-c", SMALL, "hf:own/web,name=sample", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1]
+    hub.breaks_at = 40_000
+    died = python(hub, *words)
+    assert died.returncode == 2 and died.stderr.count("\n") == 1
+    assert died.stderr.startswith(f"error: sample/000.parquet of hf:own/web@{COMMIT} could not be had from Hugging Face's Hub")
+    assert "the same command goes on from there" in died.stderr
+    assert not list(tmp_path.glob("out*"))
+    kept = tmp_path / f"home/nanostack/own--web@{COMMIT}/sample"
+    there = (kept / "000.parquet.partial").stat().st_size
+    hub.breaks_at = None
+    hub.requests.clear()
+    assert there >= 40_000 and python(hub, *words).returncode == 0
+    name, part = fetched(hub)[0]
+    assert name == "000.parquet" and part.startswith(f"{there}-")
+    for file in (hub.folder / "datasets/own/web/sample").iterdir():
+        assert (kept / file.name).read_bytes() == file.read_bytes()
+    assert len(list(kept.iterdir())) == 3, "no partial file is left"
+
+
+def test_a_limit_fetches_no_file_that_it_does_not_need(hub, tmp_path):
+    words = ["hf:own/slim", "--max_documents", 8, "--val_fraction", 0.3]
+    assert prepared(hub, tmp_path / "bytes", *words)["max_documents"] == 8
+    assert prepared(hub, tmp_path / "bpe", *words, name="bpe:260")["tokenizer"]["trained_on"]["documents"] > 1
+    assert {name for name, _ in fetched(hub)} == {"example_0.jsonl.zst"}
+
+
+def test_mistakes_with_datasets_are_told_in_one_line(hub):
+    (hub.folder / "datasets/own/table/data").mkdir(parents=True)
+    (hub.folder / "datasets/own/table/data/train.csv").write_text("text\nhello\n")
+    mistakes = {
+        "hf:own/nothing": "hf:own/nothing could not be had from Hugging Face's Hub: Dataset 'own/nothing' doesn't exist",
+        "hf:own/web@v9": "Revision 'v9' doesn't exist",
+        "hf:own/web,name=other": "BuilderConfig 'other' not found. Available: ['default', 'sample']",
+        "hf:own/web,split=test": "hf:own/web has no split 'test', only train",
+        "hf:own/web,config=sample": "is not of the form hf:OWNER/NAME[@REVISION][,name=CONFIGURATION][,split=SPLIT]",
+        "hf:web": "is not of the form",
+        "hf:own/table": "hf:own/table holds data/train.csv; of datasets, parquet, jsonl and txt can be read",
+        "hf:own/slim": "example_0.jsonl.zst, line 1: no field 'body' (there is text, meta); choose it with --field",
+        "hf:own/web": "000.parquet: no column 'body' (there is text, id); choose it with --field",
+    }
+    done = python(hub, "-c", READ, "body", *mistakes)
+    for line, (source, message) in zip(done.stdout.splitlines(), mistakes.items(), strict=True):
+        assert message in line, (source, line)
+
+
+def test_datasets_without_their_library_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"hf:own/web could not be had without datasets; pip install 'nanostack\[data\]'"):
+        list_files("hf:own/web", Counter())

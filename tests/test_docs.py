@@ -1,5 +1,6 @@
 """The commands of docs/, run as they stand there but for their size; and the job script under a Slurm of two small scripts."""
 
+import json
 import os
 import re
 import signal
@@ -7,16 +8,33 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
+import zstandard
 from conftest import ROOT, TINY
 from test_readme import run, small
 
-PAGES = ("train", "grow_yours", "scale", "add_a_kernel")
+PAGES = ("data", "train", "grow_yours", "scale", "add_a_kernel")
 
 
 def commands(page: str) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if " # needs " not in line]
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [line for line in lines if " # needs " not in line]
+
+
+def texts(folder) -> None:
+    """The text that the pages speak of: code here, a few lines where they have a crawl."""
+    (folder / "texts").mkdir()
+    for name in ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py"):
+        (folder / "texts" / name).symlink_to(os.path.join(os.path.dirname(os.__file__), name))
+    sources = [path.read_text() for path in sorted((folder / "texts").iterdir())]
+    (folder / "notes.txt").write_text(sources[0])
+    packed = zstandard.compress("".join(json.dumps({"body": text}) + "\n" for text in sources).encode())
+    (folder / "crawl.jsonl.zst").write_bytes(packed)
+    for path in ("dump/part-0.parquet", "dump/part-1.parquet", "mirror/sample/10BT/000.parquet"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{path}\n{text}" for text in sources]}), folder / path)
 
 
 @pytest.mark.slow
@@ -25,9 +43,7 @@ def commands(page: str) -> list[str]:
 def test_commands_of_the_pages_work_in_order(tmp_path):
     for name in ("train.py", "grow.py", "config", "nanostack", "kernels", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "texts").mkdir()
-    for name in ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py"):
-        (tmp_path / "texts" / name).symlink_to(os.path.join(os.path.dirname(os.__file__), name))
+    texts(tmp_path)
     base = "torchrun --nproc_per_node 8 train.py config/1b_base.py --data.path data/texts"
     for page in PAGES:
         found = commands(page)

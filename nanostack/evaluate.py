@@ -183,9 +183,9 @@ def require_extra(data: Path | None) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval forks to bootstrap, which hung: torch's threads do not survive a fork
     try:
-        import lm_eval.evaluator
-        import lm_eval.tasks
+        import lm_eval.evaluator  # noqa: F401
 
         import nanostack.harness  # noqa: F401
     except ImportError as error:

@@ -318,7 +318,7 @@ def run(*arguments) -> dict:
     return evaluate.main(tyro.cli(evaluate.Command, args=[str(one) for one in arguments], use_underscores=True))
 
 
-@pytest.mark.parametrize("module", ["lm_eval", "lm_eval.tasks"])
+@pytest.mark.parametrize("module", ["lm_eval", "lm_eval.evaluator"])
 def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"tasks need lm_eval.*: pip install 'nanostack\[eval\]'"):

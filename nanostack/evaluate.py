@@ -181,16 +181,17 @@ def require_extra(data: Path | None) -> None:
     """Import lm-eval and what it needs. UserError with the line that installs what is missing."""
     if data:  # read when they are imported
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval forks to bootstrap, which hung: torch's threads do not survive a fork
     try:
+        import datasets
         import lm_eval.evaluator  # noqa: F401
 
         import nanostack.harness  # noqa: F401
     except ImportError as error:
         raise UserError(f"tasks need {error.name}: pip install 'nanostack[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def load_tasks(names: list[str], data: Path | None) -> list:
@@ -271,15 +272,16 @@ def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
     The average is that of the paper: its seven accuracies, where all of them were measured, in %.
     """
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from nanostack.harness import LiveModel
 
     live = LiveModel(model, text, command.batch, progress)
+    options = {"num_fewshot": command.num_fewshot, "limit": command.limit, "bootstrap_iters": 1000, "log_samples": False}
+    options["task_manager"] = TaskManager(include_defaults=False)  # the tasks are here; another index would take a minute
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answer
-            found = simple_evaluate(
-                live, tasks=tasks, num_fewshot=command.num_fewshot, limit=command.limit, bootstrap_iters=1000, log_samples=False
-            )
+            found = simple_evaluate(live, tasks=tasks, **options)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error
     answer = {}
@@ -348,7 +350,9 @@ def show(answer: dict, command: Command) -> None:
         )
     if not answer["tasks"]:
         return
-    table = Table("task", "metric", "n", "value", "±", "paper, scratch", "paper, stack")
+    table = Table("task", "metric", "n", "value", "±", "paper scratch", "paper stack")
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for name, task in answer["tasks"].items():

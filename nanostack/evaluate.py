@@ -137,16 +137,18 @@ def main(command: Command) -> dict:
         "val": None,
         "tasks": None,
     }
-    if command.val:
-        answer["val"] = validation(state.model, command.val, command.batch)
-    if tasks:
-        answer |= run_tasks(state.model, text, tasks, command)
-    answer = finite(answer)
-    write(answer, out)
+    try:
+        if command.val:
+            answer["val"] = validation(state.model, command.val, command.batch)
+        if tasks:
+            answer |= run_tasks(state.model, text, tasks, command)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error
+    write(finite(answer), out)
     if not command.json:
-        show(answer, command)
+        show(answer)
         print(f"wrote {out}")
-    return answer
+    return finite(answer)
 
 
 def checked(command: Command) -> Path:
@@ -196,6 +198,7 @@ def require_extra(data: Path | None) -> None:
 
 def load_tasks(names: list[str], data: Path | None) -> list:
     """lm-eval's tasks and groups of these names, with their data. UserError for what is unknown or cannot be had."""
+    import jinja2
     import lm_eval.tasks
 
     from nanostack.harness import data_from
@@ -214,9 +217,9 @@ def load_tasks(names: list[str], data: Path | None) -> list:
         for name in names:
             try:
                 loaded = manager.load([name])
-            except KeyError as error:
+            except (KeyError, jinja2.UndefinedError) as error:  # a split, or a column in a task's function or its template
                 place = f" in {data}" if data else ""
-                raise UserError(f"the data of {name}{place} lacks {error}, a split or column that the task reads") from error
+                raise UserError(f"the data of {name}{place} lacks what the task reads: {error}") from error
             except ImportError as error:
                 raise UserError(f"the task {name} needs {error.name}: pip install {error.name}") from error
             found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
@@ -279,11 +282,8 @@ def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
     live = LiveModel(model, text, command.batch, progress)
     options = {"num_fewshot": command.num_fewshot, "limit": command.limit, "bootstrap_iters": 1000, "log_samples": False}
     options["task_manager"] = TaskManager(include_defaults=False)  # the tasks are here; another index would take a minute
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answer
-            found = simple_evaluate(live, tasks=tasks, **options)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answer
+        found = simple_evaluate(live, tasks=tasks, **options)
     answer = {}
     for name, values in found["results"].items():
         metrics = {}
@@ -338,7 +338,7 @@ def write(answer: dict, out: Path) -> None:
         raise UserError(f"could not write {out}: {error.strerror}") from error
 
 
-def show(answer: dict, command: Command) -> None:
+def show(answer: dict) -> None:
     """The result for people, the paper's numbers beside it."""
     console, cursor = Console(highlight=False, soft_wrap=True), answer["cursor"]
     trained = f"{describe_tokens(cursor['tokens'])} tokens, {cursor['flops']:.3g} FLOPs"
@@ -350,11 +350,9 @@ def show(answer: dict, command: Command) -> None:
         )
     if not answer["tasks"]:
         return
-    table = Table("task", "metric", "n", "value", "±", "paper scratch", "paper stack")
-    for column in table.columns[:2]:
-        column.no_wrap = True
+    table = Table("task", "metric", "n", "value", "±", "scratch*", "stack*")
     for column in table.columns[2:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for name, task in answer["tasks"].items():
         paper = PAPER.get(name)
         for metric, found in task["metrics"].items():
@@ -369,21 +367,15 @@ def show(answer: dict, command: Command) -> None:
         table.add_row("average", "accuracy", "", f"{answer['average_accuracy']:.2f}", "", *theirs)
     console.print(table)
     if any(name in PAPER for name in answer["tasks"]):
-        console.print("accuracies in %; paper: 1.1B at 8e20 FLOPs, figure 3 of arXiv 2405.15319, one seed, zero-shot")
+        console.print("accuracies in %. * the paper's 1.1B at 8e20 FLOPs, one seed (arXiv 2405.15319, figure 3)")
     if answer["limit"]:
         console.print(f"only {answer['limit']} examples of each task: a trial, not a result")
 
 
 def shown(metric: str, value: float | None) -> str:
-    return (
-        ""
-        if value is None
-        else f"{100 * value:.2f}"
-        if metric in SHARES
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -241,4 +241,6 @@ def logiqa(place: str | Path, load_dataset: Callable) -> datasets.DatasetDict:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__  # it only says that there was one
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -82,18 +82,19 @@ def directly(model, context: list[int], continuation: list[int]) -> tuple[float,
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_loglikelihood_is_the_models_own(state, text, batch):
-    greedy = torch.tensor([text.encode("import")])
+    start, other = text.encode("import"), text.encode("?")
     with torch.no_grad():
-        likeliest = state.model(greedy)[0, -1].argmax().item()
+        likeliest = state.model(torch.tensor([start]))[0, -1].argmax().item()
+        second = state.model(torch.tensor([start + other]))[0, -1].argmax().item()
     model = live(state, text, batch)
     asked = [(None, *model._encode_pair(*pair)) if pair[0] else (None, [text.eot], text.encode(pair[1])) for pair in PAIRS]
-    asked.append((None, text.encode("import"), [likeliest]))
+    asked += [(None, start, [*other, second]), (None, start, [likeliest])]
     found = model._loglikelihood_tokens(asked)
     for (_, context, continuation), (value, is_greedy) in zip(asked, found, strict=True):
         wanted, wanted_greedy = directly(state.model, context, continuation)
         assert value == pytest.approx(wanted, abs=1e-4) and is_greedy == wanted_greedy
     assert found[-1][1] and not all(one[1] for one in found)
-    assert model.loglikelihood(requests("loglikelihood", *PAIRS)) == found[:-1]
+    assert model.loglikelihood(requests("loglikelihood", *PAIRS)) == found[:-2]
 
 
 @pytest.fixture
@@ -284,15 +285,20 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(place, corpus, sta
     checkpoint.save(State.create(few, Optim(), Placement(torch.device("cpu")), 0), tmp_path / "few.pt", None)
     checkpoint.save(state, tmp_path / "ckpt.pt", None)
     (tmp_path / "old.json").write_text("{}")
-    half = tmp_path / "half/allenai/sciq"
-    write(half, "test.jsonl", [{"question": "?"}])
+    write(tmp_path / "half/allenai/sciq", "test.jsonl", [{"question": "?"}])
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "other/allenai/sciq", f"{split}.jsonl", [{"question": "?"}])
+    (tmp_path / "cut/allenai/sciq").mkdir(parents=True)
+    (tmp_path / "cut/allenai/sciq/test.jsonl").write_text('{"question": "?"')
     ckpt, text, sciq = tmp_path / "ckpt.pt", ("--tokenizer", corpus), ("--tasks", "sciq")
     for arguments, message in (
         ((ckpt,), "nothing to evaluate: give --tasks"),
         ((ckpt, *sciq), "name the prepared folder whose tokenizer"),
         ((ckpt, *text, *sciq, "--data", tmp_path), f"{tmp_path / 'allenai/sciq'} is no folder. Where there is a network"),
         ((ckpt, *text, *sciq, "--data", tmp_path / "none"), "there is no folder"),
-        ((ckpt, *text, *sciq, "--data", tmp_path / "half"), "lacks 'train'"),
+        ((ckpt, *text, *sciq, "--data", tmp_path / "half"), "lacks what the task reads: 'train'"),
+        ((ckpt, *text, *sciq, "--data", tmp_path / "other"), "lacks what the task reads: 'support' is undefined"),
+        ((ckpt, *text, *sciq, "--data", tmp_path / "cut"), "could not be read from"),
         ((ckpt, *text, *sciq), "had from the Hub (without a network: --data)"),
         ((ckpt, *text, *sciq, "--limit", "0"), "limit must be positive"),
         ((ckpt, *text, *sciq, "--out", tmp_path / "old.json"), "exists already"),
@@ -307,7 +313,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(place, corpus, sta
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
     done = command(ckpt)
     assert done.returncode == 2 and done.stderr.startswith("error: nothing to evaluate") and done.stderr.count("\n") == 1
-    kept = {"ckpt.pt", "ckpt-5.pt", "few.pt", "few-0.pt", "half", "old.json"}
+    kept = {"ckpt.pt", "ckpt-5.pt", "few.pt", "few-0.pt", "half", "other", "cut", "old.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept and (tmp_path / "old.json").read_text() == "{}"
 
 

@@ -377,6 +377,32 @@ def tokenizer_json(ours: Tokenizer):
     return made
 
 
+class TokenizerJson:
+    """tokenizer.json of a folder, with what reading and writing text takes of a `nanostack.tokenizer.Tokenizer`.
+
+    `eot`: of its config.json, an id or several. UserError for a file that is none.
+    """
+
+    def __init__(self, folder: Path, eot: int | list[int] | None):
+        require_extra()
+        from tokenizers import Tokenizer as Theirs
+
+        try:
+            self._theirs = Theirs.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # it has no other class
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        self.ends = set(eot if isinstance(eot, list) else [eot]) - {None}
+        self.eot = min(self.ends, default=None)
+        self.n_vocab = max(self._theirs.get_vocab().values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids, with what the tokenizer begins a text with."""
+        return self._theirs.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._theirs.decode(ids)
+
+
 def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
     """The bytes of a token, merged as far as ranks below `below` go."""
     parts = [token[i : i + 1] for i in range(len(token))]

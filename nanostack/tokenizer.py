@@ -43,6 +43,7 @@ class Tokenizer:
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.eot = special[EOT]
+        self.ends = {self.eot}  # the ids at which a text ends
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 

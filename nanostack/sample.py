@@ -6,6 +6,7 @@ be alone.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,12 +80,12 @@ def encode(prompt: str, text: Text, seq_len: int) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"the prompt {prompt!a:.40} is not valid UTF-8") from error
+        raise UserError(f"the prompt {prompt[:40]!a} is not valid UTF-8") from error
     ids = text.encode(prompt) or [id for id in [text.eot] if id is not None]
     if not ids:
         raise UserError("the prompt is empty, and the model knows no token that a text begins with")
     if len(ids) > seq_len:
-        raise UserError(f"the prompt {prompt!a:.40} has {len(ids)} tokens, the model's context {seq_len}")
+        raise UserError(f"the prompt {prompt[:40]!a} has {len(ids)} tokens, the model's context {seq_len}")
     return ids
 
 
@@ -182,6 +183,7 @@ class Console:
 
     def __init__(self, samples: list[Sample], text: Text):
         self.samples, self.text, self.now, self.printed = samples, text, 0, 0
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has not all of Unicode
         self.begin()
 
     def begin(self) -> None:
@@ -256,9 +258,12 @@ def main(command: Command) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = State.restore(saved | {"optimizer": {}}, Optim(), Placement(device)).model  # with the ramp of a growth, if in one
     console = None if command.json else Console(samples, text)
-    for _ in write(model, samples, command, text):
-        if console:
-            console.show()
+    try:
+        for _ in write(model, samples, command, text):
+            if console:
+                console.show()
+    except BrokenPipeError:  # its reader has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return {"samples": [sample.record(text) for sample in samples]}
 
 

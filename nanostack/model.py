@@ -144,7 +144,7 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK, v_BTGK = (x.reshape(1, B * T, -1, self.d_head) for x in (q_BTHK, k_BTGK, v_BTGK))
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
-        causal = q_BTHK.shape[1] == k_BTGK.shape[1]  # one token after others sees them all
+        causal = cache is None or cache.length == T  # one token behind others sees them all
         out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=causal, cu_seqlens=cu_seqlens)
         return self.out(out.reshape(B, T, -1))
 

@@ -26,6 +26,7 @@ from nanostack.flops import flops_per_token, mfu, n_params, peak_flops
 from nanostack.metrics import Clock, Display, Late, Metrics, header, profiler
 from nanostack.micro_step import MicroStep
 from nanostack.optimizer import guarded_step
+from nanostack.sample import Writer
 from nanostack.schedule import learning_rate
 from nanostack.state import State
 
@@ -58,6 +59,7 @@ class Run:
         self.val_blocks = max(1, min(self.val.n_blocks, config.data.val_tokens // config.model.seq_len))
         targets = self.val.blocks(0, self.val_blocks)[:, 1:]
         self.val_bytes = int(self.val.token_bytes[targets].sum())
+        self.writer = Writer(config)
 
         self.out = Path(config.out)
         resume_from = parallel.on_rank_0(claim, config)
@@ -175,7 +177,7 @@ class Run:
 
         stage_ends = cursor.stage_tokens >= self.stage.tokens
         evaluating = stage_ends or self.crossed(config.eval_interval)
-        logging = evaluating or self.crossed(config.log_interval)
+        logging = evaluating or self.crossed(config.log_interval) or self.crossed(config.sample.interval)
         self.late.push(first_sample, loss, norm, skipped)
         measured = {}
         for sample, loss, norm, skipped in self.late.pop(wait=logging):
@@ -187,10 +189,10 @@ class Run:
         if stage_ends or self.crossed(config.save_interval):
             self.save()
 
-    def crossed(self, interval: int) -> bool:
+    def crossed(self, interval: int | None) -> bool:
         """Whether the last step took the token count over a multiple of `interval`."""
         tokens = self.cursor.tokens
-        return tokens // interval > (tokens - self.config.batch_tokens) // interval
+        return interval is not None and tokens // interval > (tokens - self.config.batch_tokens) // interval
 
     def count_skipped(self, first_sample: int, skipped: float) -> None:
         """A step whose loss or gradient was not finite has changed nothing; several in a row end the run."""
@@ -233,7 +235,8 @@ class Run:
         speed = tokens / seconds if seconds > 0 else None
         with self.clock.paused():
             losses = self.evaluate() if evaluating else {"val_loss": None, "val_bits_per_byte": None}
-        self.write_record(measured | losses, speed)
+            texts = {"texts": self.writer(self.state.model)} if self.crossed(self.config.sample.interval) else {}
+        self.write_record(measured | losses | texts, speed)
         self.last_log = (self.cursor.tokens, self.clock.seconds())
 
     def write_record(self, values: dict, speed: float | None = None) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 import runpy
 from dataclasses import dataclass
@@ -194,6 +195,49 @@ class Parallel:
     """What the backward pass computes anew instead of keeping: norms, rotary and SwiGLU (selective), or whole blocks (full)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model goes on with a prompt: the temperature first, then top_k, then top_p of what that leaves."""
+
+    tokens: int = 200
+    """How many to add, or fewer where the text ends before."""
+    temperature: float = 0.8
+    """What logits are divided by; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Draw from so many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities add up to this (nucleus sampling, arXiv 1904.09751)."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """UserError for a value that cannot be."""
+        if self.tokens < 1:
+            raise UserError(f"tokens must be at least 1, not {self.tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be 0 or more, not {self.temperature:g}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p:g}")
+        if not 0 <= self.seed < 2**62:
+            raise UserError(f"seed must be from 0 to 2^62, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class Sample(Sampling):
+    """What the model writes while it trains, to be read: on the console, and in the records as `texts`."""
+
+    interval: int | None = None
+    """Tokens of training from one time to the next; None: never."""
+    prompt: tuple[str, ...] = ("",)
+    """Each is gone on with; an empty one is the beginning of a document."""
+
+    def check(self) -> None:
+        super().check()
+        if self.interval is not None and self.interval < 1:
+            raise UserError(f"interval must be at least 1, not {self.interval}")
+
+
 @dataclass(frozen=True)
 class Train:
     data: Data
@@ -216,6 +260,7 @@ class Train:
     log_interval: int = 262144
     eval_interval: int = 16777216
     save_interval: int = 67108864
+    sample: Sample = Sample()
     keep: int = 2
     """How many of the last checkpoints stay."""
     seed: int = 0
@@ -242,6 +287,10 @@ class Train:
         for name in ("micro_batch", "log_interval", "eval_interval", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        try:
+            self.sample.check()
+        except UserError as error:
+            raise UserError(f"sample.{error}") from None
         if self.profile < 0 or not 0 <= self.seed < 2**63 or not self.out:
             raise UserError(
                 f"profile ≥ 0, 0 ≤ seed < 2^63 and an out folder are needed: {self.profile}, {self.seed}, {self.out!r}"
@@ -284,8 +333,8 @@ class Train:
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
 
     def shaping(self) -> dict:
-        """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold."""
-        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval")
+        """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
+        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval", "sample")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
         return json.loads(json.dumps(values))

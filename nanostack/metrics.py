@@ -15,6 +15,7 @@ import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from textwrap import indent
 from types import SimpleNamespace
 
 import torch
@@ -121,7 +122,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
 
 def header(config: Train, manifest: dict, manifest_sha256: str, world_size: int, placement: Placement) -> dict:
     """The first record of metrics.jsonl: what is needed to tell whether two runs can be compared."""
-    text = {"tokenizer": f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"}
+    text = {"tokenizer": tokenizer_name(manifest)}
     for split, what in (("train", "training text"), ("val", "validation text")):
         of_shards = "".join(shard["sha256"] for shard in manifest["splits"][split]["shards"])
         text[what] = hashlib.sha256(of_shards.encode()).hexdigest()[:12]
@@ -136,6 +137,11 @@ def header(config: Train, manifest: dict, manifest_sha256: str, world_size: int,
         "dtype": str(placement.dtype).removeprefix("torch."),
         "world_size": world_size,
     }
+
+
+def tokenizer_name(manifest: dict) -> str:
+    """What tells the tokenizer of prepared data from others."""
+    return f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"
 
 
 def versions() -> dict[str, str]:
@@ -197,7 +203,7 @@ class Display:
         self._bar.update(self._task, completed=run_tokens, description=label, eta=self._eta(run_tokens))
 
     def log(self, record: dict, run_tokens: int) -> None:
-        """One aligned line per log record."""
+        """One aligned line per log record, and below it what the model wrote."""
         if record["tokens_per_s"]:
             speed = record["tokens_per_s"]
             self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
@@ -215,6 +221,8 @@ class Display:
             f"eta {self._eta(run_tokens)}",
         ]
         self.say("  ".join(cells))
+        for text in record.get("texts", ()):
+            self.say(indent(text, "    | ", lambda line: True))
 
     def _eta(self, run_tokens: int) -> str:
         if not self._speed:

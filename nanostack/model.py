@@ -107,6 +107,26 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class KVCache:
+    """Keys and values of one layer so far, rotated to their positions: `length` tokens of each row."""
+
+    def __init__(self, capacity: int):
+        """`capacity`: tokens of a row at most; memory is taken with the first."""
+        self.capacity, self.length = capacity, 0
+
+    def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, these included. ValueError for what attention's causal mask, which is square, cannot serve."""
+        B, T, G, K = k_BTGK.shape
+        if self.length and T != 1:
+            raise ValueError(f"a cache that holds {self.length} tokens takes one more at a time, not {T}")
+        if not self.length:
+            self.k, self.v = (x.new_empty(B, self.capacity, G, K) for x in (k_BTGK, v_BTGK))
+        new = slice(self.length, self.length + T)
+        self.k[:, new], self.v[:, new] = k_BTGK, v_BTGK
+        self.length += T
+        return self.k[:, : self.length], self.v[:, : self.length]
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -115,14 +135,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, sum(self.heads) * config.d_head)
         self.out = Linear(config.n_head * config.d_head, config.d_model)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T = x_BTD.shape[:2]
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
         q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
         q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
         if cu_seqlens is not None:  # documents are counted through all rows
             q_BTHK, k_BTGK, v_BTGK = (x.reshape(1, B * T, -1, self.d_head) for x in (q_BTHK, k_BTGK, v_BTGK))
-        out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=True, cu_seqlens=cu_seqlens)
+        if cache is not None:
+            k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
+        causal = cache is None or cache.length == T  # one token behind others sees them all
+        out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=causal, cu_seqlens=cu_seqlens)
         return self.out(out.reshape(B, T, -1))
 
 
@@ -144,14 +167,19 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.attn_norm(x_BTD), cos, sin, cu_seqlens)
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        attended = self.attn(self.attn_norm(x_BTD), cos, sin, cu_seqlens, cache)
         normed, x_BTD = self.mlp_norm.add(attended, x_BTD)
         return x_BTD + self.mlp(normed)
 
 
 class Llama(nn.Module):
     """`model(tokens_BT)` gives logits_BTV; `model(tokens_BT, targets_BT)` gives the mean loss in nats per target.
+
+    With a `cache`, one KVCache for each block, the tokens go on behind those that it holds: any number of them the first time,
+    then one at a time. It is for documents by themselves: ValueError with end_of_text set.
 
     Parameters are fp32 masters. `compute_dtype` is what the embedding's output is cast to, and everything after follows
     it. With `end_of_text` set to a token id, attention stays within the documents that this token ends. Built under
@@ -176,18 +204,21 @@ class Llama(nn.Module):
         if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        T = tokens_BT.shape[1]
-        if self.config.seq_len < T:
-            raise ValueError(f"{T} tokens are longer than seq_len {self.config.seq_len}")
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
+        start = cache[0].length if cache else 0
+        end = start + tokens_BT.shape[1]
+        if self.config.seq_len < end:
+            raise ValueError(f"{end} tokens are longer than seq_len {self.config.seq_len}")
+        if cache and self.end_of_text is not None:
+            raise ValueError("a cache does not keep documents apart: leave it out, or set end_of_text to None")
         if self.keeps_low:
             self.refresh()
         x_BTD = self.embed(tokens_BT)
         if self.compute_dtype is not None:
             x_BTD = x_BTD.to(self.compute_dtype)
         cu_seqlens = None if self.end_of_text is None else document_starts(tokens_BT, self.end_of_text)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, self.cos[:T], self.sin[:T], cu_seqlens)
+        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x_BTD = block(x_BTD, self.cos[start:end], self.sin[start:end], cu_seqlens, kept)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)

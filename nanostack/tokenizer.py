@@ -52,6 +52,7 @@ class Tokenizer:
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.eot_token, self.eot = EOT, special[EOT]
+        self.ends = {self.eot}  # the ids at which a text ends
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 
@@ -60,6 +61,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to go on with: as `encode`, behind what the tokenizer itself begins a text with."""
+        return self.encode(text)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         """All documents in one array of `dtype`, each followed by end-of-text."""
@@ -104,9 +109,10 @@ class Tokenizer:
 class JsonTokenizer(Tokenizer):
     """The same interface for a tokenizer.json: the ids are those of `tokenizers` with no special tokens added.
 
-    data: the content of the file; eot_token: the token that ends a document. Text that looks like a special token is plain text
-    here too (what transformers calls split_special_tokens). UserError for a file that is damaged, that cannot encode every
-    text (it must be byte-level, as GPT-2's and Llama 3's, or fall back to bytes, as Llama 2's), or that lacks eot_token.
+    data: the content of the file; eot_token: the token that ends a document. Text that looks like a special token is plain
+    text here too (what transformers calls split_special_tokens); decoding leaves special tokens out. UserError for a file that
+    is damaged, that cannot encode every text (it must be byte-level, as GPT-2's and Llama 3's, or fall back to bytes, as Llama
+    2's), or that lacks eot_token.
     """
 
     def __init__(self, name: str, data: bytes, eot_token: str):
@@ -132,7 +138,7 @@ class JsonTokenizer(Tokenizer):
         if eot_token not in vocab:
             raise UserError(f"{name} has no token {eot_token!r}, which is to end the documents (eos_token)")
         self.eot = vocab[eot_token]
-        self.special = {eot_token: self.eot}
+        self.special, self.ends = {eot_token: self.eot}, {self.eot}
         self._lengths = self._measured(vocab)
         if self.eot in self.encode(eot_token):
             raise UserError(f"{name} takes the text {eot_token!r} for the end of a document, so not every text can be encoded")
@@ -146,12 +152,15 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._bpe.encode(text).ids
+
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         pieces = [np.array([*ids, self.eot], self.dtype) for ids in self.encode_batch(texts)]
         return np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._bpe.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids), skip_special_tokens=False)
+        return self._bpe.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids))
 
     @property
     def token_bytes(self) -> np.ndarray:

@@ -93,6 +93,7 @@ def test_tracking_changes_nothing_of_the_run(runs):
     assert not list(plain.glob("events*"))
 
 
+@pytest.mark.slow
 def test_resumed_run_shows_no_point_twice(runs):
     """Also in a TensorBoard that is open meanwhile; and after the growth that lies at the very tokens of a checkpoint."""
     out = runs.folder / "killed"
@@ -155,6 +156,7 @@ def assert_shows_run(out: Path) -> None:
         assert {name: value for name, value in row.items() if not name.startswith("_")} == pytest.approx(record, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_the_run_and_goes_on_under_its_id(runs):
     out = runs.folder / "wandb"
     options = ("--track", "wandb")

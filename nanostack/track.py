@@ -32,7 +32,6 @@ from nanostack.metrics import read_run
 
 EVENTS = "events.out.tfevents.{}.nanostack"  # the name by which TensorBoard knows its files, and we ours
 WANDB_ID = "wandb_id"
-UPLOAD_SECONDS = 300  # that a finished run waits for wandb's server; the rest can be synced from its folder
 
 
 class TensorBoard:
@@ -81,13 +80,13 @@ class Wandb:
             file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "nanostack"),
-            name=folder.resolve().name,
+            name=str(folder),
             id=file.read_text().strip(),
             resume="allow",
             config=header,
             allow_val_change=True,  # a resumed run may have another commit, or number of devices
             dir=str(folder),
-            settings=wandb.Settings(console="off", finish_timeout=UPLOAD_SECONDS),
+            settings=wandb.Settings(console="off"),
         )
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
@@ -169,9 +168,12 @@ def check(name: str) -> None:
         library = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"{name} is not installed ({error}); pip install 'nanostack[track]'") from error
-    if name == "wandb" and library.setup().settings.mode == "online":
+    if name == "wandb":
+        # So long a run that has ended waits for a server that is away, and not for ever; `wandb sync` sends the rest.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
         try:
-            library.login(verify=False)
+            if library.setup().settings.mode == "online":
+                library.login(verify=False)
         except library.Error as error:
             raise UserError(f"wandb: {error} Or keep the run here: WANDB_MODE=offline") from error
 

@@ -228,7 +228,7 @@ class Train:
     profile: int = 0
     """Write a trace of that many steps to `out`."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where the records are shown, besides: nanostack/track.py."""
+    """Show the records there as well, from rank 0; see nanostack/track.py."""
 
     def __post_init__(self):
         if not self.stages:

@@ -185,7 +185,7 @@ def files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Command:
-    """Show runs that were trained in a tracker."""
+    """Show runs in TensorBoard or wandb, from their metrics.jsonl."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from nanostack import checkpoint, growth, parallel
+from nanostack import checkpoint, growth, parallel, track
 from nanostack.config import Train, describe_tokens, load
 from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError, exits_cleanly
@@ -43,6 +43,7 @@ class Run:
         if self.placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
             raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
         self.kernels = choose_kernels(config.kernels, self.placement)
+        parallel.on_rank_0(track.check, config.track)
         parallel.on_rank_0(verify, config.data.path)
         self.manifest_sha256 = manifest_sha256(config.data.path)
         as_given, self.config = config, with_vocabulary(config)
@@ -86,11 +87,10 @@ class Run:
         self.speaks = parallel.rank() == 0
         total = (self.step + self.steps_left) * config.batch_tokens
         self.display = Display(total, self.step * config.batch_tokens, self.speaks)
-        self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks)
+        self.metrics = Metrics(self.out / "metrics.jsonl", self.speaks, track.Tracking(config.track, self.out))
         head = header(as_given, self.data.manifest, self.manifest_sha256, parallel.world_size(), self.placement)
-        self.clock = Clock(self.metrics.resume(self.cursor.stage, self.cursor.samples, head) if self.resuming else 0.0)
-        if not self.resuming:
-            self.metrics.begin(head)
+        at = (self.cursor.stage, self.cursor.samples)
+        self.clock = Clock(self.metrics.resume(*at, head) if self.resuming else self.metrics.begin(head))
         self.peak = peak_flops(self.placement.device, self.placement.dtype)
         self.late = Late()
         self.micro_step = MicroStep(self.micro_steps, config.cuda_graph)
@@ -107,7 +107,7 @@ class Run:
         """All stages that are left. Returns early, the state saved, when a signal asked for it."""
         batches = Prefetcher(self.data, self.my_samples(), device=self.placement.device)
         tracing = profiler(self.config.profile if self.speaks else 0, self.steps_left, self.out / "trace.json")
-        with self.display, batches, self.saver, tracing as tracer:
+        with self.display, self.metrics, batches, self.saver, tracing as tracer:
             if not self.resuming:
                 self.enter_stage(batches)
             while True:
@@ -340,7 +340,7 @@ def agent() -> str:
 def make_ready(config: Train, resuming: bool) -> None:
     """Make the folder ready for the run; by now everything else is known to be right."""
     out, ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
-    old = [] if resuming else [ckpt, *checkpoint.numbered_checkpoints(ckpt)]
+    old = [] if resuming else [ckpt, *checkpoint.numbered_checkpoints(ckpt), *track.files(out)]
     try:
         if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
             raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")

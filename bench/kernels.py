@@ -2,7 +2,7 @@
 
     python bench/kernels.py [--op rms_norm swiglu] [--shape 16384x2048] [--samples 50] [--json]
 
-Ours, torch eager, torch.compile, SDPA forced to flash and to cuDNN, F.linear_cross_entropy and Liger (pip install -e .[peers])
+Ours, torch eager, torch.compile, SDPA forced to flash and to cuDNN, F.linear_cross_entropy and Liger (the extra peers)
 are called in turn within one run; so are a large copy and a large matrix product, whose rates are the roofline. Reported are
 the median, the spread (half the distance between the quartiles, as a share of the median), the rate that follows from the bytes
 or FLOPs which the operation must spend, and that rate as a share of the roofline. Table, JSON and bar chart go to

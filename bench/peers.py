@@ -83,7 +83,7 @@ class HuggingFaceLlama(nn.Module):
             from transformers import LlamaConfig as Theirs
             from transformers import LlamaForCausalLM
         except ImportError as error:
-            raise UserError("--against hf needs transformers: pip install -e .[peers]") from error
+            raise UserError("--against hf needs transformers: pip install 'nanostack[peers]'") from error
         if config.rope_scaling is not None:
             raise UserError("--against hf compares models without rope scaling")
         if liger:

@@ -272,6 +272,8 @@ class Train:
     """Delete the run that is in `out`."""
     profile: int = 0
     """Write a trace of that many steps to `out`."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show the records there as well, from rank 0; see nanostack/track.py."""
 
     def __post_init__(self):
         if not self.stages:
@@ -334,7 +336,7 @@ class Train:
 
     def shaping(self) -> dict:
         """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
-        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval", "sample")
+        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval", "sample", "track")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
         return json.loads(json.dumps(values))

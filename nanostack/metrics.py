@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from textwrap import indent
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -27,6 +28,9 @@ from torch.profiler import profile, schedule
 from nanostack.config import Train, describe_tokens
 from nanostack.errors import UserError
 from nanostack.parallel import Placement
+
+if TYPE_CHECKING:
+    from nanostack.track import Tracking  # which reads runs by this module
 
 
 class Late:
@@ -57,17 +61,30 @@ class Late:
 
 
 class Metrics:
-    """The file `metrics.jsonl` of a run: a header record, then one record per log. Only rank 0 `writes`."""
+    """The file `metrics.jsonl` of a run: a header record, then one record per log, each shown by the run's tracker as well.
 
-    def __init__(self, path: Path, writes: bool):
+    Only rank 0 `writes`. In use as a context, the tracker is told how it ended.
+    """
+
+    def __init__(self, path: Path, writes: bool, tracking: "Tracking"):
         self.path = path
         self._file = None
         self._writes = writes
+        self._tracking = tracking
 
-    def begin(self, header: dict) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._tracking.close(failed=kind is not None)
+
+    def begin(self, header: dict) -> float:
+        """Start the file anew. Returns the seconds of training in it: none."""
         if self._writes:
             self._file = open(self.path, "w")  # noqa: SIM115
-            self.write(header)
+            self._append(header)
+            self._tracking.start(header, [])
+        return 0.0
 
     def resume(self, stage: int, samples: int, header: dict) -> float:
         """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far.
@@ -77,7 +94,7 @@ class Metrics:
         """
         if not self._writes:
             return 0.0
-        lines, seconds = [], 0.0
+        lines, records, seconds = [], [], 0.0
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
@@ -88,6 +105,7 @@ class Metrics:
                 break
             seconds = record.get("seconds", seconds)
             lines.append(line + "\n")
+            records.append(record)
         old = json.loads(lines[0]) if lines else {}
         before = old.pop("before", []) + ([old] if old and old != header else [])
         first = json.dumps(header | ({"before": before} if before else {})) + "\n"
@@ -95,14 +113,19 @@ class Metrics:
         partial.write_text(first + "".join(lines[1:]))
         os.replace(partial, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115
+        self._tracking.start(header, records[1:])
         return seconds
 
     def write(self, record: dict) -> None:
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._append(finite)
+        self._tracking.write(finite)
+
+    def _append(self, record: dict) -> None:
         try:
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error

@@ -74,11 +74,11 @@ class Trainer:
         assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr
         return done.stderr
 
-    def start(self, out: str, *overrides: str, processes: int = 0) -> subprocess.Popen:
+    def start(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.Popen:
         return subprocess.Popen(
             self.command(out, *overrides, processes=processes),
             cwd=ROOT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -224,7 +224,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Sample(Sampling):
+class Samples(Sampling):
     """What the model writes while it trains, to be read: on the console, and in the records as `texts`."""
 
     interval: int | None = None
@@ -236,6 +236,8 @@ class Sample(Sampling):
         super().check()
         if self.interval is not None and self.interval < 1:
             raise UserError(f"interval must be at least 1, not {self.interval}")
+        if not self.prompt:
+            raise UserError("prompt needs at least one text, which may be empty")
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class Train:
     log_interval: int = 262144
     eval_interval: int = 16777216
     save_interval: int = 67108864
-    sample: Sample = Sample()
+    sample: Samples = Samples()
     keep: int = 2
     """How many of the last checkpoints stay."""
     seed: int = 0

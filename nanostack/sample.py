@@ -43,7 +43,7 @@ class Command(Sampling):
     prompt: tuple[str, ...] = ("def ",)
     """One or several; an empty one is the beginning of a document."""
     prompt_file: Path | None = None
-    """A file with the prompt; - is standard input."""
+    """A file with the prompt, instead of --prompt; - is standard input."""
     n: int = 1
     """Samples of each prompt: the first has `seed`, the next the number after it."""
     json: bool = False
@@ -170,7 +170,8 @@ class Writer:
                     pass
         except UserError as error:  # no reason to end a run
             return [str(error)]
-        reshard(model)
+        finally:
+            reshard(model)
         return [sample.text(self.text) for sample in samples]
 
 

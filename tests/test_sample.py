@@ -17,7 +17,7 @@ from nanostack.config import Optim, Sampling, load
 from nanostack.errors import UserError
 from nanostack.model import KVCache, Llama, LlamaConfig
 from nanostack.parallel import Placement
-from nanostack.sample import Command, Console, Sample, continue_rows, draw, encode, main, probabilities, write
+from nanostack.sample import Command, Console, Sample, Writer, continue_rows, draw, encode, main, probabilities, write
 from nanostack.state import State
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -145,9 +145,13 @@ def test_tokens_come_with_the_probabilities_of_top_k_and_top_p(how):
     assert ((frequency - expected).abs() <= 4.5 * (expected * (1 - expected) / n).sqrt()).all(), (frequency, expected)
 
 
-def test_logits_that_are_not_finite_are_told():
+def test_logits_that_are_not_finite_are_told_and_end_no_run(corpus):
     with pytest.raises(UserError, match="not finite"):
         draw(torch.tensor([[0.0, float("nan")]]), Sampling(), [torch.Generator()])
+    config = load(TINY, ["--data.path", str(corpus), "--sample.interval", "256"])
+    model = Llama(replace(config.model, vocab_size=384))
+    torch.nn.init.constant_(model.norm.weight, float("inf"))
+    assert "not finite" in Writer(config)(model)[0]
 
 
 @on_every_shape
@@ -307,6 +311,7 @@ def test_command_line_streams_and_prints_json_and_ends_with_2(run):
     [
         (("--sample.interval", "0"), "sample.interval must be at least 1"),
         (("--sample.top_p", "2"), "sample.top_p must be above 0"),
+        (("--sample.prompt",), "sample.prompt needs at least one text"),
         (("--sample.interval", "256", "--sample.prompt", "def " * 99), "tokens, the model's context 32"),
     ],
 )

@@ -83,7 +83,8 @@ def test_everything_else_works(bare):
     bare.good("grow.py", "out/run/ckpt.pt", "--g", "2")
     assert (bare.folder / "out/run/ckpt-x2.pt").exists()
     sampled = bare.good("-m", "nanostack.sample", "out/run/ckpt.pt", "--data", "data", "--tokens", "5", "--json")
-    assert json.loads(sampled)["text"].startswith("def ")
+    assert json.loads(sampled)["samples"][0]["text"].startswith("def ")
+    assert json.loads(bare.good("-m", "nanostack.evaluate", "out/run/ckpt.pt", "--val", "data", "--json"))
     bare.good("-m", "nanostack.plot", "out/run")
     assert (bare.folder / "out/run/curves.svg").exists()
     assert json.loads(bare.good("-m", "nanostack.fit", TINY, "--json"))
@@ -102,6 +103,7 @@ def test_everything_else_works(bare):
         ("-m nanostack.prepare data --out new --tokenizer tokenizer.json", "tokenizers", "hf"),
         (f"train.py {TINY} --data.path data --out new --track tensorboard", "tensorboard", "track"),
         ("-m nanostack.track out/run --to wandb", "wandb", "track"),
+        ("-m nanostack.evaluate out/run/ckpt.pt --tokenizer data --tasks arc_easy", "datasets", "eval"),
     ],
 )
 def test_missing_extra_is_named_with_its_install_line(bare, command, package, extra):

@@ -14,7 +14,7 @@ import zstandard
 from conftest import ROOT, TINY
 from test_readme import run, small
 
-PAGES = ("data", "train", "grow_yours", "scale", "add_a_kernel")
+PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")
 
 
 def commands(page: str) -> list[str]:

@@ -84,7 +84,7 @@ def test_everything_else_works(bare):
     assert (bare.folder / "out/run/ckpt-x2.pt").exists()
     sampled = bare.good("-m", "nanostack.sample", "out/run/ckpt.pt", "--data", "data", "--tokens", "5", "--json")
     assert json.loads(sampled)["samples"][0]["text"].startswith("def ")
-    assert json.loads(bare.good("-m", "nanostack.evaluate", "out/run/ckpt.pt", "--val", "data", "--json"))
+    assert json.loads(bare.good("-m", "nanostack.evaluate", "out/run/ckpt.pt", "--val", "data", "--out", "val.json", "--json"))
     bare.good("-m", "nanostack.plot", "out/run")
     assert (bare.folder / "out/run/curves.svg").exists()
     assert json.loads(bare.good("-m", "nanostack.fit", TINY, "--json"))

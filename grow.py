@@ -104,7 +104,6 @@ def main(command: Command) -> dict:
             "dtype": saved["dtype"],
             "tokenizer": command.checkpoint,
             "eot": saved["eot"],
-            "overwrite": command.overwrite,
         }
         hf.save(state, out, saved["manifest_sha256"], **options)
     else:
@@ -116,7 +115,9 @@ def check(command: Command, saved: dict, out: Path) -> None:
     """Raise UserError for what can be known before any weight is read."""
     if out.exists() and out.samefile(command.checkpoint):
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
-    if out.exists() and not command.overwrite:
+    if command.checkpoint.is_dir():
+        hf.check_place(out, command.checkpoint, command.overwrite)
+    elif out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
     if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
         raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")

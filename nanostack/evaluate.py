@@ -48,6 +48,7 @@ from nanostack.flops import n_params
 from nanostack.metrics import device_name, git_commit, versions
 from nanostack.model import Llama, LlamaConfig
 from nanostack.parallel import Placement
+from nanostack.sample import check_tokenizer
 from nanostack.state import State
 
 
@@ -118,6 +119,7 @@ def main(command: Command) -> dict:
         raise UserError(f"the tokenizer has {text.n_vocab} entries, the model only {config.vocab_size}")
     for folder in {command.tokenizer, command.val} - {None}:
         if saved["manifest_sha256"] not in (None, manifest_sha256(folder)):
+            check_tokenizer(folder, command.checkpoint.parent / "metrics.jsonl")
             print(f"note: the model was trained on other data than {folder}: is it the same tokenizer?", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placement = Placement(device, getattr(torch, command.dtype))
@@ -153,7 +155,7 @@ def main(command: Command) -> dict:
 
 def checked(command: Command) -> Path:
     """Where the result goes. UserError for options that cannot be."""
-    if not command.tasks and not command.val:
+    if not task_names(command.tasks) and not command.val:
         raise UserError("nothing to evaluate: give --tasks (paper, or names of lm-eval's), --val (a prepared folder) or both")
     for name in ("limit", "batch"):
         if getattr(command, name) is not None and getattr(command, name) < 1:
@@ -164,8 +166,10 @@ def checked(command: Command) -> Path:
         raise UserError(f"there is no folder {command.data}")
     if not command.checkpoint.exists():
         raise UserError(f"there is no checkpoint {command.checkpoint}")
-    name = command.checkpoint.name if command.checkpoint.is_dir() else command.checkpoint.stem
-    out = command.out or command.checkpoint.with_name(f"{name}.eval.json")
+    place = command.checkpoint.resolve()
+    out = command.out or place.with_name(f"{place.name if place.is_dir() else place.stem}.eval.json")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; --out names the file of the result")
     if out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another place (--out), or replace it (--overwrite)")
     if not out.parent.is_dir():
@@ -234,6 +238,8 @@ def tokenizer_of(command: Command):
     if folder := command.tokenizer or command.val:
         return tokenizer.load(folder)
     if command.checkpoint.is_dir() and any((command.checkpoint / name).is_file() for name in hf.TOKENIZER_FILES):
+        if hf.load(command.checkpoint)["manifest_sha256"]:  # trained here, where texts begin with no token of their own
+            return tokenizer.get(str(command.checkpoint))
         from nanostack.harness import HubTokenizer
 
         return HubTokenizer(command.checkpoint)

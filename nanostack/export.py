@@ -12,9 +12,12 @@ import tyro
 
 from nanostack import checkpoint, hf, tokenizer
 from nanostack.config import Optim
+from nanostack.data import load_manifest, manifest_sha256
 from nanostack.errors import UserError, command_line
+from nanostack.growth import ramp_left
 from nanostack.metrics import read_run
 from nanostack.parallel import Placement
+from nanostack.sample import check_tokenizer
 from nanostack.state import State
 
 
@@ -40,14 +43,23 @@ def main(command: Command) -> dict:
     if command.shard_gb <= 0:
         raise UserError(f"shard_gb must be positive, not {command.shard_gb:g}")
     hf.require_extra()
+    hf.check_place(command.folder, command.checkpoint, command.overwrite)
     saved = checkpoint.load(command.checkpoint)
+    if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
+        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
     text = tokenizer.load(command.data) if command.data else None
+    if text and manifest_sha256(command.data) != saved["manifest_sha256"]:
+        check_tokenizer(command.data, command.checkpoint.parent / "metrics.jsonl")
     state = State.restore(saved | {"optimizer": {}}, Optim(), Placement(torch.device("cpu")))
     folder = command.checkpoint.parent
     records = read_run(folder)[1] if (folder / "metrics.jsonl").is_file() else None
+    if any(not isinstance(record, dict) or not record.keys() >= {"tokens", "flops"} for record in records or ()):
+        raise UserError(f"{folder / 'metrics.jsonl'} was not written by this version of train.py: move it away to export")
     records = [record for record in records or [] if record["tokens"] <= state.cursor.tokens]
-    how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "overwrite": command.overwrite}
-    hf.save(state, command.folder, saved["manifest_sha256"], tokenizer=text, records=records, **how)
+    how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "records": records}
+    if text:
+        how |= {"tokenizer": text, "text": f"{', '.join(load_manifest(command.data)['sources'])}, in tokens of {text.name}"}
+    hf.save(state, command.folder, saved["manifest_sha256"], **how)
     if not command.json:
         print(f"wrote {command.folder}" + ("" if text else "; no tokenizer, as --data was not given"))
     return {"folder": str(command.folder), "files": sorted(path.name for path in command.folder.iterdir())}

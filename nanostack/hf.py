@@ -27,7 +27,14 @@ from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.state import Cursor, State
 from nanostack.tokenizer import JSON_FILE, JsonTokenizer, Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 BLOCK = {  # ours: theirs, put side by side in this order
     "attn_norm.weight": ("input_layernorm.weight",),
     "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -61,6 +68,15 @@ def rows_of(name: str, config: LlamaConfig) -> list[int]:
     heads, kv = config.n_head * config.d_head, config.n_kv_head * config.d_head
     fused = {"qkv": [heads, kv, kv], "gate_up": [config.d_ff, config.d_ff]}
     return next((rows for part, rows in fused.items() if f".{part}." in name), [-1])
+
+
+def shapes_of(name: str, config: LlamaConfig) -> list[tuple[int, ...]]:
+    """The shape of each of `theirs(name)`."""
+    if "norm" in name:
+        return [(config.d_model,)]
+    rows = {"embed": config.vocab_size, "head": config.vocab_size}.get(name.split(".")[0], config.d_model)
+    columns = {"out": config.n_head * config.d_head, "down": config.d_ff}.get(name.split(".")[-2], config.d_model)
+    return [(rows if part == -1 else part, columns) for part in rows_of(name, config)]
 
 
 def names_of(config: LlamaConfig) -> Iterator[str]:
@@ -108,10 +124,19 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
     """The shape that a config.json describes. UserError for what our Llama is not."""
     if found.get("model_type") != "llama":
         raise UserError(f"{where} is of architecture {found.get('model_type')!r}; only 'llama' can be read")
+    if found.get("quantization_config"):
+        raise UserError(f"{where} is of quantized weights: save them anew in bfloat16 with transformers (dequantize)")
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if found.get(key, wanted) != wanted:
             raise UserError(f"{where} has {key} {found[key]!r}; our Llama has {wanted!r}")
-    rope = dict(found.get("rope_scaling") or {}) | dict(found.get("rope_parameters") or {})
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(found.get(key) or {}, dict):
+            raise UserError(f"{where}: its {key} is {found[key]!r}, no object")
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    for key in (*sizes, "vocab_size", "max_position_embeddings"):
+        if not isinstance(found.get(key, 0) or 0, int):
+            raise UserError(f"{where}: its {key} is {found[key]!r}, no whole number")
+    rope = (found.get("rope_scaling") or {}) | (found.get("rope_parameters") or {})
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -153,15 +178,19 @@ class Weights(Mapping):
         wanted = [theirs_ for name in names_of(config) for theirs_ in theirs(name)]
         if missing := [name for name in wanted if name not in self._files]:
             raise UserError(f"{folder} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} first")
+        known = {*wanted, *theirs("head.weight")}  # what older versions of transformers wrote beside them means nothing
+        if unknown := sorted(name for name in self._files if name not in known and not name.endswith("rotary_emb.inv_freq")):
+            raise UserError(f"{folder} has {len(unknown)} tensors that no Llama of ours has, {unknown[0]} first")
 
     def __getitem__(self, name: str) -> Tensor:
         if name == "head.weight" and self.config.tie_embeddings:
             name = "embed.weight"
         parts = [self._read(one) for one in theirs(name)]
-        wanted = rows_of(name, self.config)
-        for part, rows, one in zip(parts, wanted, theirs(name), strict=True):
-            if rows not in (-1, part.shape[0]):
-                raise UserError(f"{self.folder}: {one} has {part.shape[0]} rows, its config.json asks for {rows}")
+        for part, shape, one in zip(parts, shapes_of(name, self.config), theirs(name), strict=True):
+            if part.shape != shape:
+                raise UserError(f"{self.folder}: {one} is {tuple(part.shape)}, its config.json asks for {shape}")
+            if part.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                raise UserError(f"{self.folder}: {one} is of {part.dtype}; only whole weights can be read, no quantized ones")
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def __iter__(self) -> Iterator[str]:
@@ -188,7 +217,9 @@ def _files_of(folder: Path) -> dict[str, str]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map", {})
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(f"{index} does not say which tensor is in which file (weight_map)")
         if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
             raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names")
         return files
@@ -225,20 +256,54 @@ def load(folder: str | Path) -> dict:
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
     found = _read_json(folder / "config.json")
     config = from_config(found, folder / "config.json")
+    _check_tokenizer(folder, config)
     ours = found.get("nanostack") or {}
+    try:
+        cursor = Cursor(**(ours.get("cursor") or {}))
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'}: what stands under nanostack was not written by this version") from error
+    weights = Weights(folder, config)
     return {
         "format": checkpoint.FORMAT,
         "config": dataclasses.asdict(config),
-        "model": Weights(folder, config),
+        "model": weights,
         "optimizer": {},
-        "cursor": ours.get("cursor") or dataclasses.asdict(Cursor()),
+        "cursor": dataclasses.asdict(cursor),
         "rng": {"cpu": torch.get_rng_state()},
         "growth": ours.get("growth") or [],
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
-        "dtype": getattr(torch, found.get("dtype") or found.get("torch_dtype") or "float32"),
+        "dtype": weights["norm.weight"].dtype,
         "eot": found.get("eos_token_id"),
     }
+
+
+def _check_tokenizer(folder: Path, config: LlamaConfig) -> None:
+    """UserError for a tokenizer.json that is damaged, or has ids that the model has not."""
+    import tokenizers
+
+    path = folder / JSON_FILE
+    if not path.is_file():
+        return
+    try:
+        vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library has no other class
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if (most := max(vocab.values(), default=-1)) >= config.vocab_size:
+        raise UserError(f"{path} has ids up to {most}, the model beside it a vocabulary of {config.vocab_size}")
+
+
+def check_place(folder: Path, source: Path, overwrite: bool) -> None:
+    """UserError unless a model may be written to `folder`: there, only another one that we wrote is replaced, if asked for."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists already: choose another folder, or replace it (--overwrite)")
+    config = folder / "config.json"
+    if not folder.is_dir() or not config.is_file() or "nanostack" not in _read_json(config):
+        raise UserError(f"{folder} is no model that was written here, and is not replaced: choose another folder")
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{folder} holds {source}, from which it would be made: choose another folder")
 
 
 def save(
@@ -250,22 +315,23 @@ def save(
     tokenizer: "Tokenizer | Path | None" = None,
     eot: int | None = None,
     records: list[dict] | None = None,
-    overwrite: bool = False,
+    text: str | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
     tokenizer: ours, translated unless it is a tokenizer.json already, or a folder whose tokenizer files are copied. records: of
-    the run, for the card's curve. Everything is written beside the folder first: it is whole or it is not there. Raises
-    `UserError` where it cannot be.
+    the run, for the card's curve; text: what it was trained on, for the card. Everything is written beside the folder first: it
+    is whole or it is not there. A folder that is there is replaced: ask `check_place` before. Raises `UserError` where it
+    cannot be.
     """
     require_extra()
+    from safetensors import SafetensorError
+
     folder, config = Path(folder), state.model.config
     if isinstance(tokenizer, Tokenizer):
         if tokenizer.n_vocab > config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
         eot = tokenizer.eot
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists already: choose another folder, or replace it (--overwrite)")
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -273,24 +339,29 @@ def save(
         _write_weights(state, partial, dtype, shard_bytes)
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": state.growth, "seed": state.seed}
         about["manifest_sha256"] = manifest_sha256
-        _write_json(partial / "config.json", to_config(config, eot, dtype) | {"nanostack": about})
-        _write_json(
-            partial / "generation_config.json", {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
-        )
+        generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        special = {}
+        if isinstance(tokenizer, Path):  # of the model that this one was made of
+            found = _read_json(tokenizer / "config.json")
+            special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            if (tokenizer / "generation_config.json").is_file():
+                generation = _read_json(tokenizer / "generation_config.json")
+        _write_json(partial / "config.json", to_config(config, eot, dtype) | special | {"nanostack": about})
+        _write_json(partial / "generation_config.json", generation)
         if isinstance(tokenizer, Tokenizer):
             _write_tokenizer(tokenizer, partial, config.seq_len)
         elif tokenizer is not None:
             for name in TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
                     shutil.copyfile(tokenizer / name, partial / name)
-        (partial / "README.md").write_text(card(folder.name, state, records))
+        (partial / "README.md").write_text(card(folder.name, state, records, text))
         if records:
             from nanostack.plot import draw
 
             draw({folder.name: records}, "flops", partial / "curves.png")
         _replace(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
@@ -400,8 +471,8 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def card(name: str, state: State, records: list[dict] | None) -> str:
-    """README.md of the folder: shape, tokens, FLOPs, how it grew, its curve."""
+def card(name: str, state: State, records: list[dict] | None, text: str | None) -> str:
+    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve."""
     config, cursor = state.model.config, state.cursor
     heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
@@ -411,6 +482,7 @@ def card(name: str, state: State, records: list[dict] | None) -> str:
         f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
     ]
     lines += [f"{heads}, context {config.seq_len}. Trained with nanostack.", "", f"- tokens: {describe_tokens(cursor.tokens)}"]
+    lines += [f"- text: {text}"] if text else []
     lines += [f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"]
     for receipt in state.growth:
         lines += [f"- after {describe_tokens(receipt['tokens'])} tokens: {receipt['op']} to {len(receipt['rules'])} layers"]

@@ -79,11 +79,10 @@ def download(repository: str, path: str, size: int) -> Path:
                     sink.write(block)
             sink.flush()
             os.fsync(sink.fileno())
-            if sink.tell() != size:
-                partial.unlink()
-                raise UserError(
-                    f"{path} of hf:{repository} came with {sink.tell():,} bytes instead of {size:,}; fetch it again"
-                )
+            if (come := sink.tell()) != size:
+                if come > size:
+                    partial.unlink()
+                raise UserError(f"{path} of hf:{repository} came with {come:,} bytes instead of {size:,}; fetch it again")
             partial.rename(file)
         return file
 

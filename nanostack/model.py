@@ -135,7 +135,9 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, sum(self.heads) * config.d_head)
         self.out = Linear(config.n_head * config.d_head, config.d_model)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
         B, T = x_BTD.shape[:2]
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
         q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)

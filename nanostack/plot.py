@@ -51,7 +51,7 @@ def main(command: Command) -> dict:
     out = command.out or next(iter(runs)) / "curves.png"
     if not out.name:
         raise UserError(f"--out names a picture, not {str(out)!r}")
-    out = out.with_suffix(".png")
+    out = out.with_suffix(".png") if out.suffix in (".png", ".svg") else out.with_name(out.name + ".png")
     try:
         draw({name(folder, list(runs)): records for folder, records in runs.items()}, command.x, out)
     except OSError as error:

@@ -206,6 +206,7 @@ def find_tokenizer(saved: dict, source: Path, data: Path | None) -> Tokenizer:
     the model was trained on. UserError where there is none, or not the model's."""
     if data is None and (source / "tokenizer.json").is_file():
         text = tokenizer.get(str(source))
+        text.begins = saved["manifest_sha256"] is None  # trained by others
         text.ends |= set(saved["eot"] if isinstance(saved["eot"], list) else [saved["eot"]]) - {None}
     else:
         manifests = sorted(Path("data").glob(f"*/{MANIFEST}")) if data is None else [data / MANIFEST]

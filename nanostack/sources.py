@@ -47,7 +47,7 @@ def list_files(source: str, dropped: Counter) -> list[File]:
         root = Path(source).resolve()
         paths = [(root, path) for path in _walk(root, dropped)]
     elif Path(source).is_file():
-        path = Path(source).resolve()
+        path = Path(source).absolute()  # a link keeps its name, which says what it holds: the Hub's cache is made of links
         paths = [(path.parent, path)]
     else:
         raise UserError(

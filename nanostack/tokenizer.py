@@ -63,7 +63,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to go on with: as `encode`, behind what the tokenizer itself begins a text with."""
+        """Ids of a text to go on with."""
         return self.encode(text)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
@@ -138,7 +138,7 @@ class JsonTokenizer(Tokenizer):
         if eot_token not in vocab:
             raise UserError(f"{name} has no token {eot_token!r}, which is to end the documents (eos_token)")
         self.eot = vocab[eot_token]
-        self.special, self.ends = {eot_token: self.eot}, {self.eot}
+        self.special, self.ends, self.begins = {eot_token: self.eot}, {self.eot}, False
         self._lengths = self._measured(vocab)
         if self.eot in self.encode(eot_token):
             raise UserError(f"{name} takes the text {eot_token!r} for the end of a document, so not every text can be encoded")
@@ -153,7 +153,11 @@ class JsonTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._bpe.encode(text).ids
+        """As `encode`; with `begins`, behind what the tokenizer itself begins a text with, as models of others expect."""
+        if not self.begins:
+            return self.encode(text)
+        ids = self._bpe.encode(text).ids
+        return ids[:-1] if ids[-1:] == [self.eot] else ids
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         pieces = [np.array([*ids, self.eot], self.dtype) for ids in self.encode_batch(texts)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nanostack.state import State
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 CPU = torch.device("cpu")
 MHA = LlamaConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=64, d_ff=96, vocab_size=384, seq_len=64)
 GQA = replace(MHA, n_kv_head=2, norm_eps=1e-6, rope_theta=5e5)
@@ -94,13 +96,16 @@ def test_what_transformers_saved_is_read(config, tmp_path):
 def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
     state = state_of(GQA)
     base = export(state, tmp_path / "base", dtype=dtype, eot=7)
-    (base / "tokenizer.json").write_text("{}")
+    hf.tokenizer_json(tokenizer.get("bytes")).save(str(base / "tokenizer.json"))
+    (base / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    edit(bos_token_id=5)(base)
     done = run("grow.py", base, "--g", "2")
     assert done.returncode == 0, done.stderr
     grown = tmp_path / "base-x2"
-    assert (grown / "tokenizer.json").read_text() == "{}" and json.loads((grown / "config.json").read_text())[
-        "eos_token_id"
-    ] == 7
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert json.loads((grown / name).read_text()) == json.loads((base / name).read_text())
+    config = json.loads((grown / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (7, 5)
     model = transformers.AutoModelForCausalLM.from_pretrained(grown, dtype=dtype)
     before = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     assert len(model.model.layers) == 6 and model.lm_head.weight.dtype == dtype
@@ -145,6 +150,17 @@ def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
     assert text.startswith("def ") and len(text) > 4
     again = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out")
     assert again.returncode == 2 and "exists already" in again.stderr
+    assert "- text: " in page and "in tokens of bpe:300" in page
+    for folder in (tmp_path / "run", tmp_path):  # with the checkpoint itself in it
+        lost = run("nanostack.export", tmp_path / "run/ckpt.pt", folder, "--overwrite")
+        assert lost.returncode == 2 and "is not replaced" in lost.stderr and (tmp_path / "run/ckpt.pt").exists()
+    inside = run("grow.py", tmp_path / "out", "--g", "2", "--out", tmp_path / "out", "--overwrite")
+    assert inside.returncode == 2 and (tmp_path / "out/model.safetensors").exists(), inside.stderr
+    other = run("nanostack.prepare", "tests/tiny.py", "tests/conftest.py", "--out", tmp_path / "bytes", "--tokenizer", "bytes")
+    assert other.returncode == 0, other.stderr
+    wrong = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "wrong", "--data", tmp_path / "bytes")
+    assert wrong.returncode == 2 and "the model was trained with bpe:300" in wrong.stderr
+    shutil.rmtree(tmp_path / "bytes")
     replaced = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--overwrite", "--dtype", "bfloat16")
     assert replaced.returncode == 0 and not (tmp_path / "out/tokenizer.json").exists(), replaced.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"], "nothing half-written is left"
@@ -195,6 +211,21 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def with_too_many_ids(folder):
+    hf.tokenizer_json(tokenizer.get("bytes")).save(str(folder / "tokenizer.json"))
+    edit(vocab_size=200)(folder)
+
+
+def edit_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+
+
+def of_whole_numbers(folder):
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: value.to(torch.int8) for name, value in safetensors.load_file(path).items()}
+        safetensors.save_file(tensors, path)
+
+
 BAD = [
     (edit(model_type="mistral"), "is of architecture 'mistral'; only 'llama' can be read"),
     (edit(attention_bias=True), "has attention_bias True"),
@@ -202,7 +233,17 @@ BAD = [
     (edit(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "scales rotary positions by 'yarn'"),
     (edit(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "lacks low_freq_factor"),
     (edit(num_hidden_layers=4), "lacks 9 tensors that its config.json asks for, model.layers.3"),
-    (edit(intermediate_size=48), "rows, its config.json asks for 48"),
+    (edit(intermediate_size=48), "its config.json asks for (48, 64)"),
+    (edit(vocab_size=600), "embed_tokens.weight is (384, 64), its config.json asks for (600, 64)"),
+    (edit(num_hidden_layers=3.0), "num_hidden_layers is 3.0, no whole number"),
+    (edit(num_hidden_layers=2), "has 9 tensors that no Llama of ours has, model.layers.2"),
+    (edit(quantization_config={"quant_method": "fp8"}), "is of quantized weights"),
+    (edit(rope_scaling="x"), "its rope_scaling is 'x', no object"),
+    (edit(nanostack={"cursor": {"foo": 1}}), "was not written by this version"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read"),
+    (with_too_many_ids, "has ids up to 256, the model beside it a vocabulary of 200"),
+    (edit_index, "does not say which tensor is in which file"),
+    (of_whole_numbers, "is of torch.int8; only whole weights can be read"),
     (edit(hidden_size=None), "does not describe a Llama"),
     (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "which its index names"),
     (cut, "is damaged"),
@@ -215,7 +256,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
 def test_folder_that_is_not_right_is_refused_and_nothing_written(change, message, tmp_path):
     folder = damaged(change)(tmp_path)
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         saved = hf.load(folder)
         State.restore(saved, Optim(), Placement(CPU))
 
@@ -238,6 +279,14 @@ def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt-0.pt", "ckpt.pt", "model"]
+
+
+def test_model_that_is_still_ramped_in_is_not_exported(corpus, tmp_path):
+    options = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.1.growth.op", "random"]
+    train.main([TINY, *options, "--stages.1.growth.ramp_tokens", "2048", "--save_interval", "512", "--keep", "99"])
+    ramped = run("nanostack.export", tmp_path / "run/ckpt-128.pt", tmp_path / "out")
+    assert ramped.returncode == 2 and "is still ramping in its last growth" in ramped.stderr
+    assert run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out").returncode == 0
 
 
 def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not kernels.dispatch.HAS_TRITON, reason="needs triton")
 def test_triton_kernels_pass_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / "test_kernels.py")]

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -331,7 +332,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_commands_of_the_data_page_are_understood():
     page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
-    lines = [line.split() for line in page.splitlines() if line.startswith("python -m nanostack.prepare ")]
+    lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("python -m nanostack.prepare ")]
     commands = [tyro.cli(Args, args=line[3:], use_underscores=True) for line in lines]
     assert len(commands) == 12
     for command in commands:

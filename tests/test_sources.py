@@ -34,6 +34,13 @@ def test_a_long_text_becomes_several_documents_that_join_to_it(tmp_path, unit):
     assert list(reader(tmp_path / "book.txt.gz")) == parts
 
 
+def test_link_to_a_file_is_read_as_its_own_name_says(tmp_path):
+    """The Hub's cache is made of such links: to blobs/SHA, which has no suffix."""
+    (tmp_path / "blob").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "part.jsonl").symlink_to("blob")
+    assert list(reader(tmp_path / "part.jsonl")) == ["a", "b"]
+
+
 def test_site_packages_are_the_installed_sources():
     names = {file.name for file in list_files("site-packages", Counter())}
     assert {"numpy/__init__.py", "tiktoken/core.py"} <= names
@@ -104,6 +111,7 @@ def hub(tmp_path):
 def python(hub: Hub, *words: object) -> subprocess.CompletedProcess:
     """Run Python where `hub` is the Hub; what it downloads is kept in `home` beside its folder."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_OFFLINE": "0"}
+    environment["HF_DATASETS_OFFLINE"] = "0"  # which other tests of this process may have set
     command = [sys.executable, *map(str, words)]
     root = Path(__file__).parents[1]
     return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=120)

@@ -297,6 +297,19 @@ def test_special_tokens_in_text_are_text_for_a_tokenizer_json_too(data, eot_toke
     assert ours.encode_documents([text]).tolist() == [*ours.encode(text), ours.eot]
 
 
+def test_prompt_begins_as_text_in_training_did():
+    """prepare adds no special tokens; models of others have seen what their template adds, but for an end at the end."""
+    data, eot_token = BUILT["llama-2"]
+    made = tokenizers.Tokenizer.from_str(data.decode())
+    begin, end = made.token_to_id("<s>"), made.token_to_id(eot_token)
+    template = {"single": f"<s> $A {eot_token}", "special_tokens": [("<s>", begin), (eot_token, end)]}
+    made.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    ours = JsonTokenizer("mine", made.to_str().encode(), eot_token)
+    assert ours.encode_prompt("def") == ours.encode("def")
+    ours.begins = True
+    assert ours.encode_prompt("def") == [begin, *ours.encode("def")] and ours.decode(ours.encode_prompt("def")) == "def"
+
+
 def test_truncation_padding_and_dropout_of_a_tokenizer_json_lose_nothing():
     made = json.loads(BUILT["smol"][0])
     cut = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}

@@ -39,7 +39,7 @@ def texts(folder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_commands_of_the_pages_work_in_order(tmp_path):
     for name in ("train.py", "grow.py", "config", "nanostack", "kernels", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)

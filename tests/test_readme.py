@@ -46,6 +46,7 @@ def small(line: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1800)
 def test_commands_from_text_to_a_grown_model_work_in_order(tmp_path):
     for name in ("train.py", "grow.py", "config", "nanostack", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -28,7 +28,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -42,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
 from bench import growth, throughput  # noqa: E402
+from bench.results import markdown  # noqa: E402
 from nanostack.config import load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.fit import RESERVED, need, scratch_of  # noqa: E402
@@ -75,20 +75,8 @@ class Part:
 
 
 TESTS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_compiled", "data", "growth", "train")]
-STEP = (
-    "--rounds",
-    "1",
-    "--steps",
-    "10",
-    "--warmup",
-    "3",
-    "--against",
-    "compile",
-    "--data.path",
-    "{data}",
-    "--model.vocab_size",
-    "32000",
-)
+STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--against", "compile", "--data.path", "{data}")
+STEP += ("--model.vocab_size", "32000")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
     Part("tests", 60, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
@@ -256,27 +244,17 @@ def write(summary: dict, out: Path) -> None:
     parts = summary["parts"].items()
     said = {name: part.get("last_line", "").replace("|", "\\|") for name, part in parts}
     rows = [[f"[{name}]({name}.txt)", part["state"], str(part.get("seconds", "")), said[name]] for name, part in parts]
-    text += markdown(("part", "state", "seconds", "last line"), rows)
+    text += markdown(["part", "state", "seconds", "last line"], rows) + "\n"
     tables = {name: (f"The step of {name}", throughput.HEAD, throughput.cells) for name in ("1b", "3b", "1b-4096")}
-    tables["growth"] = (
-        "Growing in place beside a trip through the host",
-        growth.HEAD,
-        lambda result: growth.cells(result["rows"]),
-    )
+    tables["growth"] = ("Growing in place beside a trip through the host", growth.HEAD, growth.cells)
     tables["timeline"] = ("Where the step of 1b goes", ("operation", "ms", "%"), by_kind)
     for name, (title, head, cells) in tables.items():
         if (out / f"{name}.json").is_file():
-            text += f"\n## {title}\n\n{markdown(head, cells(json.loads((out / f'{name}.json').read_text())))}"
+            text += f"\n## {title}\n\n{markdown(list(head), cells(json.loads((out / f'{name}.json').read_text())))}\n"
     for name, what in (("kernels", "Kernels beside their peers"), ("run", "A stacked run")):
         if (out / f"{name}.png").is_file():
             text += f"\n## {what}\n\n![{what}]({name}.png)\n"
     (out / "README.md").write_text(text)
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def by_kind(result: dict) -> list[list[str]]:

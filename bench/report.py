@@ -14,6 +14,7 @@ import numpy
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
+from bench.results import markdown
 from bench.speedup import ROOT, draw, pays, percent, plus_minus, read_results, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
@@ -90,11 +91,6 @@ Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {
 
 {sweeps(results)}
 """
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sweeps(results: dict) -> str:

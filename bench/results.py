@@ -1,4 +1,4 @@
-"""Where a benchmark's result is kept: a JSON file in bench/results/ that says with what and when it was made."""
+"""How a benchmark's result is kept, a JSON file in bench/results/ that says with what and when it was made; and shown."""
 
 import contextlib
 import json
@@ -28,3 +28,9 @@ def write_result(result: dict, stem: str, out: Path | None, packages: tuple[str,
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, out)
     return out
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table whose first column says what a row is of; the others hold numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

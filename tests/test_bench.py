@@ -118,6 +118,18 @@ def test_part_that_fails_or_is_late_costs_only_itself(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["parts"] == found
 
 
+def test_page_has_a_table_of_every_part_that_measured(tmp_path):
+    results = ROOT / "bench/results"
+    names = {"1b": "throughput-quickstart_scratch-amd-epyc", "growth": "growth-intel-xeon-processor"}
+    for part, name in (names | {"timeline": "timeline-quickstart_scratch-amd-epyc"}).items():
+        (tmp_path / f"{part}.json").write_bytes((results / f"{name}.json").read_bytes())
+    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
+    gpu.write({"about": about | {"rehearsal": False}, "parts": {}}, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    for row in ("| nanostack | 3,828 |", "| 1b | in place |", "| matrix products |"):
+        assert row in page
+
+
 def test_all_parts_together_stay_within_nine_minutes():
     assert gpu.ALLOWED + 15 + 5 <= 9 * 60, "the last part may take 15 s to die"
     names = [part.name for part in gpu.PARTS]
@@ -143,6 +155,6 @@ def test_feeding_pins_one_core_and_compares_on_the_same_text(corpus, tmp_path):
     done = bench("feeding", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["loader"]["tokens_per_s"] > 0 and found["text"]["bytes"] > 700_000
-    assert len(found["encode"]) == 3 and all(way["mb_per_s"] > 0 for way in found["encode"].values())
+    assert found["loader"]["tokens_per_s"] > 20 * 60_000 and found["text"]["bytes"] > 700_000
+    assert len(found["encode"]) == 3 and all(way["mb_per_s"] > 0.1 for way in found["encode"].values())
     assert found["versions"].keys() >= {"torch", "tiktoken"}

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from nanostack import checkpoint, hf
+from nanostack import checkpoint, export, hf
 from nanostack.config import Growth, Optim
 from nanostack.data import Tokens, manifest_sha256
 from nanostack.depth import connection_rate
@@ -105,7 +105,7 @@ def main(command: Command) -> dict:
             "tokenizer": command.checkpoint,
             "eot": saved["eot"],
         }
-        hf.save(state, out, saved["manifest_sha256"], **options)
+        export.save(state, out, saved["manifest_sha256"], **options)
     else:
         checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
@@ -116,7 +116,7 @@ def check(command: Command, saved: dict, out: Path) -> None:
     if out.exists() and out.samefile(command.checkpoint):
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
     if command.checkpoint.is_dir():
-        hf.check_place(out, command.checkpoint, command.overwrite)
+        export.check_place(out, command.checkpoint, command.overwrite)
     elif out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
     if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):

@@ -8,8 +8,6 @@ A run follows from (data, config, seed) alone, however often it was stopped. It 
 
 import dataclasses
 import math
-import os
-import socket
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from nanostack import checkpoint, growth, parallel, track
+from nanostack import checkpoint, growth, parallel, run_folder, track
 from nanostack.config import Train, describe_tokens, load
 from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError, exits_cleanly
@@ -30,7 +28,6 @@ from nanostack.sample import Writer
 from nanostack.schedule import learning_rate
 from nanostack.state import State
 
-MARK = ".torchrun"  # names the torchrun whose run is in a folder
 MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
@@ -63,7 +60,7 @@ class Run:
         self.writer = Writer(config)
 
         self.out = Path(config.out)
-        resume_from = parallel.on_rank_0(claim, config)
+        resume_from = parallel.on_rank_0(run_folder.claim, config)
         self.resuming = resume_from is not None
         source = resume_from or config.init_from
         if source:
@@ -77,7 +74,7 @@ class Run:
         self.cursor = self.state.cursor
         if not self.resuming:
             self.cursor.stage = self.cursor.stage_tokens = 0
-        parallel.on_rank_0(make_ready, config, self.resuming)
+        parallel.on_rank_0(run_folder.make_ready, config, self.resuming)
         now = self.cursor.stage
         before, later = (sum(stage_steps(config, s) for s in part) for part in (config.stages[:now], config.stages[now + 1 :]))
         self.step = before + self.cursor.stage_tokens // config.batch_tokens
@@ -312,44 +309,6 @@ def with_vocabulary(config: Train) -> Train:
 
 def stage_steps(config: Train, stage) -> int:  # the last one is a whole one
     return -(-stage.tokens // config.batch_tokens)
-
-
-def claim(config: Train) -> str | None:
-    """The checkpoint that the run goes on from, None for a new run. Touches nothing that is there."""
-    out = Path(config.out)
-    if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    found = [*checkpoint.numbered_checkpoints(out / "ckpt.pt"), *([out / "ckpt.pt"] if (out / "ckpt.pt").exists() else [])]
-    mark = out / MARK
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.exists() and mark.read_text() == agent()
-    if config.resume or restarted:
-        return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
-    if (found or (out / "metrics.jsonl").exists()) and not config.overwrite:
-        raise UserError(
-            f"{out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
-        )
-    return None
-
-
-def agent() -> str:
-    """Which torchrun this process belongs to. It repeats the command line after a crash, and must find its own run only."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return job if job != "none" else f"{socket.gethostname()}:{os.getppid()}"
-
-
-def make_ready(config: Train, resuming: bool) -> None:
-    """Make the folder ready for the run; by now everything else is known to be right."""
-    out, ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
-    old = [] if resuming else [ckpt, *checkpoint.numbered_checkpoints(ckpt), *track.files(out)]
-    try:
-        if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
-            raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
-        out.mkdir(parents=True, exist_ok=True)
-        for file in [*old, *out.glob("ckpt*.pt.partial")]:  # a killed process leaves half a file behind
-            file.unlink(missing_ok=True)
-        (out / MARK).write_text(agent())
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def main(arguments: list[str]) -> None:

@@ -1,18 +1,13 @@
-"""Hugging Face's Llama folders, read and written as checkpoints are: tensor by tensor, names and fused weights translated.
+"""Hugging Face's Llama folders: their names and shapes beside ours, and how one is read; nanostack.export writes them.
 
-`load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for; `save(state, folder)` writes
-config.json, safetensors (sharded by size), generation_config.json, tokenizer files and a model card. What Hugging Face has no
-place for (tokens, FLOPs, growth receipts) goes into config.json under "nanostack": a round trip loses the optimizer only.
+`load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for, tensor by tensor. What Hugging Face
+has no place for (tokens, FLOPs, growth) stands in config.json under "nanostack": a round trip loses the optimizer only.
 
 Their q_proj, k_proj, v_proj are the rows of our qkv, gate_proj and up_proj those of gate_up; both rotate halves.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,12 +15,10 @@ import torch
 from torch import Tensor
 
 from nanostack import checkpoint
-from nanostack.config import describe_tokens
 from nanostack.errors import UserError
-from nanostack.flops import n_params
 from nanostack.model import LlamaConfig, RopeScaling
-from nanostack.state import Cursor, State
-from nanostack.tokenizer import JSON_FILE, JsonTokenizer, Tokenizer
+from nanostack.state import Cursor
+from nanostack.tokenizer import JSON_FILE
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -217,7 +210,7 @@ def _files_of(folder: Path) -> dict[str, str]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise UserError(f"{index} does not say which tensor is in which file (weight_map)")
         if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
@@ -234,7 +227,8 @@ def _files_of(folder: Path) -> dict[str, str]:
         raise UserError(f"{single} is damaged: {error}") from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a file. UserError if there is none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -254,7 +248,7 @@ def load(folder: str | Path) -> dict:
     require_extra()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
-    found = _read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
     config = from_config(found, folder / "config.json")
     _check_tokenizer(folder, config)
     ours = found.get("nanostack") or {}
@@ -291,202 +285,3 @@ def _check_tokenizer(folder: Path, config: LlamaConfig) -> None:
         raise UserError(f"{path} cannot be read: {error}") from error
     if (most := max(vocab.values(), default=-1)) >= config.vocab_size:
         raise UserError(f"{path} has ids up to {most}, the model beside it a vocabulary of {config.vocab_size}")
-
-
-def check_place(folder: Path, source: Path, overwrite: bool) -> None:
-    """UserError unless a model may be written to `folder`: there, only another one that we wrote is replaced, if asked for."""
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists already: choose another folder, or replace it (--overwrite)")
-    config = folder / "config.json"
-    if not folder.is_dir() or not config.is_file() or "nanostack" not in _read_json(config):
-        raise UserError(f"{folder} is no model that was written here, and is not replaced: choose another folder")
-    if folder.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{folder} holds {source}, from which it would be made: choose another folder")
-
-
-def save(
-    state: State,
-    folder: str | Path,
-    manifest_sha256: str | None,
-    dtype: torch.dtype = torch.float32,
-    shard_bytes: int = 5 * 10**9,
-    tokenizer: "Tokenizer | Path | None" = None,
-    eot: int | None = None,
-    records: list[dict] | None = None,
-    text: str | None = None,
-) -> None:
-    """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
-
-    tokenizer: ours, translated unless it is a tokenizer.json already, or a folder whose tokenizer files are copied. records: of
-    the run, for the card's curve; text: what it was trained on, for the card. Everything is written beside the folder first: it
-    is whole or it is not there. A folder that is there is replaced: ask `check_place` before. Raises `UserError` where it
-    cannot be.
-    """
-    require_extra()
-    from safetensors import SafetensorError
-
-    folder, config = Path(folder), state.model.config
-    if isinstance(tokenizer, Tokenizer):
-        if tokenizer.n_vocab > config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
-        eot = tokenizer.eot
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_weights(state, partial, dtype, shard_bytes)
-        about = {"cursor": dataclasses.asdict(state.cursor), "growth": state.growth, "seed": state.seed}
-        about["manifest_sha256"] = manifest_sha256
-        generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
-        special = {}
-        if isinstance(tokenizer, Path):  # of the model that this one was made of
-            found = _read_json(tokenizer / "config.json")
-            special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            if (tokenizer / "generation_config.json").is_file():
-                generation = _read_json(tokenizer / "generation_config.json")
-        _write_json(partial / "config.json", to_config(config, eot, dtype) | special | {"nanostack": about})
-        _write_json(partial / "generation_config.json", generation)
-        if isinstance(tokenizer, Tokenizer):
-            _write_tokenizer(tokenizer, partial, config.seq_len)
-        elif tokenizer is not None:
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, partial / name)
-        (partial / "README.md").write_text(card(folder.name, state, records, text))
-        if records:
-            from nanostack.plot import draw
-
-            draw({folder.name: records}, "flops", partial / "curves.png")
-        _replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Put a finished folder in its place; one that was there goes only when the new one is in."""
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    old = folder.with_name(folder.name + ".old")
-    os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old)
-
-
-def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    """safetensors, each of at most shard_bytes unless a tensor alone is larger; only a shard at a time is held."""
-    from safetensors.torch import save_file
-
-    parameters, config = dict(state.model.named_parameters()), state.model.config
-    shapes = [
-        (name, one, rows) for name in names_of(config) for one, rows in zip(theirs(name), rows_of(name, config), strict=True)
-    ]
-    shards: list[list[str]] = [[]]
-    size, total, filled = dtype.itemsize, 0, 0
-    for name, one, rows in shapes:
-        shape = parameters[name].shape
-        n_bytes = size * (shape.numel() if rows == -1 else rows * shape[1])
-        if shards[-1] and filled + n_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(one)
-        filled, total = filled + n_bytes, total + n_bytes
-    ours = {one: name for name, one, _ in shapes}
-    index = {}
-    for number, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for one in names:
-            name = ours[one]
-            parts = parameters[name].detach()
-            if len(theirs(name)) > 1:
-                parts = parts.split(rows_of(name, config))[theirs(name).index(one)]
-            tensors[one] = parts.to("cpu", dtype, copy=True).contiguous()
-            index[one] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
-    if isinstance(ours, JsonTokenizer):
-        (folder / JSON_FILE).write_bytes(ours.data)
-    else:
-        tokenizer_json(ours).save(str(folder / JSON_FILE))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
-    _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
-
-
-def tokenizer_json(ours: Tokenizer):
-    """Our tokenizer as a `tokenizers.Tokenizer` with the same ids.
-
-    tiktoken keeps ranks of byte strings, Hugging Face an ordered list of merges: the merge that made a token is found by
-    merging its bytes with the lower ranks only, until two are left. Text that looks like end-of-text becomes that token, as is
-    the custom there; ours takes it as text.
-    """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Theirs
-
-    shown = _bytes_to_unicode()
-    text = {token: "".join(shown[byte] for byte in token) for token in ours.ranks}
-    merges = []
-    for token, rank in sorted(ours.ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1 and len(parts := _merged(ours.ranks, token, rank)) == 2:
-            merges.append((text[parts[0]], text[parts[1]]))
-    made = Theirs(models.BPE({text[token]: rank for token, rank in ours.ranks.items()}, merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(ours.pattern), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in sorted(ours.special, key=ours.special.get)]
-    )
-    return made
-
-
-def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """The bytes of a token, merged as far as ranks below `below` go."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        found = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        rank, i = min(found)
-        if rank >= below:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def card(name: str, state: State, records: list[dict] | None, text: str | None) -> str:
-    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve."""
-    config, cursor = state.model.config, state.cursor
-    heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
-    lines += [
-        f"# {name}",
-        "",
-        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
-    ]
-    lines += [f"{heads}, context {config.seq_len}. Trained with nanostack.", "", f"- tokens: {describe_tokens(cursor.tokens)}"]
-    lines += [f"- text: {text}"] if text else []
-    lines += [f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"]
-    for receipt in state.growth:
-        lines += [f"- after {describe_tokens(receipt['tokens'])} tokens: {receipt['op']} to {len(receipt['rules'])} layers"]
-    lines += [] if state.growth else ["- never grown"]
-    evaluated = [record for record in records or [] if record.get("val_loss") is not None]
-    lines += [f"- validation loss: {evaluated[-1]['val_loss']:.4f} nats per token"] if evaluated else []
-    return "\n".join([*lines, *(["", "![curves](curves.png)"] if records else [])]) + "\n"

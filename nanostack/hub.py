@@ -90,6 +90,8 @@ def download(repository: str, path: str, size: int) -> Path:
 @contextlib.contextmanager
 def _errors_told(what: str, extra: str, then: str = "") -> Iterator[None]:
     """One line for whatever goes wrong on the way to the Hub: of its libraries, the network, the disk."""
+    if not sys.stderr.isatty():  # in a terminal it is good to see what one waits for
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         yield
     except UserError:

@@ -6,7 +6,7 @@ A source is a folder, a file, a dataset of Hugging Face's, or one of two words (
     site-packages   the Python source of what is installed beside this package, for larger runs
     hf:OWNER/NAME   a dataset of the Hub, as in hf:HuggingFaceFW/fineweb-edu,name=sample-10BT,split=train (the split unless
                     told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept (nanostack.hub)
-    *.jsonl         one document per line, in --field
+    *.jsonl         one document per line, in --field; also *.json whose first two lines are objects
     *.parquet       one document per row, in the column --field
     anything else   plain text or code; a file is a document, a long one several (cut at line ends, see sources.LONGEST)
 
@@ -33,6 +33,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -50,11 +51,12 @@ import tyro
 from nanostack.data import FORMAT, MANIFEST, SPLITS, manifest_sha256
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.sources import File, Reader, list_files, name_of
-from nanostack.tokenizer import Tokenizer, check_size, get, train
+from nanostack.tokenizer import JSON_FILE, RANKS_FILE, Tokenizer, check_size, get, train
 
 BATCH = 1 << 20  # bytes of text that a worker gets at a time
 SAMPLE = 1 << 26  # bytes of text that bpe:N is trained on at most
 LIMITS = ("max_documents", "max_bytes")
+OURS = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.bin|{re.escape(MANIFEST)}|{re.escape(RANKS_FILE)}|{re.escape(JSON_FILE)}")
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _check_documents(args: Args, splits: dict, dropped: dict):
 @contextlib.contextmanager
 def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """OUT.partial, which becomes OUT if all goes well and disappears if not. Old data stay in OUT until that moment."""
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -158,6 +160,11 @@ def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
     except BlockingIOError:
         os.close(lock)
         raise UserError(f"another prepare is writing {out} at this moment") from None
+    if foreign := sorted(path.name for path in partial.iterdir() if not OURS.fullmatch(path.name)):
+        os.close(lock)
+        raise UserError(
+            f"{partial} is where the data would be made, and holds {foreign[0]}: move that away, or choose another --out"
+        )
     try:
         _clear(partial)
         if old.is_dir() and not out.exists():

@@ -22,6 +22,7 @@ from nanostack.errors import UserError
 from nanostack.tokenizer import JSON_FILE, RANKS_FILE
 
 LONGEST = 1 << 18  # bytes of a document made of plain text: far above any seq_len, and a book still gives several
+LONGEST_LINE = 1 << 26  # bytes of a line of .json that is taken for a record
 NOT_CODE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
@@ -78,7 +79,7 @@ def name_of(source: str, files: list[File]) -> str:
 
 
 def _kind(file: File) -> tuple[str, str | None]:
-    """(what a file holds, how it is packed), as suffixes; .json of a dataset is one document per line, as .jsonl is."""
+    """(what a file holds, how it is packed), as suffixes; .json of a dataset is JSON lines, elsewhere it may be (_is_lines)."""
     suffixes = [suffix.lower() for suffix in file.path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else None
     kind = suffixes[-1] if suffixes else ""
@@ -123,9 +124,11 @@ class Reader:
         if kind == ".parquet" and not packing:
             yield from self._parquet(path)
             return
-        stream = gzip.GzipFile(fileobj=raw) if packing == ".gz" else _unzstd(raw) if packing else raw
         try:
-            yield from self._jsonl(stream, path) if kind == ".jsonl" else self._plain(stream)
+            lines = kind == ".jsonl" or (kind == ".json" and _is_lines(_unpacked(raw, packing)))
+            raw.seek(0)
+            stream = _unpacked(raw, packing)
+            yield from self._jsonl(stream, path) if lines else self._plain(stream)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or cut short: {error}") from None
 
@@ -187,6 +190,18 @@ class Reader:
 def _last_character(block: bytes) -> int:
     """Where the last character of `block` begins, which may be cut off: the place to cut a text without line ends."""
     return next((i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80), len(block))
+
+
+def _is_lines(stream: BinaryIO) -> bool:
+    """Whether a .json is JSON lines, as those of many datasets are: its first two lines are objects."""
+    try:
+        return all(isinstance(json.loads(stream.readline(LONGEST_LINE)), dict) for _ in range(2))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _unpacked(raw: BinaryIO, packing: str | None) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw) if packing == ".gz" else _unzstd(raw) if packing else raw
 
 
 def _unzstd(raw: BinaryIO) -> BinaryIO:

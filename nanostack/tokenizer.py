@@ -16,6 +16,7 @@ rustbpe breaks ties by token ids, so the same texts give the same ranks whatever
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -89,6 +90,31 @@ class Tokenizer:
         lengths = np.zeros(self.n_vocab, np.int64)
         lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return lengths
+
+    def to_json(self) -> bytes:
+        """The same ids as a tokenizer.json of Hugging Face's. Needs the extra `hf`.
+
+        tiktoken keeps ranks of byte strings, Hugging Face an ordered list of merges: the merge that made a token is found by
+        merging its bytes with the lower ranks only, until two are left. Text that looks like end-of-text becomes that token, as
+        is the custom there; ours takes it as text.
+        """
+        import tokenizers
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+        shown = _bytes_to_unicode()
+        text = {token: "".join(shown[byte] for byte in token) for token in self.ranks}
+        merges = []
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            if len(token) > 1 and len(parts := _merged(self.ranks, token, rank)) == 2:
+                merges.append((text[parts[0]], text[parts[1]]))
+        vocab = {text[token]: rank for token, rank in self.ranks.items()}
+        made = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        split = pre_tokenizers.Split(Regex(self.pattern), behavior="isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.decoder = decoders.ByteLevel()
+        names = sorted(self.special, key=self.special.get)
+        made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        return made.to_str(pretty=True).encode()
 
     def save(self, folder: str | Path) -> dict:
         """Write the ranks to `folder`; returns the manifest's entry, from which `load` makes the same tokenizer."""
@@ -199,6 +225,9 @@ class JsonTokenizer(Tokenizer):
         lengths[self.eot] = 0
         lengths[self.eot] = len("a") - lengths[self.encode("a")].sum()
         return lengths
+
+    def to_json(self) -> bytes:
+        return self.data
 
     def save(self, folder: str | Path) -> dict:
         """Write tokenizer.json to `folder` as it was; returns the manifest's entry, as `Tokenizer.save` does."""
@@ -344,3 +373,22 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:] if start else text
+
+
+def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
+    """The bytes of a token, merged as far as ranks below `below` go."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        found = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        rank, i = min(found)
+        if rank >= below:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for every byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,15 @@ import zstandard
 from conftest import ROOT, TINY
 from test_readme import run, small
 
-PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")
+PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")  # in the order in which they build on each other
+NEEDS = re.compile(r" # needs a (GPU|network)")
 
 
 def commands(page: str) -> list[str]:
+    """Those that need neither a GPU nor a network."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-    return [line for line in lines if " # needs " not in line]
+    return [line for line in lines if not NEEDS.search(line)]
 
 
 def texts(folder) -> None:
@@ -49,7 +53,10 @@ def test_commands_of_the_pages_work_in_order(tmp_path):
         found = commands(page)
         assert found, page
         for line in found:
-            run(small(line), tmp_path)
+            if "pytest" in line:  # tests that run beside this one
+                assert all((ROOT / word).exists() for word in shlex.split(line, comments=True) if word.startswith("tests/"))
+            else:
+                run(small(line), tmp_path)
         if page == "train":
             run(small(base), tmp_path)  # which the README's commands have trained before
     assert (tmp_path / "exported-x2/model.safetensors").exists() and (tmp_path / "out/imported/ckpt.pt").exists()
@@ -65,14 +72,27 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
     assert linked >= pages.keys()
 
 
-def test_operator_of_the_page_is_one():
-    from nanostack import depth
+def test_no_page_has_commands_that_are_not_run():
+    others = {path.stem for path in (ROOT / "docs").glob("*.md")} - {*PAGES, "add_an_operator"}
+    assert not {page: found for page in others if (found := commands(page))}
 
-    page = (ROOT / "docs/add_an_operator.md").read_text()
-    scope = dict(vars(depth)) | {"OPERATORS": dict(depth.OPERATORS)}
-    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], scope)
-    sources, rule = scope["OPERATORS"]["reverse"]
-    assert sources(4, 2, None) == depth.parse_layers("0-3,3,2,1,0") and rule == "copied"
+
+@pytest.mark.slow
+def test_operator_of_the_page_passes_the_tests_once_added(tmp_path):
+    for name in ("nanostack", "kernels", "bench", "tests", "config"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("train.py", "grow.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "docs").mkdir()
+    operator, sequence = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_an_operator.md").read_text(), re.S)
+    with open(tmp_path / "nanostack/depth.py", "a") as file:
+        file.write(f"\n\n{operator}")
+    tests = tmp_path / "tests/test_growth.py"
+    opening = re.search(r"SEQUENCES = {.*\n", tests.read_text())[0]
+    tests.write_text(tests.read_text().replace(opening, opening + sequence))
+    said = [run([sys.executable, *shlex.split(line)[1:]], tmp_path) for line in commands("add_an_operator")]
+    assert "3 passed" in said[0], "tied, untied, and what holds for all"
+    assert (tmp_path / "docs/growth.png").stat().st_size > 10_000
 
 
 SRUN = """#!/bin/bash

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train
-from nanostack import checkpoint, evaluate, hf, tokenizer
+from nanostack import checkpoint, evaluate, export, tokenizer
 from nanostack.config import Optim, load
 from nanostack.data import Tokens
 from nanostack.errors import UserError
@@ -114,7 +114,7 @@ def theirs_on(monkeypatch):
 
 
 def test_numbers_are_those_of_lm_evals_own_model_on_the_export(state, text, tmp_path, theirs_on):
-    hf.save(state, tmp_path / "out", None, tokenizer=text)
+    export.save(state, tmp_path / "out", None, tokenizer=text)
     theirs = theirs_on(tmp_path / "out")
     for ours in (live(state, text), live(state, HubTokenizer(tmp_path / "out"))):
         pairs = requests("loglikelihood", *PAIRS)
@@ -224,7 +224,7 @@ def place(state, tmp_path_factory, corpus) -> Path:
     os.environ["HF_HOME"] = str(folder / "cache")
     state.cursor.advance(5, CONFIG)
     checkpoint.save(state, folder / "ckpt.pt", None)
-    hf.save(state, folder / "exported", None, tokenizer=tokenizer.load(corpus))
+    export.save(state, folder / "exported", None, tokenizer=tokenizer.load(corpus))
     fill(folder / "data")
     return folder
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train
-from nanostack import checkpoint, hf, tokenizer
+from nanostack import checkpoint, export, hf, tokenizer
 from nanostack.config import Growth, Optim, load
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig, RopeScaling
@@ -46,8 +46,8 @@ def run(module, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def export(state, folder, **options):
-    hf.save(state, folder, None, **options)
+def exported(state, folder, **options):
+    export.save(state, folder, None, **options)
     return folder
 
 
@@ -57,7 +57,7 @@ TOKENS = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(3))
 @on_every_shape
 def test_transformers_gives_the_same_logits(config, tmp_path):
     state = state_of(config)
-    model = transformers.AutoModelForCausalLM.from_pretrained(export(state, tmp_path / "out"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported(state, tmp_path / "out"))
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, state.model(TOKENS), rtol=0, atol=1e-4)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in state.model.parameters())
@@ -68,7 +68,7 @@ def test_round_trip_is_bit_for_bit_and_keeps_the_ledger(config, tmp_path):
     state = state_of(config, seed=5)
     state.cursor.advance(7, config)
     state.grow(Growth("stack", 2))
-    folder = export(state, tmp_path / "out", shard_bytes=100_000)
+    folder = exported(state, tmp_path / "out", shard_bytes=100_000)
     done = run("nanostack.import_hf", folder, tmp_path / "back.pt")
     assert done.returncode == 0, done.stderr
     back = checkpoint.load(tmp_path / "back.pt")
@@ -95,8 +95,8 @@ def test_what_transformers_saved_is_read(config, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
     state = state_of(GQA)
-    base = export(state, tmp_path / "base", dtype=dtype, eot=7)
-    hf.tokenizer_json(tokenizer.get("bytes")).save(str(base / "tokenizer.json"))
+    base = exported(state, tmp_path / "base", dtype=dtype, eot=7)
+    (base / "tokenizer.json").write_bytes(tokenizer.get("bytes").to_json())
     (base / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     edit(bos_token_id=5)(base)
     done = run("grow.py", base, "--g", "2")
@@ -118,7 +118,7 @@ def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
 
 def test_tokenizer_gives_the_same_ids_as_tiktoken(corpus, tmp_path):
     ours = tokenizer.load(corpus)
-    export(state_of(MHA), tmp_path / "out", tokenizer=ours)
+    exported(state_of(MHA), tmp_path / "out", tokenizer=ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [
         "def f(x):\n    return x  # naïve ☃ 中文 🙂\n",
@@ -170,7 +170,7 @@ def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
 def test_model_of_theirs_trains_on_text_prepared_with_its_own_tokenizer(corpus, tmp_path):
     """From a folder to ours and back: vocabulary and end-of-text fit, and its tokenizer.json is the same at the end."""
     config, ours = replace(load(TINY, []).model, vocab_size=300), tokenizer.load(corpus)
-    base = export(state_of(config), tmp_path / "base", tokenizer=ours)
+    base = exported(state_of(config), tmp_path / "base", tokenizer=ours)
     text = {"sources": [str(ROOT / "nanostack")], "out": tmp_path / "data", "tokenizer": str(base), "val_fraction": 0.2}
     prepare(Args(**text, workers=1))
     assert run("nanostack.import_hf", base, tmp_path / "ckpt.pt").returncode == 0
@@ -191,7 +191,7 @@ def damaged(change):
     """A folder that `change` has been at."""
 
     def make(tmp_path):
-        folder = export(state_of(MHA), tmp_path / "model", shard_bytes=100_000)
+        folder = exported(state_of(MHA), tmp_path / "model", shard_bytes=100_000)
         change(folder)
         return folder
 
@@ -212,7 +212,7 @@ def cut(folder):
 
 
 def with_too_many_ids(folder):
-    hf.tokenizer_json(tokenizer.get("bytes")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(tokenizer.get("bytes").to_json())
     edit(vocab_size=200)(folder)
 
 
@@ -264,7 +264,7 @@ def test_folder_that_is_not_right_is_refused_and_nothing_written(change, message
 def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
     state = state_of(replace(MHA, vocab_size=128))
     checkpoint.save(state, tmp_path / "ckpt.pt", None)
-    folder = export(state_of(MHA), tmp_path / "model")
+    folder = exported(state_of(MHA), tmp_path / "model")
     cut(folder)
     for arguments, message in (
         (("nanostack.export", tmp_path / "ckpt.pt", tmp_path / "out", "--data", corpus), "the tokenizer has"),
@@ -296,7 +296,7 @@ def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
 
 
 def test_context_can_be_cut_on_the_way_in(tmp_path):
-    folder = export(state_of(MHA), tmp_path / "model")
+    folder = exported(state_of(MHA), tmp_path / "model")
     assert run("nanostack.import_hf", folder, tmp_path / "a.pt", "--seq_len", "32").returncode == 0
     assert checkpoint.load(tmp_path / "a.pt")["config"]["seq_len"] == 32
     longer = run("nanostack.import_hf", folder, tmp_path / "b.pt", "--seq_len", "128")

@@ -21,8 +21,8 @@ import pytest
 import tyro
 import zstandard
 
-from nanostack import hf, tokenizer
 from nanostack import prepare as module
+from nanostack import tokenizer
 from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError
 from nanostack.prepare import Args, prepare
@@ -97,7 +97,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, texts, monkeypatc
     monkeypatch.setattr(module, "BATCH", 30_000)
     if name == "tokenizer.json":
         name = str(tmp_path / name)
-        hf.tokenizer_json(tokenizer.train(TEXTS, 300)).save(name)
+        Path(name).write_bytes(tokenizer.train(TEXTS, 300).to_json())
     for workers in (1, 2, 3):
         run(tmp_path / f"{workers}", texts, workers=workers, tokenizer=name, shard_tokens=50_000)
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
@@ -360,7 +360,7 @@ def test_a_run_killed_between_the_two_renames_gives_the_old_data_back(tmp_path, 
     out = tmp_path / "out"
     run(out, texts)
     old = content(out)
-    out.rename(tmp_path / "out.old")
+    out.rename(tmp_path / "out.replaced")
     with pytest.raises(UserError, match="already holds prepared data"):
         run(out, texts)
     assert content(out) == old
@@ -375,6 +375,19 @@ def test_two_runs_for_one_folder_do_not_mix(tmp_path, texts):
         for name in ("manifest.json", "tokenizer.tiktoken"):
             (partial / name).write_text("of the other run")
     assert len(content(tmp_path / "out")) == 3
+
+
+def test_what_others_keep_beside_the_folder_stays(tmp_path, texts):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial, where the data would be made, holds notes\.txt"):
+        run(tmp_path / "out", texts)
+    assert content(tmp_path / "out.partial") == {"notes.txt": b"mine"} and not (tmp_path / "out").exists()
+    (tmp_path / "out.old").mkdir()
+    run(tmp_path / "out.old/mine", texts)
+    for _ in range(2):
+        run(tmp_path / "out2", texts, overwrite=True)
+    assert (tmp_path / "out.old/mine/manifest.json").is_file()
 
 
 def interrupted(out: Path, number: int, *words: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, Trainer, assert_same_state, records
 
 import train
-from nanostack import checkpoint, hf, tokenizer
+from nanostack import checkpoint, export, tokenizer
 from nanostack.config import Optim, Sampling, load
 from nanostack.errors import UserError
 from nanostack.model import KVCache, Llama, LlamaConfig
@@ -158,7 +158,7 @@ def test_logits_that_are_not_finite_are_told_and_end_no_run(corpus):
 def test_greedy_text_is_that_of_transformers(config, tmp_path):
     transformers = pytest.importorskip("transformers")
     state = State.create(config, Optim(), Placement(torch.device("cpu")), 0)
-    hf.save(state, tmp_path / "out", None)
+    export.save(state, tmp_path / "out", None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     x, n = tokens(2, 5), config.seq_len - 5
     greedy = {"do_sample": False, "top_k": None, "temperature": None, "attention_mask": torch.ones_like(x)}
@@ -243,8 +243,8 @@ def test_hugging_face_folder_writes_what_its_checkpoint_does(run, tmp_path, monk
     monkeypatch.chdir(run)
     saved = checkpoint.load(run / "run/ckpt.pt")
     state = State.restore(saved, Optim(), Placement(torch.device("cpu")))
-    hf.save(state, tmp_path / "with", saved["manifest_sha256"], tokenizer=tokenizer.load(run / "data/mine"))
-    hf.save(state, tmp_path / "without", saved["manifest_sha256"])
+    export.save(state, tmp_path / "with", saved["manifest_sha256"], tokenizer=tokenizer.load(run / "data/mine"))
+    export.save(state, tmp_path / "without", saved["manifest_sha256"])
     of_checkpoint, *of_folders = (
         main(Command(path, prompt=("x = é", ""), tokens=20, json=True))
         for path in (run / "run/ckpt.pt", tmp_path / "with", tmp_path / "without")

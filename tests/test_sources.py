@@ -41,6 +41,20 @@ def test_link_to_a_file_is_read_as_its_own_name_says(tmp_path):
     assert list(reader(tmp_path / "part.jsonl")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_json_is_json_lines_where_its_first_two_lines_are_records(tmp_path, packing):
+    """As C4 comes: c4-train.00000-of-01024.json.gz. Settings of a program in a folder of code are text."""
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing]
+    records = b'{"text": "a"}\n{"text": "b"}\n'
+    settings = [b'{"name": "x"}\n', b'{\n "name": "x"\n}\n', b"[1,\n2]", b"[" * 100_000]
+    for data, texts in [(records, ["a", "b"]), *((one, [one.decode()]) for one in settings)]:
+        (tmp_path / f"part.json{packing}").write_bytes(pack(data))
+        assert list(reader(tmp_path / f"part.json{packing}")) == texts
+    (tmp_path / "part.json").write_bytes(records)
+    with pytest.raises(UserError, match=r"part\.json, line 1: no field 'body' \(there is text\)"):
+        list(reader(tmp_path / "part.json", "body"))
+
+
 def test_site_packages_are_the_installed_sources():
     names = {file.name for file in list_files("site-packages", Counter())}
     assert {"numpy/__init__.py", "tiktoken/core.py"} <= names
@@ -189,6 +203,13 @@ def test_mistakes_with_datasets_are_told_in_one_line(hub):
     done = python(hub, "-c", READ, "body", *mistakes)
     for line, (source, message) in zip(done.stdout.splitlines(), mistakes.items(), strict=True):
         assert message in line, (source, line)
+
+
+def test_a_hub_that_is_not_there_gives_one_line(hub):
+    hub.url = "http://127.0.0.1:9"
+    done = python(hub, "-m", "nanostack.prepare", "hf:own/web", "--out", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("error: hf:own/web could not be had from Hugging Face's Hub: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_datasets_without_their_library_name_the_extra(monkeypatch):

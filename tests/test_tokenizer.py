@@ -18,7 +18,7 @@ from hub_server import COMMIT, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanostack import hf, tokenizer
+from nanostack import export, tokenizer
 from nanostack.errors import UserError
 from nanostack.prepare import Args, prepare
 from nanostack.tokenizer import JsonTokenizer
@@ -238,7 +238,7 @@ def smol() -> bytes:
 
 def llama_3() -> bytes:
     """Built as Llama 3's is: tiktoken's ranks and pattern, special tokens behind them."""
-    return hf.tokenizer_json(BPE).to_str().encode()
+    return BPE.to_json()
 
 
 def with_parts(data: bytes | dict, **parts) -> bytes:
@@ -321,7 +321,7 @@ def test_truncation_padding_and_dropout_of_a_tokenizer_json_lose_nothing():
 
 def test_ranks_and_the_tokenizer_json_made_of_them_give_the_same_shards(tmp_path):
     ranks = prepared(tmp_path / "ranks", "bpe:400")
-    hf.tokenizer_json(tokenizer.load(ranks)).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.load(ranks).to_json())
     other = prepared(tmp_path / "json", str(tmp_path / "tokenizer.json"))
     assert len(list(ranks.glob("*.bin"))) == 2
     for shard in ranks.glob("*.bin"):
@@ -342,7 +342,7 @@ def test_prepared_data_hold_the_tokenizer_json_and_export_writes_it_again(tmp_pa
         assert again.encode(TEXT) == loaded.encode(TEXT) and again.eot_token == loaded.eot_token == eot_token
     exported = tmp_path / "exported"
     exported.mkdir()
-    hf._write_tokenizer(loaded, exported, 64)
+    export._write_tokenizer(loaded, exported, 64)
     assert (exported / "tokenizer.json").read_bytes() == data
     assert json.loads((exported / "tokenizer_config.json").read_text())["eos_token"] == eot_token
     (out / "tokenizer.json").write_bytes(data + b"\n")

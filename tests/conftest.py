@@ -1,11 +1,13 @@
 """What several test files share: one small prepared corpus of real text, and ways to run the real train.py."""
 
+import atexit
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +42,38 @@ def corpus(tmp_path_factory) -> Path:
     return folder / "data"
 
 
+class Forks:
+    """Python commands, each in a process of its own that need not import torch (tests/forks.py)."""
+
+    server: subprocess.Popen | None = None
+
+    def __call__(self, words: list, cwd: Path) -> subprocess.CompletedProcess:
+        if self.server is None or self.server.poll() is not None:
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, str(ROOT / "tests/forks.py")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.server = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+            atexit.register(self.server.stdin.close)  # which ends it
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            request = {"argv": words, "cwd": str(cwd), "out": out.name, "err": err.name}
+            try:
+                print(json.dumps(request), file=self.server.stdin, flush=True)
+                code = int(self.server.stdout.readline())
+            except BaseException:  # pytest's own timeout too: nothing is left that would answer the next request
+                os.killpg(self.server.pid, signal.SIGKILL)
+                self.server.wait()
+                raise
+            return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+forks = Forks()
+
+
+def python(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """What `python WORDS` does in the folder `cwd`, on the CPU."""
+    return forks([str(word) for word in words], cwd)
+
+
 class Trainer:
     """Runs the real train.py on tests/tiny.py."""
 
@@ -53,14 +87,11 @@ class Trainer:
         return [sys.executable, *script]
 
     def __call__(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            self.command(out, *overrides, processes=processes),
-            cwd=ROOT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),  # bit for bit is a promise of the CPU
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        command = self.command(out, *overrides, processes=processes)
+        if not processes and not env:
+            return python(*command[1:])
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})  # bit for bit is a promise of the CPU
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
     def good(self, out: str, *overrides: str, **options) -> Path:
         done = self(out, *overrides, **options)

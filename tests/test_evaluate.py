@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, python
 
 import train
 from nanostack import checkpoint, evaluate, export, tokenizer
@@ -213,8 +213,7 @@ def fill(folder: Path) -> None:
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "nanostack.evaluate", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    return python("-m", "nanostack.evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """What fits is what is really allocated."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, peak_bytes
+from conftest import peak_bytes, python
 
 from kernels import dispatch
 from kernels.linear_cross_entropy import scratch_bytes
@@ -74,15 +72,15 @@ def test_the_most_sequences_are_the_most_that_fit():
 
 
 def test_command_tells_every_option_and_refuses_what_there_is_not():
-    command = [sys.executable, "-m", "nanostack.fit", "config/quickstart.py", "--json"]
-    done = subprocess.run([*command, "--gpu", "8"], cwd=ROOT, capture_output=True, text=True)
+    command = ["-m", "nanostack.fit", "config/quickstart.py", "--json"]
+    done = python(*command, "--gpu", 8)
     assert done.returncode == 0, done.stderr
     options = json.loads(done.stdout)["options"]
     assert len(options) == 6 and all(option["micro_batch"] > 16 for option in options)
     by = {(option["activation_checkpointing"], option["moments"]): option["micro_batch"] for option in options}
     assert by["none", "float32"] < by["selective", "float32"] < by["full", "float32"] <= by["full", "bfloat16"]
     for wrong, said in ((["--gpu", "abacus"], "gpu is one of h200"), (["--count", "0"], "count must be at least 1")):
-        refused = subprocess.run([*command, *wrong], cwd=ROOT, capture_output=True, text=True)
+        refused = python(*command, *wrong)
         assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
     assert capacity("12.5") == 12.5 * 2**30
     with pytest.raises(ValueError, match="there is no config file"):

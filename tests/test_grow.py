@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, Trainer, records
+from conftest import ROOT, Trainer, python, records
 
 from nanostack import checkpoint
 
@@ -22,8 +22,7 @@ def base(corpus, tmp_path_factory) -> Trainer:
 
 
 def grow(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "grow.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return python(ROOT / "grow.py", *arguments, cwd=cwd)
 
 
 @pytest.fixture

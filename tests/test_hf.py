@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, python
 
 import train
 from nanostack import checkpoint, export, hf, tokenizer
@@ -42,8 +41,7 @@ def state_of(config: LlamaConfig, seed: int = 0) -> State:
 
 
 def run(module, *arguments):
-    command = [sys.executable, *(["-m", module] if module.startswith("nanostack") else [module]), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return python(*(["-m", module] if module.startswith("nanostack") else [module]), *arguments)
 
 
 def exported(state, folder, **options):

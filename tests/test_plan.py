@@ -1,11 +1,9 @@
 """Advice: the paper's table, the range of its formula, and a config that loads."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import python
 
 from nanostack.config import load
 from nanostack.plan import Command, advise, config_text, growth_tokens, in_range
@@ -19,8 +17,7 @@ def test_growth_point_is_the_papers(params, tokens, billions):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "nanostack.plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return python("-m", "nanostack.plan", *arguments)
 
 
 def test_advice_is_capped_and_says_so_where_the_formula_breaks():

@@ -1,11 +1,9 @@
 """Curves of runs: python -m nanostack.plot."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import python
 
 from nanostack import plot
 
@@ -25,8 +23,7 @@ def run(folder, losses, growth_at=None):
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "nanostack.plot", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    return python("-m", "nanostack.plot", *arguments)
 
 
 def test_draws_several_runs_as_png_and_svg(tmp_path):

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
-from conftest import ROOT, TINY, Trainer
+from conftest import ROOT, TINY, Trainer, python
 
 import train
 from bench.report import parabola
@@ -257,8 +257,8 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
     for name, one in (("toy-cpu", results), ("toy-cpu-wide", wide), ("half-cpu", {"study": "half", "runs": {}})):
         (tmp_path / f"study-{name}.json").write_text(json.dumps(one))
     (tmp_path / "docs").mkdir()
-    command = [sys.executable, "bench/speedup.py", "--report", "--results", tmp_path, "--docs", tmp_path / "docs"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["bench/speedup.py", "--report", "--results", tmp_path, "--docs", tmp_path / "docs"]
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "docs/study.md").read_text()
     for said in ("| scratch |", "Not finished yet, and not reported: half-cpu", "optimum of the parabola", "L = ", "diverged"):
@@ -266,7 +266,7 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
     for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-toy-cpu-isoflop.png"):
         assert picture in page and (tmp_path / "docs" / picture).stat().st_size > 10000
     (tmp_path / "study-half-cpu.json").write_text("{")
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused = python(*command)
     assert refused.returncode == 2 and "study-half-cpu.json does not hold results of a study" in refused.stderr
 
 
@@ -288,8 +288,8 @@ BAD = {
 @pytest.mark.parametrize("text", BAD, ids=BAD.values())
 def test_study_that_cannot_be_is_refused_in_one_line(text, corpus, tmp_path):
     (tmp_path / "bad.py").write_text(text)
-    command = [sys.executable, "bench/speedup.py", tmp_path / "bad.py", "--data", corpus, "--size", "cpu"]
-    done = subprocess.run([*command, "--out", tmp_path, "--results", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    command = ["bench/speedup.py", tmp_path / "bad.py", "--data", corpus, "--size", "cpu"]
+    done = python(*command, "--out", tmp_path, "--results", tmp_path)
     assert done.returncode == 2 and BAD[text] in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -361,8 +361,7 @@ def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     for out, n_layer, steps in (("scratch", 4, 24), ("base", 2, 40)):
         flat = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / out), "--model.n_layer", str(n_layer)])
         train.Run(replace(flat, stages=(Stage(steps * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
-    command = [sys.executable, "bench/speedup.py", tmp_path / "base", scratch, grown, "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("bench/speedup.py", tmp_path / "base", scratch, grown, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer == json.loads((tmp_path / "compared.json").read_text()) and (tmp_path / "compared.png").stat().st_size > 10000
@@ -408,9 +407,7 @@ def test_run_grown_on_disk_is_told_with_its_base(corpus, tmp_path):
     """grow.py between two runs: ledger, curve and seconds are those of both."""
     tiny = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "base")])
     train.Run(replace(tiny, stages=(Stage(12 * 256, 1e-2, "constant"),))).train()
-    subprocess.run(
-        [sys.executable, "grow.py", tmp_path / "base/ckpt.pt", "--g", "2"], cwd=ROOT, check=True, capture_output=True
-    )
+    assert python("grow.py", tmp_path / "base/ckpt.pt", "--g", 2).returncode == 0
     deep = replace(tiny, model=replace(tiny.model, n_layer=4))
     decayed = (Stage(12 * 256, 1e-2, "cosine"),)
     train.Run(replace(deep, stages=decayed, out=str(tmp_path / "scratch"))).train()

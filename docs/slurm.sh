@@ -19,7 +19,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 again=
-trap 'again=yes; kill -TERM "$step"' USR1 # srun passes it on to every process of the run
+trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1 # to the processes of the run; srun itself would kill them
 
 # shellcheck disable=SC2016 # the variables are those of each process
 srun --kill-on-bad-exit=1 bash -c '

@@ -14,14 +14,15 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from conftest import ROOT, TINY
+from test_evaluate import fill
 from test_readme import run, small
 
 PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")  # in the order in which they build on each other
-NEEDS = re.compile(r" # needs a (GPU|network)")
+NEEDS = re.compile(r" # needs (a GPU|GPUs|a network|Slurm)")
 
 
 def commands(page: str) -> list[str]:
-    """Those that need neither a GPU nor a network."""
+    """Those that need neither a GPU nor a network nor Slurm."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if not NEEDS.search(line)]
@@ -48,6 +49,7 @@ def test_commands_of_the_pages_work_in_order(tmp_path):
     for name in ("train.py", "grow.py", "config", "nanostack", "kernels", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
     texts(tmp_path)
+    fill(tmp_path / "tasks")
     base = "torchrun --nproc_per_node 8 train.py config/1b_base.py --data.path data/texts"
     for page in PAGES:
         found = commands(page)
@@ -90,19 +92,21 @@ def test_operator_of_the_page_passes_the_tests_once_added(tmp_path):
     tests = tmp_path / "tests/test_growth.py"
     opening = re.search(r"SEQUENCES = {.*\n", tests.read_text())[0]
     tests.write_text(tests.read_text().replace(opening, opening + sequence))
-    said = [run([sys.executable, *shlex.split(line)[1:]], tmp_path) for line in commands("add_an_operator")]
-    assert "3 passed" in said[0], "tied, untied, and what holds for all"
+    for line, said in zip(commands("add_an_operator"), ("3 passed", ""), strict=True):  # tied, untied, what holds for all
+        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "docs/growth.png").stat().st_size > 10_000
 
 
 SRUN = """#!/bin/bash
-# srun as far as the job script uses it: a process per task, signals passed on, the first bad exit ends all
+# srun as far as the job script uses it: a process per task, the first bad exit ends all; a SIGTERM kills them, as srun's does
 while [ "${1#--}" != "$1" ]; do shift; done
-trap 'kill -TERM $tasks 2>/dev/null' TERM
+trap 'kill -KILL $tasks' TERM
 for i in 0 1; do
     SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" &
     tasks="$tasks $!"
 done
+echo $tasks > "$STEP"
 status=0
 for task in $tasks; do
     while kill -0 "$task" 2>/dev/null; do wait "$task"; last=$?; done
@@ -113,6 +117,9 @@ exit $status
 SCONTROL = """#!/bin/bash
 [ "$1" = requeue ] && echo "$2" >> "$REQUEUED" || echo 127.0.0.1
 """
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 4711.0" ] && kill -TERM $(cat "$STEP")
+"""
 
 
 @pytest.mark.slow
@@ -120,11 +127,12 @@ SCONTROL = """#!/bin/bash
 def test_slurm_script_saves_requeues_and_goes_on(corpus, tmp_path):
     (tmp_path / "bin").mkdir()
     python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("python", python)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     requeued, out = tmp_path / "requeued", tmp_path / "out"
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here", "REQUEUED": str(requeued)}
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here"}
+    slurm |= {"REQUEUED": str(requeued), "STEP": str(tmp_path / "step")}
     environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     options = ["--data.path", corpus, "--out", out, "--stages.0.tokens", 400000, "--log_interval", 256]
     command = ["bash", "docs/slurm.sh", TINY, *map(str, options)]

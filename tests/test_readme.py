@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -20,8 +20,11 @@ SMALL = (
 STAGE = "--stages.{0}.tokens 4096 --stages.{0}.warmup_tokens 1024"
 
 
-def run(command: list, cwd, **env) -> str:
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+def run(command: list[str], cwd) -> str:
+    if command[0] == sys.executable and re.match(r"nanostack\.|train\.py|grow\.py", command[2 if command[1] == "-m" else 1]):
+        done = python(*command[1:], cwd=cwd)
+    else:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -5,7 +5,8 @@ A source is a folder, a file, a dataset of Hugging Face's, or one of two words (
     stdlib          the Python standard library on this machine, without tests and tables: 10 MB that need no network
     site-packages   the Python source of what is installed beside this package, for larger runs
     hf:OWNER/NAME   a dataset of the Hub, as in hf:HuggingFaceFW/fineweb-edu,name=sample-10BT,split=train (the split unless
-                    told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept (nanostack.hub)
+                    told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept (nanostack.hub),
+                    or, with --no_keep_downloads, deleted when they have been read
     *.jsonl         one document per line, in --field; also *.json whose first two lines are objects
     *.parquet       one document per row, in the column --field
     anything else   plain text or code; a file is a document, a long one several (cut at line ends, see sources.LONGEST)
@@ -77,6 +78,9 @@ class Args:
     """stop after so many documents, repeated ones not counted"""
     max_bytes: int | None = None
     """stop before the document with which the text would be longer; a token is 4 to 5 bytes of English"""
+    keep_downloads: bool = True
+    """keep the files of a dataset once they are read; without, they take the room of one, but a run that is broken off
+    fetches all anew"""
     shard_tokens: int = 100_000_000
     """tokens per shard"""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -240,7 +244,7 @@ def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, di
 
 def _write_shards(args: Args, files: list[File], encoder: Tokenizer, folder: Path, bound: int) -> tuple[dict, Counter, int]:
     """Encode and write every document; returns (entry per split, what was dropped, the lowest hash of a document)."""
-    reader = Reader(files, args.field)
+    reader = Reader(files, args.field, args.keep_downloads)
     documents = Split(reader, bound, set(), *(getattr(args, name) for name in LIMITS))
     shards = {split: Shards(folder, split, args.shard_tokens) for split in SPLITS}
     encoded = _encode(_batches(documents), encoder, args.workers)

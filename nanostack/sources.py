@@ -104,10 +104,13 @@ def _walk(root: Path, dropped: Counter, skip: Iterable[str] = ()) -> Iterator[Pa
 
 
 class Reader:
-    """Iterates over the documents of `files`; counts what it leaves out; `position` is how many bytes it has read."""
+    """Iterates over the documents of `files`; counts what it leaves out; `position` is how many bytes it has read.
 
-    def __init__(self, files: Iterable[File], field: str):
-        self.files, self.field, self.dropped, self.position = files, field, Counter(), 0
+    keep: whether files of a dataset stay on this machine when they have been read to their end.
+    """
+
+    def __init__(self, files: Iterable[File], field: str, keep: bool = True):
+        self.files, self.field, self.keep, self.dropped, self.position = files, field, keep, Counter(), 0
 
     def __iter__(self) -> Iterator[str]:
         done = 0
@@ -117,6 +120,8 @@ class Reader:
                 for text in self._documents(path, *_kind(file), raw):
                     self.position = done + min(raw.tell(), file.size)
                     yield text
+            if file.repository and not self.keep:
+                path.unlink(missing_ok=True)  # another prepare may have done it
             done += file.size
             self.position = done
 

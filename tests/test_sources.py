@@ -186,6 +186,15 @@ def test_a_limit_fetches_no_file_that_it_does_not_need(hub, tmp_path):
     assert {name for name, _ in fetched(hub)} == {"example_0.jsonl.zst"}
 
 
+def test_files_of_a_dataset_need_not_be_kept(hub, tmp_path):
+    words = ["hf:own/slim", "--val_fraction", 0.3]
+    kept = prepared(hub, tmp_path / "kept", *words, name="bpe:260")
+    folder = next((hub.folder.parent / "home/nanostack").glob("own--slim@*"))
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 3
+    assert prepared(hub, tmp_path / "not", *words, "--no_keep_downloads", name="bpe:260")["splits"] == kept["splits"]
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
 def test_mistakes_with_datasets_are_told_in_one_line(hub):
     (hub.folder / "datasets/own/table/data").mkdir(parents=True)
     (hub.folder / "datasets/own/table/data/train.csv").write_text("text\nhello\n")

@@ -81,7 +81,8 @@ def main(command: Command) -> dict:
         return forecast | {"bytes_free": free_bytes(device)}
     check_room(device, forecast["bytes_needed"], "growing")
     if device.type != "cpu":
-        check_room(torch.device("cpu"), forecast["bytes_written"], "putting the file together")
+        at_once = min(forecast["bytes_written"], export.SHARD_BYTES) if folder else forecast["bytes_written"]
+        check_room(torch.device("cpu"), at_once, "putting the file together")
 
     console.print(
         f"growing on {device}, {forecast['n_params_before'] / 1e6:.1f}M to {forecast['n_params'] / 1e6:.1f}M parameters"
@@ -100,11 +101,7 @@ def main(command: Command) -> dict:
     receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
     if folder:
-        options = {
-            "dtype": saved["dtype"],
-            "tokenizer": command.checkpoint,
-            "eot": saved["eot"],
-        }
+        options = {"dtype": saved["dtype"], "tokenizer": command.checkpoint, "eot": saved["eot"]}
         export.save(state, out, saved["manifest_sha256"], **options)
     else:
         checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
@@ -123,10 +120,16 @@ def check(command: Command, saved: dict, out: Path) -> None:
         raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
     if command.growth.learning_steps() and not command.data:
         raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
-    if command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
+    if command.growth.learning_steps() and command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
         raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {seq_len} tokens")
-    if command.growth.learning_steps() and manifest_sha256(command.data) != (saved["manifest_sha256"] or ""):
+    trained_on = saved["manifest_sha256"]  # None where others did
+    if command.growth.learning_steps() and trained_on not in (None, manifest_sha256(command.data)):
         raise UserError(f"{command.checkpoint} was trained on other text than {command.data}: learn goes on where it stopped")
+    if command.checkpoint.is_dir() and "random" in (command.growth.op, command.growth.width):
+        raise UserError(
+            "what begins at random is ramped in during training, which a Hugging Face folder has no place for: make a "
+            "checkpoint of it (python -m nanostack.import_hf), grow that, and train on"
+        )
 
 
 def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:
@@ -189,7 +192,7 @@ def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
         "n_params_before": old,
         "n_params": old + new,
         "bytes_needed": 4 * numbers,
-        "bytes_written": 4 * (old + new) * (1 + moments),
+        "bytes_written": saved.get("dtype", torch.float32).itemsize * (old + new) * (1 + moments),
     }
 
 

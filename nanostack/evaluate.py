@@ -12,7 +12,7 @@ Tasks come from the Hub. Where there is no network, `--data DIR` reads each from
 
     for name in allenai/ai2_arc baber/piqa allenai/sciq allenai/winogrande EleutherAI/lambada_openai \\
             EleutherAI/wikitext_document_level; do
-        huggingface-cli download --repo-type dataset $name --local-dir DIR/$name
+        hf download --repo-type dataset $name --local-dir DIR/$name
     done
     git clone https://github.com/lgw863/LogiQA-dataset DIR/EleutherAI/logiqa              (the Hub has only a script)
 

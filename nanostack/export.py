@@ -9,7 +9,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,12 +25,21 @@ from nanostack.config import Optim, describe_tokens
 from nanostack.data import load_manifest, manifest_sha256
 from nanostack.errors import UserError, command_line
 from nanostack.flops import n_params
-from nanostack.growth import ramp_left
+from nanostack.growth import outcome, ramp_left
 from nanostack.metrics import read_run
 from nanostack.parallel import Placement
 from nanostack.sample import check_tokenizer
 from nanostack.state import State
 from nanostack.tokenizer import JSON_FILE, Tokenizer
+
+SHARD_BYTES = 5 * 10**9
+LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|"
+    + "|".join(map(re.escape, hf.TOKENIZER_FILES))
+    + f"|({'|'.join(LEGAL)}).*",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,15 @@ def main(command: Command) -> dict:
     text = tokenizer.load(command.data) if command.data else None
     if text and manifest_sha256(command.data) != saved["manifest_sha256"]:
         check_tokenizer(command.data, command.checkpoint.parent / "metrics.jsonl")
+        print(f"note: the model was trained on other data than {command.data}: is it the same tokenizer?", file=sys.stderr)
     state = State.restore(saved | {"optimizer": {}}, Optim(), Placement(torch.device("cpu")))
     folder = command.checkpoint.parent
     records = read_run(folder)[1] if (folder / "metrics.jsonl").is_file() else None
     if any(not isinstance(record, dict) or not record.keys() >= {"tokens", "flops"} for record in records or ()):
         raise UserError(f"{folder / 'metrics.jsonl'} was not written by this version of train.py: move it away to export")
     records = [record for record in records or [] if record["tokens"] <= state.cursor.tokens]
+    if state.growth and state.growth[-1]["tokens"] == state.cursor.tokens and "growth" not in (records or [{}])[-1]:
+        records = None  # grown on disk, not trained since: they are its base's
     how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "records": records}
     if text:
         how |= {"tokenizer": text, "text": f"{', '.join(load_manifest(command.data)['sources'])}, in tokens of {text.name}"}
@@ -83,6 +98,8 @@ def check_place(folder: Path, source: Path, overwrite: bool) -> None:
     config = folder / "config.json"
     if not folder.is_dir() or not config.is_file() or "nanostack" not in hf.read_json(config):
         raise UserError(f"{folder} is no model that was written here, and is not replaced: choose another folder")
+    if others := sorted(path.name for path in folder.iterdir() if not WRITTEN.fullmatch(path.name)):
+        raise UserError(f"{folder} holds {others[0]}, which was not written here, and is not replaced: choose another folder")
     if folder.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{folder} holds {source}, from which it would be made: choose another folder")
 
@@ -92,7 +109,7 @@ def save(
     folder: str | Path,
     manifest_sha256: str | None,
     dtype: torch.dtype = torch.float32,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
     tokenizer: Tokenizer | Path | None = None,
     eot: int | None = None,
     records: list[dict] | None = None,
@@ -100,15 +117,15 @@ def save(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
-    tokenizer: ours, translated unless it is a tokenizer.json already, or a folder whose tokenizer files are copied. records: of
-    the run, for the card's curve; text: what it was trained on, for the card. Everything is written beside the folder first: it
-    is whole or it is not there. A folder that is there is replaced: ask `check_place` before. Raises `UserError` where it
-    cannot be.
+    tokenizer: ours, translated unless it is a tokenizer.json already, or the folder of the model that this one was made of,
+    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on. Everything
+    is written beside the folder first: it is whole or it is not there. A folder that is there is replaced: ask `check_place`
+    before. Raises `UserError` where it cannot be.
     """
     hf.require_extra()
     from safetensors import SafetensorError
 
-    folder, config = Path(folder), state.model.config
+    folder, config = Path(folder).resolve(), state.model.config  # of a link, the folder that it leads to
     if isinstance(tokenizer, Tokenizer):
         if tokenizer.n_vocab > config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
@@ -118,23 +135,24 @@ def save(
         partial.mkdir(parents=True)
         _write_weights(state, partial, dtype, shard_bytes)
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": state.growth, "seed": state.seed}
-        about["manifest_sha256"] = manifest_sha256
+        about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config).fingerprint()}
         generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
-        special = {}
-        if isinstance(tokenizer, Path):  # of the model that this one was made of
+        special, base = {}, None
+        if isinstance(tokenizer, Path):
             found = hf.read_json(tokenizer / "config.json")
             special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
+            base = tokenizer.resolve().name if manifest_sha256 is None else None
         _write_json(partial / "config.json", hf.to_config(config, eot, dtype) | special | {"nanostack": about})
         _write_json(partial / "generation_config.json", generation)
         if isinstance(tokenizer, Tokenizer):
             _write_tokenizer(tokenizer, partial, config.seq_len)
         elif tokenizer is not None:
-            for name in hf.TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, partial / name)
-        (partial / "README.md").write_text(card(folder.name, state, records, text))
+            for path in tokenizer.iterdir():
+                if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
+                    shutil.copyfile(path, partial / path.name)
+        (partial / "README.md").write_text(card(folder.name, state, records, text, base))
         if records:
             from nanostack.plot import draw
 
@@ -154,8 +172,12 @@ def _replace(partial: Path, folder: Path) -> None:
         return
     old = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
     os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -198,8 +220,8 @@ def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
 
 
-def card(name: str, state: State, records: list[dict] | None, text: str | None) -> str:
-    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve."""
+def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:
+    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve. base: the model of others that was grown."""
     config, cursor = state.model.config, state.cursor
     heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
@@ -208,16 +230,22 @@ def card(name: str, state: State, records: list[dict] | None, text: str | None) 
         "",
         f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
     ]
-    lines += [f"{heads}, context {config.seq_len}. Trained with nanostack.", "", f"- tokens: {describe_tokens(cursor.tokens)}"]
-    lines += [f"- text: {text}"] if text else []
-    lines += [f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"]
+    made = f"Made of {base} with nanostack, and not trained since" if base else "Trained with nanostack"
+    lines += [f"{heads}, context {config.seq_len}. {made}.", ""]
+    if not base:
+        lines += [f"- tokens: {describe_tokens(cursor.tokens)}", *([f"- text: {text}"] if text else [])]
+        lines += [
+            f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"
+        ]
     for receipt in state.growth:
-        lines += [f"- after {describe_tokens(receipt['tokens'])} tokens: {receipt['op']} to {len(receipt['rules'])} layers"]
+        lines += [f"- {outcome(receipt)}" + ("" if base else f", after {describe_tokens(receipt['tokens'])} tokens")]
     lines += [] if state.growth else ["- never grown"]
-    evaluated = [record for record in records or [] if record.get("val_loss") is not None]
-    lines += [f"- validation loss: {evaluated[-1]['val_loss']:.4f} nats per token"] if evaluated else []
+    for record in [record for record in records or [] if record.get("val_loss") is not None][-1:]:
+        at = describe_tokens(record["tokens"])
+        lines += [f"- validation loss: {record['val_loss']:.4f} nats per token, after {at} tokens"]
     return "\n".join([*lines, *(["", "![curves](curves.png)"] if records else [])]) + "\n"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half folder behind
     command_line(Command, main)

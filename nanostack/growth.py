@@ -319,6 +319,13 @@ def set_ramp(model: nn.Module, scale: float) -> None:
         model.ramp = model.ramp_hooks = None
 
 
+def outcome(receipt: dict) -> str:
+    """What a growth made, in a few words: stack to 8 layers; split in width to 8 layers × 256."""
+    wide = receipt.get("width")
+    size = f"{len(receipt['rules'])} layers" + (f" × {wide['to']['d_model']}" if wide else "")
+    return " and ".join(filter(None, (receipt["op"], wide and f"{wide['op']} in width"))) + f" to {size}"
+
+
 def describe(receipt: dict) -> str:
     """A receipt as one line."""
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in receipt.items() if v is not None}

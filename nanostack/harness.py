@@ -209,7 +209,7 @@ def fetch(path: str, place: Path) -> str:
     """The command that fills `place` with the data set called `path`."""
     if path == LOGIQA:
         return f"git clone https://github.com/lgw863/LogiQA-dataset {place}"
-    return f"huggingface-cli download --repo-type dataset {path} --local-dir {place}"
+    return f"hf download --repo-type dataset {path} --local-dir {place}"
 
 
 def logiqa(place: str | Path, load_dataset: Callable) -> datasets.DatasetDict:

@@ -1,15 +1,20 @@
 """Hugging Face's Llama folders: their names and shapes beside ours, and how one is read; nanostack.export writes them.
 
 `load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for, tensor by tensor. What Hugging Face
-has no place for (tokens, FLOPs, growth) stands in config.json under "nanostack": a round trip loses the optimizer only.
+has no place for (tokens, FLOPs, growth) stands in config.json under "nanostack": a round trip loses the optimizer only. It
+belongs to the weights that it was written with, and does not count where they were changed, as by training elsewhere.
 
 Their q_proj, k_proj, v_proj are the rows of our qkv, gate_proj and up_proj those of gate_up; both rotate halves.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -135,6 +140,8 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if missing := [name for name in names if name not in rope]:
             raise UserError(f"{where}: its llama3 rotary scaling lacks {', '.join(missing)}")
+        if odd := [name for name in names if not isinstance(rope[name], int | float)]:
+            raise UserError(f"{where}: its {odd[0]} is {rope[odd[0]]!r}, no number")
         scaling = RopeScaling(*(rope[name] for name in names))
     elif kind != "default":
         raise UserError(f"{where} scales rotary positions by {kind!r}; 'default' and 'llama3' are known")
@@ -155,7 +162,7 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
         )
     except KeyError as error:
         raise UserError(f"{where} does not say {error.args[0]}") from error
-    except (TypeError, UserError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where} does not describe a Llama: {error}") from error
     if (found.get("head_dim") or config.d_head) != config.d_head:
         raise UserError(f"{where} has heads of {found['head_dim']}, not of hidden_size / num_attention_heads = {config.d_head}")
@@ -192,39 +199,60 @@ class Weights(Mapping):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def _read(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+    def fingerprint(self) -> str:
+        """SHA-256 of the first row of every tensor, as it is stored: other weights have another."""
+        digest = hashlib.sha256()
+        for one in (one for name in names_of(self.config) for one in theirs(name)):
+            digest.update(self._read(one, first_row=True).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
+    def _read(self, name: str, first_row: bool = False) -> Tensor:
         path = self.folder / self._files[name]
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, "pt")
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+        if path not in self._open:
+            self._open[path] = _open(path)
+        with _damage_told(path):
+            return self._open[path].get_slice(name)[:1] if first_row else self._open[path].get_tensor(name)
+
+
+class _Pickled(dict):
+    """A pytorch_model.bin, read as safetensors' files are. Only tensors are unpickled."""
+
+    get_tensor = get_slice = dict.__getitem__
+
+
+def _open(path: Path):
+    from safetensors import safe_open
+
+    with _damage_told(path):
+        if path.suffix == ".bin":
+            return _Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return safe_open(path, "pt")
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _files_of(folder: Path) -> dict[str, str]:
     """{tensor: file}, from the index or the one file; UserError for shards that are not there."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index} does not say which tensor is in which file (weight_map)")
-        if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        other = " (it has pytorch_model.bin: save it anew with transformers)" if any(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} has neither model.safetensors nor an index of shards{other}")
-    try:
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{single} is damaged: {error}") from error
+    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = single.with_name(f"{single.name}.index.json")
+        if index.is_file():
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise UserError(f"{index} does not say which tensor is in which file (weight_map)")
+            if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
+                raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names")
+            return files
+        if single.is_file():
+            return dict.fromkeys(_open(single).keys(), single.name)
+    raise UserError(f"{folder} has neither model.safetensors nor an index of shards, nor a pytorch_model.bin")
 
 
 def read_json(path: Path) -> dict:
@@ -251,12 +279,14 @@ def load(folder: str | Path) -> dict:
     found = read_json(folder / "config.json")
     config = from_config(found, folder / "config.json")
     _check_tokenizer(folder, config)
-    ours = found.get("nanostack") or {}
+    weights, ours = Weights(folder, config), found.get("nanostack") or {}
+    if ours and (not isinstance(ours, dict) or ours.get("fingerprint") != weights.fingerprint()):
+        print(f"note: {folder} was changed since nanostack wrote it: its tokens, FLOPs, growth do not count", file=sys.stderr)
+        ours = {}
     try:
         cursor = Cursor(**(ours.get("cursor") or {}))
     except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'}: what stands under nanostack was not written by this version") from error
-    weights = Weights(folder, config)
     return {
         "format": checkpoint.FORMAT,
         "config": dataclasses.asdict(config),

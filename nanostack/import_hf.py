@@ -41,7 +41,8 @@ def folder_of(source: str) -> Path:
         return Path(source)
     if not hub.is_name(source):
         raise UserError(f"there is no folder {source}, and a model on the Hub is called OWNER/NAME")
-    return hub.model(source, ["*.json", "*.safetensors", "tokenizer*"])
+    folder = hub.model(source, ["*.json", "*.safetensors", "tokenizer*"])
+    return folder if any(folder.glob("*.safetensors")) else hub.model(source, ["*.json", "pytorch_model*.bin", "tokenizer*"])
 
 
 def main(command: Command) -> dict:

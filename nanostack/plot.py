@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 from nanostack.errors import UserError, command_line
+from nanostack.growth import outcome
 from nanostack.metrics import read_run
 
 AXES = {  # of a record: its key, and what it says on the axis
@@ -98,7 +99,7 @@ def draw(runs: dict[str, list[dict]], x: str, out: Path) -> None:
                 for panel in (loss, rate, speed):
                     panel.axvline(record[AXES[x][0]], color=colour, lw=0.8, ls=":")
                 if record.get("val_loss") is not None:
-                    said = f"{grown['op']} to {len(grown['rules'])} layers"
+                    said = outcome(grown)
                     loss.plot([record[AXES[x][0]]], [record["val_loss"]], "^", color=colour, ms=8)
                     loss.annotate(
                         said, (record[AXES[x][0]], record["val_loss"]), (6, 8), textcoords="offset points", fontsize=8

@@ -95,8 +95,9 @@ class Tokenizer:
         """The same ids as a tokenizer.json of Hugging Face's. Needs the extra `hf`.
 
         tiktoken keeps ranks of byte strings, Hugging Face an ordered list of merges: the merge that made a token is found by
-        merging its bytes with the lower ranks only, until two are left. Text that looks like end-of-text becomes that token, as
-        is the custom there; ours takes it as text.
+        merging its bytes with the lower ranks only, until two are left. Special tokens stand among the others too, or they
+        would be numbered anew where ids are left out, as in cl100k_base. Text that looks like end-of-text becomes that token,
+        as is the custom there; ours takes it as text.
         """
         import tokenizers
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -107,8 +108,8 @@ class Tokenizer:
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             if len(token) > 1 and len(parts := _merged(self.ranks, token, rank)) == 2:
                 merges.append((text[parts[0]], text[parts[1]]))
-        vocab = {text[token]: rank for token, rank in self.ranks.items()}
-        made = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        vocab = {text[token]: rank for token, rank in self.ranks.items()} | self.special
+        made = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=bool(merges)))
         split = pre_tokenizers.Split(Regex(self.pattern), behavior="isolated")
         made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         made.decoder = decoders.ByteLevel()

@@ -21,11 +21,14 @@ PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")  # 
 NEEDS = re.compile(r" # needs (a GPU|GPUs|a network|Slurm)")
 
 
+def lines_of(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
 def commands(page: str) -> list[str]:
     """Those that need neither a GPU nor a network nor Slurm."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-    return [line for line in lines if not NEEDS.search(line)]
+    return [line for line in lines_of(page) if not NEEDS.search(line)]
 
 
 def texts(folder) -> None:
@@ -77,6 +80,14 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
 def test_no_page_has_commands_that_are_not_run():
     others = {path.stem for path in (ROOT / "docs").glob("*.md")} - {*PAGES, "add_an_operator"}
     assert not {page: found for page in others if (found := commands(page))}
+
+
+def test_tools_that_the_pages_call_are_installed():
+    tools = {line.split()[0] for path in (ROOT / "docs").glob("*.md") for line in lines_of(path.stem)} - {
+        "sbatch",
+        "tensorboard",
+    }
+    assert not [tool for tool in tools if not shutil.which(tool, path=os.path.dirname(sys.executable))]
 
 
 @pytest.mark.slow

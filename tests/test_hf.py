@@ -114,6 +114,74 @@ def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
     assert again.returncode == 2 and "base-x2 exists already" in again.stderr
 
 
+def of_others(folder):
+    """As if transformers had written it."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["nanostack"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").unlink()
+    return folder
+
+
+def test_model_of_others_is_grown_with_its_licence_and_no_claim_to_have_trained_it(corpus, tmp_path):
+    base = of_others(exported(state_of(MHA), tmp_path / "base"))
+    (base / "LICENSE.txt").write_text("of theirs")
+    edit(max_position_embeddings=131072, rope_parameters=LLAMA3 | {"factor": 8.0})(base)
+    assert run("grow.py", base, "--g", "2").returncode == 0
+    page = (tmp_path / "base-x2/README.md").read_text()
+    assert "Made of base with nanostack, and not trained since" in page and "stack to 6 layers" in page
+    assert "tokens:" not in page and "FLOPs" not in page and (tmp_path / "base-x2/LICENSE.txt").read_text() == "of theirs"
+    for ramped in (("--op", "random", "--g", "2"), ("--width", "random", "--d_ff", "192")):
+        refused = run("grow.py", base, *ramped, "--out", tmp_path / "ramped")
+        assert refused.returncode == 2 and "make a checkpoint of it (python -m nanostack.import_hf)" in refused.stderr
+    edit(max_position_embeddings=64)(base)
+    learned = ("--op", "learn", "--g", "2", "--data", corpus, "--batch_tokens", "256", "--learn_steps", "2")
+    done = run("grow.py", base, *learned, "--out", tmp_path / "learned")
+    assert done.returncode == 0, done.stderr
+    wide = run("grow.py", base, "--width", "zero", "--d_ff", "192", "--out", tmp_path / "wide")
+    assert wide.returncode == 0 and "- zero in width to 3 layers × 64" in (tmp_path / "wide/README.md").read_text(), wide.stderr
+
+
+def test_weights_that_others_changed_have_no_ledger_of_ours(tmp_path, capsys):
+    state = state_of(MHA)
+    state.cursor.advance(8, MHA)
+    folder = exported(state, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "same")
+    capsys.readouterr()
+    assert hf.load(tmp_path / "same")["cursor"]["tokens"] == 8 * MHA.seq_len and not capsys.readouterr().err
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "trained")
+    assert hf.load(tmp_path / "trained")["cursor"]["tokens"] == 0
+    assert "trained was changed since nanostack wrote it" in capsys.readouterr().err
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which was not written here, and is not replaced"):
+        export.check_place(folder, tmp_path / "ckpt.pt", overwrite=True)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_read_too(sharded, tmp_path):
+    """As the older of the models on the Hub have them."""
+    folder = exported(state_of(GQA), tmp_path / "model", dtype=torch.bfloat16)
+    wanted = dict(hf.load(folder)["model"])
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {
+        name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" if sharded else "pytorch_model.bin" for i, name in enumerate(tensors)
+    }
+    for file in set(names.values()):
+        torch.save({name: value for name, value in tensors.items() if names[name] == file}, folder / file)
+    if sharded:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    found = hf.load(folder)["model"]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    path = sorted(folder.glob("*.bin"))[0]
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="is damaged"):
+        dict(hf.load(folder)["model"])
+
+
 def test_tokenizer_gives_the_same_ids_as_tiktoken(corpus, tmp_path):
     ours = tokenizer.load(corpus)
     exported(state_of(MHA), tmp_path / "out", tokenizer=ours)
@@ -148,6 +216,11 @@ def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
     assert text.startswith("def ") and len(text) > 4
     again = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out")
     assert again.returncode == 2 and "exists already" in again.stderr
+    assert run("grow.py", tmp_path / "run/ckpt.pt", "--g", "2").returncode == 0
+    assert run("nanostack.export", tmp_path / "run/ckpt-x2.pt", tmp_path / "deep").returncode == 0
+    deep = (tmp_path / "deep/README.md").read_text()
+    assert "stack to 8 layers, after 6.14k tokens" in deep and "validation loss" not in deep and "curves" not in deep
+    shutil.rmtree(tmp_path / "deep")
     assert "- text: " in page and "in tokens of bpe:300" in page
     for folder in (tmp_path / "run", tmp_path):  # with the checkpoint itself in it
         lost = run("nanostack.export", tmp_path / "run/ckpt.pt", folder, "--overwrite")
@@ -224,6 +297,12 @@ def of_whole_numbers(folder):
         safetensors.save_file(tensors, path)
 
 
+def with_odd_ledger(folder):
+    ours = json.loads((folder / "config.json").read_text())["nanostack"]
+    edit(nanostack=ours | {"cursor": {"foo": 1}})(folder)
+
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 BAD = [
     (edit(model_type="mistral"), "is of architecture 'mistral'; only 'llama' can be read"),
     (edit(attention_bias=True), "has attention_bias True"),
@@ -237,7 +316,9 @@ BAD = [
     (edit(num_hidden_layers=2), "has 9 tensors that no Llama of ours has, model.layers.2"),
     (edit(quantization_config={"quant_method": "fp8"}), "is of quantized weights"),
     (edit(rope_scaling="x"), "its rope_scaling is 'x', no object"),
-    (edit(nanostack={"cursor": {"foo": 1}}), "was not written by this version"),
+    (with_odd_ledger, "was not written by this version"),
+    (edit(rope_parameters={"rope_theta": "abc"}), "does not describe a Llama: could not convert string to float: 'abc'"),
+    (edit(rope_parameters=LLAMA3 | {"factor": "8"}), "its factor is '8', no number"),
     (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read"),
     (with_too_many_ids, "has ids up to 256, the model beside it a vocabulary of 200"),
     (edit_index, "does not say which tensor is in which file"),

@@ -310,6 +310,18 @@ def test_prompt_begins_as_text_in_training_did():
     assert ours.encode_prompt("def") == [begin, *ours.encode("def")] and ours.decode(ours.encode_prompt("def")) == "def"
 
 
+@pytest.mark.parametrize(
+    "ranks", [{bytes([b]): b for b in range(256)}, {bytes([b]): b + b // 200 for b in range(256)} | {b"ab": 300}]
+)
+def test_ids_that_are_left_out_are_left_out_of_the_tokenizer_json(ranks):
+    """cl100k_base has none at 100256, before its end-of-text."""
+    ours = tokenizer.Tokenizer("holes", tokenizer.PATTERN, ranks, {tokenizer.EOT: 310, "<|fim|>": 312, "<|end|>": 400})
+    theirs = JsonTokenizer("holes", ours.to_json(), tokenizer.EOT)
+    text = "abacab <|endoftext|> é\n"
+    assert theirs.encode(text) == ours.encode(text) and theirs.eot == ours.eot == 310 and theirs.n_vocab == ours.n_vocab == 401
+    assert {name: theirs._bpe.token_to_id(name) for name in ours.special} == ours.special
+
+
 def test_truncation_padding_and_dropout_of_a_tokenizer_json_lose_nothing():
     made = json.loads(BUILT["smol"][0])
     cut = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}

@@ -111,9 +111,10 @@ def main(command: Command) -> dict:
     names = task_names(command.tasks)
     if names:
         require_extra(command.data)
-    text = tokenizer_of(command) if names or command.document_mask else None
+    saved = hf.load(command.checkpoint) if command.checkpoint.is_dir() else None  # which reads no weights yet
+    text = tokenizer_of(command, saved) if names or command.document_mask else None
     tasks = load_tasks(names, command.data) if names else []
-    saved = hf.load(command.checkpoint) if command.checkpoint.is_dir() else checkpoint.load(command.checkpoint)
+    saved = saved or checkpoint.load(command.checkpoint)
     config = LlamaConfig(**saved["config"])
     if text and text.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer has {text.n_vocab} entries, the model only {config.vocab_size}")
@@ -233,12 +234,12 @@ def load_tasks(names: list[str], data: Path | None) -> list:
     return found
 
 
-def tokenizer_of(command: Command):
+def tokenizer_of(command: Command, saved: dict | None):
     """The tokenizer named, that of --val, or that of the Hugging Face folder itself."""
     if folder := command.tokenizer or command.val:
         return tokenizer.load(folder)
-    if command.checkpoint.is_dir() and any((command.checkpoint / name).is_file() for name in hf.TOKENIZER_FILES):
-        if hf.load(command.checkpoint)["manifest_sha256"]:  # trained here, where texts begin with no token of their own
+    if saved and any((command.checkpoint / name).is_file() for name in hf.TOKENIZER_FILES):
+        if saved["manifest_sha256"]:  # trained here, where texts begin with no token of their own
             return tokenizer.get(str(command.checkpoint))
         from nanostack.harness import HubTokenizer
 

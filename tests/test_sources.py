@@ -11,11 +11,18 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 import zstandard
 from hub_server import COMMIT, Hub
 
+from nanostack import export
+from nanostack.config import Optim
 from nanostack.errors import UserError
+from nanostack.model import LlamaConfig
+from nanostack.parallel import Placement
 from nanostack.sources import LONGEST, Reader, list_files
+from nanostack.state import State
 
 
 def reader(source: Path, field: str = "text") -> Reader:
@@ -219,6 +226,24 @@ def test_a_hub_that_is_not_there_gives_one_line(hub):
     done = python(hub, "-m", "nanostack.prepare", "hf:own/web", "--out", "nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: hf:own/web could not be had from Hugging Face's Hub: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_of_the_hub_is_imported_by_its_name(hub, tmp_path, file):
+    place = hub.folder / "models/own/llama"
+    place.parent.mkdir(parents=True)
+    shape = LlamaConfig(n_layer=1, n_head=2, n_kv_head=2, d_model=16, d_ff=16, vocab_size=64, seq_len=16)
+    export.save(State.create(shape, Optim(), Placement(torch.device("cpu")), 0), place, None)
+    if file.endswith(".bin"):
+        torch.save(safetensors.torch.load_file(place / "model.safetensors"), place / file)
+        (place / "model.safetensors").unlink()
+    done = python(hub, "-m", "nanostack.import_hf", "own/llama", tmp_path / "ckpt.pt", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["config"]["n_layer"] == 1, done.stderr
+    assert not [
+        path
+        for method, path, _ in hub.requests
+        if method == "GET" and path.endswith((".bin", ".safetensors")) and file not in path
+    ]
 
 
 def test_datasets_without_their_library_name_the_extra(monkeypatch):

@@ -166,9 +166,7 @@ def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"another prepare is writing {out} at this moment") from None
     if foreign := sorted(path.name for path in partial.iterdir() if not OURS.fullmatch(path.name)):
         os.close(lock)
-        raise UserError(
-            f"{partial} is where the data would be made, and holds {foreign[0]}: move that away, or choose another --out"
-        )
+        raise UserError(f"{partial}, where the data would be made, holds {foreign[0]}: move it away, or choose another --out")
     try:
         _clear(partial)
         if old.is_dir() and not out.exists():

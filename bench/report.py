@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from bench.results import markdown
-from bench.speedup import ROOT, draw, pays, percent, plus_minus, read_results, rows, summarise
+from bench.speedup import ROOT, at_median_pace, draw, pays, percent, plus_minus, read_results, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
@@ -35,7 +35,8 @@ text, the base model and the validation tokens. FLOPs are those of the base and 
 counts; the column beside it counts matrix products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1
 at the loss that the model from scratch has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥
 means that the arm's first point is below already. **Minus base** is the loss of an arm at the largest budget minus that of the
-base that never grew: below zero, growth paid.
+base that never grew: below zero, growth paid. **Seconds** in the pictures are tokens at the median pace of all runs of a study
+with as many FLOPs per token: they were made beside other work, and paused for it, over many hours.
 """
 
 
@@ -43,7 +44,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     """Write the page and its pictures. Returns the summaries by result file."""
     files = sorted(results.glob("study-*.json"), key=place)
     found = {path.stem.removeprefix("study-"): read_results(path) for path in files}
-    finished = {name: one for name, one in found.items() if "arms" in one}
+    finished = {name: at_median_pace(one) for name, one in found.items() if "arms" in one}
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
     docs.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
 {timing(name, summary, results, docs)}
 Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
 {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
-{devices}; torch {summary["versions"]["torch"]}; commit {(summary["git_commit"] or "unknown")[:7]}. Seconds are those of
+{devices}; torch {summary["versions"]["torch"]}; commit {(summary["git_commit"] or "unknown")[:7]};
 {results["processes"]} runs side by side.
 
 {sweeps(results)}

@@ -139,6 +139,26 @@ def path_of(results: dict, name: str) -> list[dict]:
     return before + [e | {"seconds": e["seconds"] + seconds} for e in run["evaluations"]]
 
 
+def at_median_pace(results: dict) -> dict:
+    """Results of a study in which a run's seconds are its tokens at the median pace of all runs with as many FLOPs per token.
+
+    A study runs for hours beside other work, and is paused: seconds of a single run say when it ran rather than how fast.
+    """
+    runs, kinds, paces = results["runs"], {}, {}
+    for name, run in runs.items():
+        flops = next((e["flops"] for e in reversed(path_of(results, name)) if e["tokens"] <= run["begins"]), 0)
+        end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
+        kinds[name] = round((end["flops"] - flops) / tokens)
+        paces.setdefault(kinds[name], []).append(end["seconds"] / tokens)
+    median = {kind: statistics.median(found) for kind, found in paces.items()}
+    paced = {
+        name: run
+        | {"evaluations": [e | {"seconds": (e["tokens"] - run["begins"]) * median[kinds[name]]} for e in run["evaluations"]]}
+        for name, run in runs.items()
+    }
+    return results | {"runs": paced, "median_pace": True}
+
+
 def grown_after(results: dict, name: str | None) -> int:
     """Tokens before the last growth on the way to the end of a run; 0 if there is none."""
     while name is not None:
@@ -294,10 +314,10 @@ def draw(results: dict, summary: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), dpi=140, sharey=True, layout="constrained")
-    colours, marks = plt.cm.tab10.colors, "osD^vP*X<>ph"
+    colours, marks = [*plt.cm.tab10.colors[:7], *plt.cm.tab10.colors[8:]], "osD^vP*X<>ph"  # the grey is that of the bases
     flat = itertools.cycle(("#888888", "#aa9977", "#7799aa"))
     for number, (name, arm) in enumerate(results["arms"].items()):
-        colour = "#222222" if name == "scratch" else colours[number % 10] if arm["grows"] else next(flat)
+        colour = "#222222" if name == "scratch" else colours[number % len(colours)] if arm["grows"] else next(flat)
         style = {"color": colour, "marker": marks[number % len(marks)], "ms": 5}
         seeds = [ends_of(results, name, seed) for seed in arm["seeds"]]
         common = [b for b in seeds[0] if all(b in ends for ends in seeds)]
@@ -316,7 +336,8 @@ def draw(results: dict, summary: dict, path: Path) -> None:
     panels[0].set(
         xscale="log", xlabel="FLOPs (6·N per token), base included; growth dotted", ylabel="validation loss, nats per token"
     )
-    panels[1].set(xscale="log", xlabel="seconds of training, base included; runs side by side on one machine")
+    pace = "at the median pace of each depth" if results.get("median_pace") else "as they ran"
+    panels[1].set(xscale="log", xlabel=f"seconds of training, base included; {pace}")
     top = max(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
     low = min(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
     panels[0].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
@@ -382,7 +403,7 @@ def run_study(command: Command, console: Console) -> dict:
     summaries = {}
     for file in files:
         console.print(f"results are in {file}", soft_wrap=True)
-        summaries[file.stem] = show(json.loads(file.read_text()), file.with_suffix(""), console)
+        summaries[file.stem] = show(at_median_pace(json.loads(file.read_text())), file.with_suffix(""), console)
     return summaries[files[0].stem] if len(files) == 1 else summaries
 
 

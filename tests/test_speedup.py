@@ -17,6 +17,7 @@ from bench.report import parabola
 from bench.runs import collect
 from bench.speedup import (
     Crossing,
+    at_median_pace,
     crossing,
     curve,
     flops_to_reach,
@@ -189,6 +190,26 @@ def test_arm_below_from_its_first_point_is_bounded_by_its_curve_after_growth():
     found = summarise(results)["arms"]["grown"]["speedup_flops"]
     assert found["at_least"] and found["mean"] == pytest.approx(4e12 / 0.75e12 - 1)
     assert [e["seconds"] for e in path_of(results, "grown-0-0")] == [5.0, 6.0, 6.0]
+
+
+def test_pauses_of_single_runs_do_not_count_in_seconds():
+    """Three runs of one FLOPs per token took 1, 3 and 100 s: all are told with the pace of the second, behind their base's."""
+    results = synthetic({"scratch": [[3.0, 2.5, 2.0]]}, budgets=(9e9, 9e9 + 1, 9e9 + 2))
+    runs = results["runs"]
+    for name, seconds in zip(runs, (1.0, 3.0, 100.0), strict=True):
+        runs[name]["evaluations"][0]["seconds"] = seconds
+    base = runs["scratch-0-2"] | {
+        "evaluations": [runs["scratch-0-2"]["evaluations"][0] | {"flops": 2e9, "tokens": 4, "seconds": 8.0}]
+    }
+    later = base | {
+        "evaluations": [base["evaluations"][0] | {"flops": 7e9, "tokens": 9, "seconds": 5 / 3}],
+        "needs": "base",
+        "begins": 4,
+    }
+    results["runs"] = runs | {"base": base, "later": later}
+    paced = at_median_pace(results)
+    assert [path_of(paced, name)[-1]["seconds"] for name in results["runs"]] == pytest.approx([3.0, 3.0, 3.0, 8.0, 8.0 + 5 / 3])
+    assert runs["scratch-0-2"]["evaluations"][0]["seconds"] == 100.0, "results on disk stay as measured"
 
 
 STUDY_WITH = """

@@ -37,7 +37,6 @@ budget the seeds of the target alone are 0.07 nats apart. Growth beats both base
 and more steeply than those of the bases, so a larger budget should favour growth over the bases; whether its lead over the
 target lasts is another matter: it shrinks from 0.11 to 0.08 nats. Limits: 0.27M parameters, 4.5M tokens of Python, three
 seeds, rates tuned at the smallest budget with the first seed, as the sweep above shows. For the target and for 2 layers that
-is no flaw: the study of scale tuned them at every budget with every seed, and took the same rates. Other work shared the
-cores while these runs were made: FLOPs and losses are exact, seconds are not to be compared.
+is no flaw: the study of scale tuned them at every budget with every seed, and took the same rates.
 """,
 )

@@ -42,6 +42,6 @@ warm up unless told to, which is the default; `reset` stays the default for the 
 nats of the best and needs nothing to be kept: `moments_old="keep", moments_new="zero"` is what to try first for those 0.01.
 All twelve reach the target's loss at a speedup of 15 to 19 % in the mean, with intervals that hold zero, and none beats 2
 layers never grown at these budgets. An earlier run of this study chose rates with one seed: the target got an unlucky one, and
-the speedups stood at 26 to 30 %. Seconds are not to be compared: other work shared the cores.
+the speedups stood at 26 to 30 %.
 """,
 )

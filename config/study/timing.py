@@ -18,7 +18,6 @@ Growing too early costs more than growing too late: after 2 to 5 % of the FLOPs 
 scratch, from 10 to 30 % the curve is flat, and its lowest point is near 20 %. `nanostack.plan` caps its advice at a fifth of
 the tokens where the paper's formula breaks down, and the quickstart grows after 25 % of the FLOPs: both stay. The earliest
 arms took the higher of the swept rates at the smallest budget, which may not be their best at the largest; the target from
-scratch did too, and for it the study of scale found the same at every budget. Other work shared the cores while these runs
-were made: seconds are not to be compared.
+scratch did too, and for it the study of scale found the same at every budget.
 """,
 )

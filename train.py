@@ -31,6 +31,10 @@ from nanostack.state import State
 MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
+class Diverged(UserError):
+    """So many were."""
+
+
 class Run:
     """What a run needs, set up in the order in which mistakes should be found; then its loop, top to bottom."""
 
@@ -201,7 +205,7 @@ class Run:
         self.display.say(f"step skipped: loss or gradient not finite in samples {first_sample} to {first_sample + size - 1}")
         if len(self.skipped_in_a_row) >= MAX_SKIPPED:
             samples = f"{self.skipped_in_a_row[0]} to {first_sample + size - 1}"
-            raise UserError(
+            raise Diverged(
                 f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite, in samples {samples}. They left the "
                 "weights alone; look at those samples, or lower the learning rate"
             )

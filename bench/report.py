@@ -22,6 +22,7 @@ from nanostack.flops import flops_per_token, n_params
 from nanostack.model import LlamaConfig
 from nanostack.plan import growth_tokens
 
+OURS = ROOT / "bench/results"
 ORDER = ("operators", "timing", "factor", "optimizer", "scale")
 HEAD = """# How many FLOPs does stacking really save?
 
@@ -31,12 +32,16 @@ config/study/.
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
 (warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep; an optimum at its edge widens it. What was
 tried, at which budgets and with how many seeds, is folded away below each table. The arms of a seed share the order of the
-text, the base model and the validation tokens. FLOPs are those of the base and of all growth, 6·N per token as the paper
+text, the base model and the validation tokens. The best of several grown arms is chosen by the seeds that it is judged by,
+which flatters growth a little; so is the best base. FLOPs are those of the base and of all growth, 6·N per token as the paper
 counts; the column beside it counts matrix products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1
 at the loss that the model from scratch has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥
 means that the arm's first point is below already. **Minus base** is the loss of an arm at the largest budget minus that of the
 base that never grew: below zero, growth paid. **Seconds** in the pictures are tokens at the median pace of all runs of a study
 with as many FLOPs per token: they were made beside other work, and paused for it, over many hours.
+
+The text of the CPU studies is Python's standard library:
+`python -m nanostack.prepare stdlib --out data/stdlib512 --tokenizer bpe:512`.
 """
 
 
@@ -54,7 +59,8 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
         text += section(name, summary, finished[name], docs)
         last_of_study = [other for other in finished if finished[other]["study"] == summary["study"]][-1]
         if name == last_of_study:
-            text += scaling({n: s for n, s in summaries.items() if s["study"] == summary["study"]}) + meaning(summary["study"])
+            of_study = {n: s for n, s in summaries.items() if s["study"] == summary["study"]}
+            text += scaling(of_study) + (meaning(summary["study"]) if results.resolve() == OURS else "")
     waiting = sorted(set(found) - set(finished))
     if waiting:
         text += f"\nNot finished yet, and not reported: {', '.join(waiting)}.\n"
@@ -76,6 +82,7 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
     epochs, hours = max(end["epoch"] for end in ends), sum(end["seconds"] for end in ends) / 3600
     shape = f"{model['n_layer']} layers × {model['d_model']}, {n_params(LlamaConfig(**model)) / 1e6:.2f}M parameters"
     devices = ", ".join(sorted({f"{run['device']}, {run['dtype']}" for run in runs.values()}))
+    commits = ", ".join(sorted({(run["git_commit"] or "unknown")[:7] for run in runs.values()}))
     return f"""
 ## {summary["study"]} ({name.partition("-")[2]}): {summary["question"]}
 
@@ -87,8 +94,7 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
 {timing(name, summary, results, docs)}
 Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
 {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
-{devices}; torch {summary["versions"]["torch"]}; commit {(summary["git_commit"] or "unknown")[:7]};
-{results["processes"]} runs side by side.
+{devices}; torch {summary["versions"]["torch"]}; commits {commits}; {results["processes"]} runs side by side.
 
 {sweeps(results)}
 """
@@ -106,13 +112,14 @@ def sweeps(results: dict) -> str:
             said = [f"{lr}: {' '.join(map(shown, losses))}" for lr, losses in tried.items()]
             most = max(map(len, tried.values()))
             means = {lr: statistics.mean(losses) for lr, losses in tried.items() if len(losses) == most and None not in losses}
-            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), min(means, key=means.get)])
+            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), min(means, key=means.get, default="-")])
     table = markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
     return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
 
 
 def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
-    """For arms that differ in when they grow: the best share of each budget, by a parabola over its logarithm."""
+    """For arms that differ in when they grow: the best share of each budget, by a parabola over its logarithm through the best
+    arm and its two neighbours: over all arms the losses are no parabola, too early costs much and too late little."""
     shares = {arm: one["at"][0] for arm, one in results["arms"].items() if len(one["at"]) == 1}
     if len(set(shares.values())) < 4:
         return ""
@@ -123,11 +130,12 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
     for i, (budget, mark) in enumerate(zip(summary["budgets"], "osD^v", strict=False)):
         losses = {share: summary["arms"][arm]["losses"][i] for arm, share in shares.items()}
         losses = {share * largest / budget: loss["mean"] for share, loss in losses.items() if loss}
-        if len(losses) < 4:  # a parabola through three points fits anything
+        if len(losses) < 4:
             continue
-        optimum, bend = parabola(losses)
+        near = neighbours(losses)
+        optimum, bend = parabola(near)
         (line,) = axes.plot(losses.keys(), losses.values(), mark, label=f"{budget:.3g} FLOPs")
-        over = numpy.geomspace(min(losses), max(losses), 50)
+        over = numpy.geomspace(min(near), max(near), 50)
         axes.plot(over, numpy.polyval(bend, numpy.log(over)), color=line.get_color(), lw=1)
         tokens = describe_tokens(optimum * budget / base_flops) if optimum else "-"
         formula = describe_tokens(growth_tokens(n_params(target), budget / flops_per_token(target)))
@@ -153,6 +161,13 @@ what was run here; `nanostack.plan` caps it at a share of the budget for that re
 """
 
 
+def neighbours(losses: dict[float, float]) -> dict[float, float]:
+    """The share with the lowest loss, and those beside it: the last three where it is at an edge."""
+    shares = sorted(losses)
+    middle = min(max(shares.index(min(losses, key=losses.get)), 1), len(shares) - 2)
+    return {share: losses[share] for share in shares[middle - 1 : middle + 2]}
+
+
 def parabola(losses: dict[float, float]) -> tuple[float | None, numpy.ndarray]:
     """Where a parabola through losses over log share is lowest, None where that is outside of them; and the parabola."""
     bend = numpy.polyfit(numpy.log(list(losses)), list(losses.values()), 2)
@@ -172,7 +187,7 @@ def scaling(summaries: dict[str, dict]) -> str:
     for name in order:
         one, arms = summaries[name], summaries[name]["arms"]
         minus = [plus_minus(difference) if (difference := arms[arm]["minus_base"][-1]) else "-" for arm in grown]
-        gains = [percent(arms[arm]["speedup_flops"]) for arm in grown]
+        gains = [percent(arms[arm], "flops", len(one["seeds"])) for arm in grown]
         lines.append([f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", *gains, ", ".join(minus)])
     text = f"\n### Over the sizes\n\n{markdown(head, lines)}\n\n"
     for arm in summaries[order[0]]["arms"]:
@@ -184,7 +199,7 @@ def scaling(summaries: dict[str, dict]) -> str:
 
 
 def meaning(study: str) -> str:
-    """The conclusion that its study file draws, if it is one of ours."""
+    """The conclusion that its study file draws from our results, if it is one of ours."""
     path = ROOT / "config/study" / f"{study}.py"
     means = runpy.run_path(str(path))["study"].means if path.is_file() else ""
     return f"\n**What it means.**\n{means.strip()}\n" if means else ""

@@ -1,9 +1,11 @@
 """Finished run folders as the results of a study, so that they are summarised, tabulated and drawn by the same code.
 
-Runs of one recipe, whatever their seed and length, are one arm. "scratch" never grew and has the shape of the grown models.
+Runs of one recipe, whatever their seed and length, are one arm; so are runs whose learning rates or times of growth differ from
+budget to budget. "scratch" never grew and has the shape of the grown models.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from nanostack import checkpoint
@@ -11,8 +13,9 @@ from nanostack.errors import UserError
 from nanostack.metrics import read_run
 
 LENGTHS = ("tokens", "warmup_tokens", "decay_tokens")  # of a stage: not of the recipe
+RATES = ("lr", "min_lr")
 TEXT = ("tokenizer", "training text", "validation text")
-SAME_BUDGET = 1.1  # runs whose FLOPs differ by less are compared at one budget
+SAME_BUDGET = 1.03  # runs whose FLOPs differ by less are compared at one budget
 
 
 def collect(folders: tuple[Path, ...]) -> dict:
@@ -20,11 +23,11 @@ def collect(folders: tuple[Path, ...]) -> dict:
     runs = {str(folder): finished(folder) for folder in dict.fromkeys(folders)}
     _check_comparable(runs)
     _set_budgets(runs)
-    recipes: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        recipes.setdefault(run["recipe"], []).append(name)
+    vocabulary = max(run["model"]["vocab_size"] or 1 for run in runs.values())
+    for run in runs.values():
+        run["model"] = run["model"] | {"vocab_size": run["model"]["vocab_size"] or vocabulary}
     arms = {}
-    for names in recipes.values():
+    for names in _recipes(runs):
         first, seeds = runs[names[0]], {}
         for name in sorted(names, key=lambda name: runs[name]["budget"]):
             seeds.setdefault(str(runs[name]["seed"]), []).append(name)
@@ -33,7 +36,7 @@ def collect(folders: tuple[Path, ...]) -> dict:
                 raise UserError(f"{', '.join(of_seed)} are one recipe, seed {seed} and number of FLOPs: give one of them")
         depths = [first["model"]["n_layer"]] if not first["grown_from"] else [*first["grown_from"], first["model"]["n_layer"]]
         label = f"{' → '.join(map(str, depths))} layers"
-        label += f", {first['op']} at {first['at']:.0%} of the FLOPs" if first["grown_from"] else ""
+        label += f", {first['op'] or 'wider'} at {first['at']:.0%} of the FLOPs" if first["grown_from"] else ""
         arm = {"label": label, "grows": bool(first["grown_from"]), "n_layer": depths[0]}
         arm |= {"model": first["model"], "seeds": seeds}
         arms[names[0]] = arm
@@ -55,6 +58,22 @@ def collect(folders: tuple[Path, ...]) -> dict:
     }
 
 
+def _recipes(runs: dict) -> list[list[str]]:
+    """Names of the runs of each recipe. Where runs of one budget differ in rates or in when they grew, these are of it too."""
+    alike: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        alike.setdefault(run["recipe"], []).append(name)
+    found = []
+    for names in alike.values():
+        ways = {(runs[name]["budget"], runs[name]["tuned"]) for name in names}
+        one_a_budget = len(ways) == len({budget for budget, _ in ways})
+        apart: dict[str, list[str]] = {}
+        for name in names:
+            apart.setdefault("" if one_a_budget else runs[name]["tuned"], []).append(name)
+        found += apart.values()
+    return found
+
+
 def finished(folder: Path) -> dict:
     """What there is to know of a run. UserError unless it is whole, and its learning rate has decayed."""
     header, records = read_run(folder)
@@ -64,8 +83,10 @@ def finished(folder: Path) -> dict:
     planned = sum(-(-stage["tokens"] // config["batch_tokens"]) for stage in config["stages"])
     steps = [record for record in records if record["loss"] is not None]
     evaluations = [record for record in records if record["val_loss"] is not None]
-    if not steps or steps[-1]["step"] < planned or not evaluations or evaluations[-1]["step"] < planned:
+    if not steps or steps[-1]["step"] < planned:
         raise UserError(f"{folder} is not finished: resume it first")
+    if not evaluations or evaluations[-1]["step"] < planned:
+        raise UserError(f"{folder} has no validation loss at its end: not a finite one, or none was measured")
     last = len(config["stages"]) - 1
     while config["stages"][last]["continues"]:
         last -= 1
@@ -78,9 +99,14 @@ def finished(folder: Path) -> dict:
     evaluations = _with_ancestors(folder, config, records)
     at = None
     if receipts:
-        at = max(e["flops"] for e in evaluations if e["tokens"] <= receipts[-1]["tokens"]) / evaluations[-1]["flops"]
+        before = [e["flops"] for e in evaluations if e["tokens"] <= receipts[-1]["tokens"]]
+        if not before:
+            raise UserError(f"{folder} was grown from a run whose metrics.jsonl is gone: its curve before growth is not known")
+        at = before[-1] / evaluations[-1]["flops"]
     recipe = config | {"seed": None, "init_from": None, "log_interval": None, "eval_interval": None}
-    recipe["stages"] = [{k: v for k, v in stage.items() if k not in LENGTHS} for stage in config["stages"]]
+    recipe["stages"] = [{k: v for k, v in stage.items() if k not in (*LENGTHS, *RATES)} for stage in config["stages"]]
+    recipe["model"] = config["model"] | {"vocab_size": None}  # given, or left to the text: the same
+    rates = [[stage[name] for name in RATES] for stage in config["stages"]]
     return {
         "evaluations": evaluations,
         "growth": receipts[-1] if receipts else None,
@@ -91,9 +117,9 @@ def finished(folder: Path) -> dict:
         "seed": config["seed"],
         "stage": {"lr": rate},
         "at": at,
-        "recipe": json.dumps(
-            [recipe, at and round(at, 2), [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True
-        ),
+        "recipe": json.dumps([recipe, [[r["op"], r["layers"], r["width"]] for r in receipts]], sort_keys=True),
+        "tuned": json.dumps([rates, at and round(at, 2)]),
+        "end_rate": end / rate,
         "model": _grown(config["model"], receipts),
         "val_tokens": config["data"]["val_tokens"],
         "document_mask": config["data"]["document_mask"],
@@ -137,6 +163,9 @@ def _check_comparable(runs: dict) -> None:
         ):
             if a != b:
                 raise UserError(f"{name} and {first} cannot be compared: the {what} is {a} in the first and {b} in the second")
+        if abs(run["end_rate"] - one["end_rate"]) > 0.05:
+            ends = f"{run['end_rate']:.0%} and {one['end_rate']:.0%}"
+            raise UserError(f"{name} and {first} cannot be compared: they end at {ends} of their learning rate")
 
 
 def _set_budgets(runs: dict) -> None:
@@ -152,7 +181,8 @@ def _ordered(arms: dict, runs: dict) -> dict:
     """The arms: scratch first, the shape of the grown models (of several recipes the best), then others, then grown ones."""
 
     def end(arm: dict) -> float:
-        return min(runs[names[-1]]["evaluations"][-1]["val_loss"] for names in arm["seeds"].values())
+        """Mean loss over the seeds at the largest budget."""
+        return statistics.mean(runs[names[-1]]["evaluations"][-1]["val_loss"] for names in arm["seeds"].values())
 
     flat = [name for name, arm in arms.items() if not arm["grows"]]
     grown = [name for name, arm in arms.items() if arm["grows"]]
@@ -167,4 +197,8 @@ def _ordered(arms: dict, runs: dict) -> dict:
     for name in flat + grown:
         if missing := wanted ^ set(arms[name]["seeds"]):
             raise UserError(f"{arms[name]['label']} ({name}) and {flat[0]} do not pair: seeds {', '.join(missing)} are missing")
+        of_seed = {seed: [runs[run]["budget"] for run in names] for seed, names in arms[name]["seeds"].items()}
+        if len(set(map(tuple, of_seed.values()))) > 1:
+            told = "; ".join(f"seed {seed}: {', '.join(f'{b:.3g}' for b in budgets)}" for seed, budgets in of_seed.items())
+            raise UserError(f"{arms[name]['label']} ({name}) has not the same FLOPs with every seed: {told}")
     return {"scratch": arms[flat[0]]} | {name: arms[name] for name in flat[1:] + grown}

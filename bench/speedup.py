@@ -1,6 +1,6 @@
 """What growth saves: FLOPs(scratch) / FLOPs(grown, base included) − 1 at equal validation loss.
 
-    python bench/speedup.py config/study/operators.py --data data/stdlib     run a study (bench/study.py), or what is left of it
+    python bench/speedup.py config/study/operators.py --data data/stdlib512  run a study (bench/study.py), or what is left of it
     python bench/speedup.py out/quickstart/scratch out/quickstart/grown ...  compare finished runs
     python bench/speedup.py --report                                         write docs/study.md anew from the results
 
@@ -28,6 +28,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.flops import n_params  # noqa: E402
+from nanostack.model import LlamaConfig  # noqa: E402
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
 
@@ -56,11 +58,15 @@ class Command:
 
 
 def read_results(path: Path) -> dict:
-    """What bench/study.py has written."""
+    """What bench/study.py has written, and whole: every run that is named is there and has ended somewhere."""
     try:
         results = json.loads(path.read_text())
-        results["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        runs = results["runs"]
+        named = [name for arm in results.get("arms", {}).values() for of_seed in arm["seeds"].values() for name in of_seed]
+        for name in (*named, *runs):
+            runs[name]["evaluations"][-1]["val_loss"]
+            runs[runs[name]["needs"] or name]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold results of a study; move it away, or restore it") from error
     return results
 
@@ -148,8 +154,8 @@ def at_median_pace(results: dict) -> dict:
     for name, run in runs.items():
         flops = next((e["flops"] for e in reversed(path_of(results, name)) if e["tokens"] <= run["begins"]), 0)
         end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
-        kinds[name] = round((end["flops"] - flops) / tokens)
-        paces.setdefault(kinds[name], []).append(end["seconds"] / tokens)
+        kinds[name] = round((end["flops"] - flops) / max(tokens, 1))  # none where a run that it needs has diverged
+        paces.setdefault(kinds[name], []).append(end["seconds"] / max(tokens, 1))
     median = {kind: statistics.median(found) for kind, found in paces.items()}
     paced = {
         name: run
@@ -195,7 +201,7 @@ def summarise(results: dict) -> dict:
     """What a study has found: per arm losses, speedups by both counts, and the difference to the best base that never grew.
 
     Lists go by budget, with None where an arm has no point; all other numbers are means over seeds with their interval.
-    A base is an arm that never grows and has fewer layers than scratch, the target.
+    A base is an arm that never grows and has fewer parameters than scratch, the target.
     """
     arms, seeds, budgets = results["arms"], list(results["arms"]["scratch"]["seeds"]), results["budgets"]
     losses = {
@@ -213,7 +219,11 @@ def summarise(results: dict) -> dict:
         found = {name: loss["mean"] for name in names if (loss := over_seeds(budget, name))}
         return min(found, key=found.get) if found else None
 
-    flat = [n for n, arm in arms.items() if not arm["grows"] and arm["n_layer"] < arms["scratch"]["n_layer"]]
+    size = {
+        name: n_params(LlamaConfig(**results["model"] | arm.get("model", {"n_layer": arm["n_layer"]})))
+        for name, arm in arms.items()
+    }
+    flat = [name for name, arm in arms.items() if not arm["grows"] and size[name] < size["scratch"]]
     bases = [best(flat, b) for b in budgets]
     answer = {}
     for name, arm in arms.items():
@@ -225,7 +235,10 @@ def summarise(results: dict) -> dict:
         for count in ("flops", "flops_exact"):
             gains = [gain(results, name, seed, count) for seed in seeds]
             known = None if None in gains else mean_and_interval([one["gain"] for one in gains])
+            if known and any(one["at_least"] for one in gains):  # a mean of bounds has no interval
+                known["half_width"] = None
             found[f"speedup_{count}"] = known and known | {"at_least": any(one["at_least"] for one in gains)}
+            found[f"reached_{count}"] = sum(one is not None for one in gains)
         answer[name] = found
     verdicts = []
     for i, budget in enumerate(budgets):
@@ -243,15 +256,17 @@ def summarise(results: dict) -> dict:
 
 
 def decided(difference: dict) -> bool | None:
-    """Whether a difference is below zero; None where its interval holds zero."""
-    if difference["half_width"] is not None and abs(difference["mean"]) <= difference["half_width"]:
+    """Whether a difference is below zero; None where its interval holds zero, or there is none: one seed decides nothing."""
+    if difference["half_width"] is None or abs(difference["mean"]) <= difference["half_width"]:
         return None
     return difference["mean"] < 0
 
 
-def percent(gain: dict | None) -> str:
+def percent(arm: dict, count: str, n_seeds: int) -> str:
+    """The speedup of an arm of a summary."""
+    gain, reached = arm[f"speedup_{count}"], arm[f"reached_{count}"]
     if gain is None:
-        return "not reached"
+        return f"{reached} of {n_seeds} seeds reach it" if reached else "not reached"
     spread = "" if gain["half_width"] is None else f" ± {100 * gain['half_width']:.0f}"
     return f"{'≥ ' if gain['at_least'] else ''}{100 * gain['mean']:+.0f}{spread} %"
 
@@ -280,7 +295,7 @@ def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     for name, arm in summary["arms"].items():
         losses = ["-" if one is None else f"{one['mean']:.3f}" for one in arm["losses"]]
         minus = arm["minus_base"][-1]
-        gains = [percent(arm["speedup_flops"]), percent(arm["speedup_flops_exact"])]
+        gains = [percent(arm, count, len(summary["seeds"])) for count in ("flops", "flops_exact")]
         shown = "" if minus is None or name == summary["bases"][-1] else plus_minus(minus)
         rates = ", ".join("-" if lr is None else f"{lr:g}" for lr in arm["lrs"])
         found.append([arm["label"], rates, *losses, *gains, shown])
@@ -344,7 +359,7 @@ def draw(results: dict, summary: dict, path: Path) -> None:
     panels[1].legend(frameon=False, fontsize=8)
     for panel in panels:
         panel.grid(alpha=0.25, which="both")
-    figure.suptitle(f"{summary['question']} Every point is a fully decayed run.", fontsize=11)
+    figure.suptitle(f"{summary['question']} Every point is the end of a decayed run.", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
 
@@ -363,8 +378,11 @@ def main(command: Command) -> dict:
 
     results = collect(command.paths)
     stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "compared"
-    summary = show(results, stem, console)
-    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    try:
+        summary = show(results, stem, console)
+        stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{stem}.json and .png cannot be written: {error.strerror}") from error
     return summary
 
 
@@ -396,7 +414,7 @@ def run_study(command: Command, console: Console) -> dict:
         raise UserError(f"{path} has no variable `study` of type bench.study.Study")
     cuda = torch.cuda.is_available()
     size = command.size or ("gpu" if cuda else "cpu")
-    jobs = command.jobs or (4 if cuda else os.cpu_count())  # small models leave most of a GPU idle
+    jobs = (4 if cuda else os.cpu_count()) if command.jobs is None else command.jobs  # small models leave most of a GPU idle
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
     files = running.run(study, size, command.data.resolve(), command.out.resolve() / size, command.results, jobs, console)

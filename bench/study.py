@@ -4,10 +4,11 @@ Warm-up, stable, decay: an arm has one trunk at a constant learning rate, and fr
 to zero over the last fifth of the budget's FLOPs. A grown arm's trunk starts from a trunk of its base, which all arms that grow
 there share. Seeds change weights and order of the text; the arms of a seed share both.
 
-Learning rates are tuned for every arm and budget by the same sweep: a grid with the first seed, widened by factors of 2 until
-the best is not at its edge; then the two best with every seed, of which the better in the mean is taken. Tuned at the smallest
-budget alone, the target from scratch had too high a rate at the largest; tuned with one seed, its losses were up to 0.04 nats
-worse than they need be. A grown arm keeps its base's rate of the smallest budget until it grows; then its own is swept.
+Learning rates are tuned for every arm and budget by the same sweep: a grid with the first seed, then the two best rates with
+every seed, of which the better in the mean is taken; the grid is widened by factors of 2 until what is taken is not at its
+edge. Tuned at the smallest budget alone, the target from scratch had too high a rate at the largest; tuned with one seed, its
+losses were up to 0.04 nats worse than they need be. A grown arm keeps its base's rate of the smallest budget until it grows;
+then its own is swept.
 
 A trunk is a chain of runs of train.py, one to each point where something leaves it, so that its beginning is the same run for
 the sweep, for every budget and for every study that asks for it: what is in a result file is not run again, unless something
@@ -90,12 +91,12 @@ CPU = Size(  # two cores, an hour a study
     warmup_tokens=61_440,
     dtype="float32",
 )
-GPU = Size(  # meant for one H200: about 2e16 FLOPs a study, 7 minutes if small steps reach 50 TFLOP/s; estimates, not run yet
-    model=LlamaConfig(n_layer=8, n_head=3, n_kv_head=3, d_model=192, d_ff=512, vocab_size=None, seq_len=512),
-    budgets=(1.5e14, 3e14, 6e14),
-    batch_tokens=16_384,
-    micro_batch=32,
-    warmup_tokens=983_040,
+GPU = Size(  # up to 7e15 FLOPs and 430 runs a study: 6 minutes and the starts, if four at a time reach 20 TFLOP/s; an estimate
+    model=LlamaConfig(n_layer=8, n_head=2, n_kv_head=2, d_model=128, d_ff=352, vocab_size=None, seq_len=512),
+    budgets=(2.5e13, 5e13, 1e14),
+    batch_tokens=8192,
+    micro_batch=16,
+    warmup_tokens=409_600,
     dtype="bfloat16",
 )
 
@@ -103,6 +104,7 @@ GPU = Size(  # meant for one H200: about 2e16 FLOPs a study, 7 minutes if small 
 CONTROLS = {  # what every study compares with
     "scratch": Arm("8 layers from scratch", 8),
     "base": Arm("2 layers, never grown", 2),
+    "base4": Arm("4 layers, never grown", 4),
 }
 
 
@@ -247,6 +249,10 @@ def said(value):
     return [said(one) for one in value] if isinstance(value, list) else value
 
 
+EVALUATION = ("tokens", "flops", "flops_exact", "val_loss", "val_bits_per_byte", "seconds", "epoch", "lr")
+DIVERGED = {"val_loss": None, "val_bits_per_byte": None}
+
+
 def execute(config: Train) -> dict:
     """Run or finish one run in this process. Returns its evaluations and what the report needs of its header."""
     import train
@@ -255,15 +261,21 @@ def execute(config: Train) -> dict:
         torch.set_num_threads(1)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    diverged = False
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train.Run(replace(config, resume=True)).train()
+        try:
+            train.Run(replace(config, resume=True)).train()
+        except train.Diverged as error:
+            diverged = True
+            print(f"error: {error}")
     header, records = read_run(out)
     steps = [record for record in records if record["lr"] is not None]
-    if not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens:
+    if not diverged and (not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens):
         raise KeyboardInterrupt
-    names = ("tokens", "flops", "flops_exact", "val_loss", "val_bits_per_byte", "seconds", "epoch", "lr")
     evaluated = [record for record in records if record["val_loss"] is not None or record is records[-1]]
-    evaluations = [{name: record[name] for name in names} for record in evaluated]
+    evaluations = [{name: record[name] for name in EVALUATION} for record in evaluated]
+    if diverged:
+        evaluations = [*evaluations, (evaluations[-1] if evaluations else dict.fromkeys(EVALUATION, 0)) | DIVERGED]
     growth = next((record["growth"] for record in records if "growth" in record), None)
     return {"evaluations": evaluations, "growth": growth} | {name: header[name] for name in ("device", "dtype", "git_commit")}
 
@@ -285,6 +297,7 @@ class Runner:
         for file in sorted(path.parent.glob("study-*.json")):
             self.runs |= read_results(file)["runs"]
         self.runs |= self.results["runs"]
+        self.ran = False
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """Those to run, in order: jobs without a result, and those whose checkpoint one of them needs and is gone."""
@@ -303,7 +316,7 @@ class Runner:
         waiting = self.missing(list({job.name: job for job in jobs}.values()))
         if not waiting:
             return
-        self.results.pop("arms", None)  # what was finished is not any more
+        self.ran = True
         names, n_jobs, total = {job.name for job in waiting}, len(waiting), sum(job.flops for job in waiting)
         spent, began = 0.0, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
@@ -316,7 +329,9 @@ class Runner:
                 while waiting or running:
                     for job in [j for j in waiting if j.needs not in names][: self.workers - len(running)]:
                         waiting.remove(job)
-                        running[pool.submit(execute, job.config)] = job
+                        parent = self.runs.get(job.needs)
+                        lost = parent and parent["evaluations"][-1]["val_loss"] is None
+                        running[pool.submit(dict, parent) if lost else pool.submit(execute, job.config)] = job
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         try:
@@ -336,6 +351,12 @@ class Runner:
     def keep(self, job: Job, result: dict) -> None:
         stage = {k: v for k, v in job.config.shaping()["stages"][0].items() if v != STAGE[k]}
         about = {"needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
+        known = self.runs.get(job.name)
+        if known and [e["val_loss"] for e in known["evaluations"]] != [e["val_loss"] for e in result["evaluations"]]:
+            raise UserError(
+                f"{job.name} ends at other losses than in the results that there are: code or machine have changed since. "
+                f"Move {self.path.parent}/study-*.json away, or give other --results, to run the study anew"
+            )
         self.runs[job.name] = self.results["runs"][job.name] = result | about
         self.write()
 
@@ -389,81 +410,102 @@ def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int
 
 def run_target(plan: Plan, runner: Runner) -> None:
     study, size = plan.study, plan.size
-    tuned: dict[tuple[str, float], float] = {}  # by arm and budget
-    sweep: dict[tuple[str, float], dict[float, list[Job]]] = {}
+    taken: dict[tuple[str, float], float] = {}  # learning rates by arm and budget
+    sweep: dict[tuple[str, float], Tried] = {}
     order = sorted(study.arms, key=lambda arm: len(study.arms[arm].jumps) > 0)
 
-    def way(arm: str, budget: float, lr: float, seed: int = size.seeds[0]) -> list[Job]:
+    def way(arm: str, budget: float, lr: float, seed: int) -> list[Job]:
         """The runs to the end of one budget."""
         base = plan.base_of(study.arms[arm])
-        base_rate = tuned[base, plan.budgets(base)[0]] if study.arms[arm].jumps else 0.0
+        base_rate = taken[base, plan.budgets(base)[0]] if study.arms[arm].jumps else 0.0
         return plan.jobs(arm, seed, lr, base_rate, budget)
 
-    for grows in (False, True):
+    for grows in (False, True):  # the bases' rates first
         points = [(arm, b) for arm in order if bool(study.arms[arm].jumps) is grows for b in plan.budgets(arm)]
-        swept = tune(points, size.lrs, way, runner)
-        for point, first in swept.items():
-            two = sorted(first, key=lambda lr, first=first: runner.loss(first[lr][0]))[:2]
-            for lr in two:
-                first[lr] += [way(*point, lr, seed)[-1] for seed in size.seeds[1:]]
-        finals = [
-            way(*point, lr, seed) for point, tried in swept.items() for lr in tried if len(tried[lr]) > 1 for seed in size.seeds
-        ]
-        runner.run([job for one in finals for job in one], "the two best rates, all seeds")
-        for point, tried in swept.items():
-            means = {lr: statistics.mean(map(runner.loss, jobs)) for lr, jobs in tried.items() if len(jobs) == len(size.seeds)}
-            tuned[point] = min(means, key=means.get)
-        sweep |= swept
-    of_arm = {}
-    for seed, arm in product(size.seeds, order):
-        ways = [way(arm, b, tuned[arm, b], seed) for b in plan.budgets(arm)]
-        of_arm[arm, seed] = list({job.name: job for one in ways for job in one}.values())
-    runner.run([job for jobs_ in of_arm.values() for job in jobs_], "all arms and seeds")
-    if "arms" in runner.results:
-        return
-    diverged = [job.name for jobs_ in of_arm.values() for job in jobs_ if math.isinf(runner.loss(job))]
+        tried = tune(points, size.lrs, size.seeds, way, runner)
+        sweep |= tried
+        taken |= {point: best(losses(runs, runner)) for point, runs in tried.items()}
+    ways = {
+        (arm, seed): [way(arm, b, taken[arm, b], seed) for b in plan.budgets(arm)] for arm, seed in product(order, size.seeds)
+    }
+    diverged = [one[-1].name for of_arm in ways.values() for one in of_arm if math.isinf(runner.loss(one[-1]))]
     if diverged:
         raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
-
-    def losses(jobs: dict[float, list[Job]]) -> dict[str, list[float | None]]:
-        runs = runner.results["runs"]
-        return {f"{lr:g}": [runs[job.name]["evaluations"][-1]["val_loss"] for job in jobs[lr]] for lr in sorted(jobs)}
-
     arms = {}
     for name in order:
         arm = study.arms[name]
         arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
-        arms[name]["sweep"] = {f"{b:g}": losses(sweep[name, b]) for b in plan.budgets(name)}
-        arms[name]["seeds"] = {str(seed): [job.name for job in of_arm[name, seed]] for seed in size.seeds}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
-    runner.results |= {"arms": arms, "processes": runner.workers, "versions": versions()} | about
+        told = {b: losses(sweep[name, b], runner) for b in plan.budgets(name)}
+        arms[name]["sweep"] = {
+            f"{b:g}": {f"{lr:g}": [None if math.isinf(x) else x for x in found[lr]] for lr in sorted(found)}
+            for b, found in told.items()
+        }
+        names = {seed: [job.name for one in ways[name, seed] for job in one] for seed in size.seeds}
+        arms[name]["seeds"] = {str(seed): list(dict.fromkeys(of_seed)) for seed, of_seed in names.items()}
+    all_ways = [
+        way(*point, lr, seed) for point, runs in sweep.items() for lr, jobs in runs.items() for seed in size.seeds[: len(jobs)]
+    ]
+    used = {job.name for one in all_ways for job in one}
+    runner.results["runs"] = {name: run for name, run in runner.results["runs"].items() if name in used}
+    if runner.ran or "arms" not in runner.results:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
+        runner.results |= about | {"processes": runner.workers, "versions": versions()}
+    runner.results["arms"] = arms
     runner.write()
+
+
+Tried = dict[float, list[Job]]  # by learning rate the runs that end there, of the first seed or of all
+
+
+def losses(tried: Tried, runner: Runner) -> dict[float, list[float]]:
+    return {lr: [runner.loss(job) for job in jobs] for lr, jobs in tried.items()}
+
+
+def best(losses: dict[float, list[float]]) -> float:
+    """The rate with the lowest mean, of those tried with the most seeds."""
+    most = max(map(len, losses.values()))
+    return min((lr for lr, found in losses.items() if len(found) == most), key=lambda lr: statistics.mean(losses[lr]))
 
 
 def tune(
     points: list[tuple[str, float]],
     lrs: tuple[float, ...],
-    way: Callable[[str, float, float], list[Job]],
+    seeds: tuple[int, ...],
+    way: Callable[[str, float, float, int], list[Job]],
     runner: Runner,
-) -> dict[tuple[str, float], dict[float, list[Job]]]:
-    """{(arm, budget): {rate: [the run that ends there]}}, widened until the best rate of each lies inside.
+) -> dict[tuple[str, float], Tried]:
+    """What was tried of each (arm, budget): rates with the first seed, the two best with all, until the best lies inside.
 
     A single rate is taken as it is. Raises `UserError` where the best rate runs away.
     """
-    sweep = {point: {} for point in points}
-    todo = {point: set(lrs) for point in points}
+    sweep: dict[tuple[str, float], Tried] = {point: {} for point in points}
+    todo = {(point, lr): seeds[:1] for point in points for lr in sorted(lrs)}
     while todo:
-        jobs = {(point, lr): way(*point, lr) for point, rates in todo.items() for lr in sorted(rates)}
-        arms = ", ".join(dict.fromkeys(arm for arm, _ in todo))
-        runner.run([job for jobs_ in jobs.values() for job in jobs_], f"learning rates of {arms}")
-        for (point, lr), jobs_ in jobs.items():
-            sweep[point][lr] = [jobs_[-1]]
+        ways = {(point, lr): [way(*point, lr, seed) for seed in of_rate] for (point, lr), of_rate in todo.items()}
+        arms = ", ".join(dict.fromkeys(arm for (arm, _), _ in todo))
+        what = "first seed" if len(max(todo.values(), key=len)) == 1 else "all seeds"
+        runner.run([job for of_rate in ways.values() for one in of_rate for job in one], f"learning rates of {arms}: {what}")
+        for (point, lr), of_rate in ways.items():
+            sweep[point][lr] = [one[-1] for one in of_rate]
         todo = {}
         for point, tried in sweep.items() if len(lrs) > 1 else ():
-            best = min(tried, key=lambda lr, tried=tried: runner.loss(tried[lr][0]))
-            if best in (min(tried), max(tried)):
-                todo[point] = {best / 2 if best == min(tried) else best * 2}
-            if len(tried) > len(lrs) + WIDEST and point in todo:
+            first = {lr: found[:1] for lr, found in losses(tried, runner).items()}
+            wider = beyond(first) or beyond(losses(tried, runner))
+            if wider and len(tried) > len(lrs) + WIDEST:
                 raise UserError(f"no best learning rate of arm {point[0]} between {min(tried):g} and {max(tried):g}")
+            if wider:
+                todo[point, wider] = seeds[:1]
+        if not todo:
+            two = {
+                point: sorted(tried, key=lambda lr, tried=tried: runner.loss(tried[lr][0]))[:2]
+                for point, tried in sweep.items()
+            }
+            todo = {(point, lr): seeds for point in points for lr in two[point] if len(sweep[point][lr]) < len(seeds)}
     return sweep
+
+
+def beyond(losses: dict[float, list[float]]) -> float | None:
+    """The next rate to try where the best is at the edge."""
+    lr = best(losses)
+    return lr / 2 if lr == min(losses) else lr * 2 if lr == max(losses) else None

@@ -111,7 +111,12 @@ def synthetic(curves: dict[str, list[list[float]]], budgets=(1e12, 2e12, 4e12)) 
             for run, (budget, loss) in named.items():
                 end = {"flops": budget, "flops_exact": 2 * budget, "val_loss": loss, "seconds": 1.0, "tokens": 9, "epoch": 0.1}
                 runs[run] = {"evaluations": [end], "budget": budget, "needs": None, "begins": 0, "growth": None}
-                runs[run] |= {"device": "a machine", "dtype": "float32", "stage": {"lr": 1e-3 * (1 + (budget < 2e12))}}
+                runs[run] |= {
+                    "device": "a machine",
+                    "git_commit": None,
+                    "dtype": "float32",
+                    "stage": {"lr": 1e-3 * (1 + (budget < 2e12))},
+                }
     model = asdict(LlamaConfig(8, 2, 2, 64, 176, 512, 128))
     about = {"study": "toy", "question": "What?", "size": "cpu", "model": model, "device": "a machine", "date": None}
     about |= {"git_commit": None, "versions": {"torch": "2"}, "manifest_sha256": "m", "batch_tokens": 1024, "processes": 2}
@@ -138,8 +143,8 @@ def test_summary_of_a_study_with_a_known_answer():
 
 def test_growth_is_judged_against_the_best_base_of_each_budget():
     """A second base, and a second recipe from scratch, which is none."""
-    curves = {"scratch": [[3.0, 2.5, 2.0]], "base": [[2.4, 2.2, 2.1]], "base4": [[2.6, 2.0, 1.7]], "grown": [[2.5, 2.1, 1.8]]}
-    results = synthetic(curves)
+    curves = {"scratch": [3.0, 2.5, 2.0], "base": [2.4, 2.2, 2.1], "base4": [2.6, 2.0, 1.7], "grown": [2.5, 2.1, 1.8]}
+    results = synthetic({name: [losses] * 2 for name, losses in curves.items()})
     summary = summarise(results)
     assert summary["bases"] == ["base", "base4", "base4"] and summary["pays_from"] is None
     assert [one["pays"] for one in summary["verdicts"]] == [False, False, False] and "not seen here" in pays(summary)
@@ -160,8 +165,16 @@ def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
     curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.0, 1.9, 1.8]] * 2, "grown": [[2.5, 1.9, 2.1], [2.5, 1.9, 1.8]]}
     summary = summarise(synthetic(curves))
     assert summary["arms"]["grown"]["speedup_flops"] is None
+    assert rows(summary)[1][2][5] == "1 of 2 seeds reach it"
     assert summary["pays_from"] is None and "does not pay" in pays(summary)
-    assert summary["arms"]["base"]["speedup_flops"]["at_least"]
+    bound = summary["arms"]["base"]["speedup_flops"]
+    assert bound["at_least"] and bound["half_width"] is None, "a mean of bounds has no interval"
+
+
+def test_one_seed_decides_nothing():
+    curves = {"scratch": [[3.0, 2.5, 2.0]], "base": [[2.4, 2.2, 2.1]], "grown": [[2.5, 2.1, 1.8]]}
+    summary = summarise(synthetic(curves))
+    assert [one["pays"] for one in summary["verdicts"]] == [None] * 3 and summary["pays_from"] is None
 
 
 def test_arm_without_a_point_at_the_smallest_budget_is_judged_by_the_others():
@@ -240,7 +253,7 @@ def test_sweep_is_widened_until_the_best_rate_lies_inside():
     def sweep(loss, lrs=(4e-3, 8e-3)):
         losses = Losses(loss)
         point = ("a", 1e12)
-        return sorted(tune([point], lrs, lambda arm, budget, lr: [(arm, budget, lr)], losses)[point]), losses
+        return sorted(tune([point], lrs, (0, 1), lambda *job: [job], losses)[point]), losses
 
     assert sweep(lambda lr: abs(math.log(lr / 4e-3)))[0] == [2e-3, 4e-3, 8e-3]
     assert sweep(lambda lr: abs(math.log(lr / 1.5e-2)))[0] == [4e-3, 8e-3, 1.6e-2, 3.2e-2]
@@ -250,11 +263,20 @@ def test_sweep_is_widened_until_the_best_rate_lies_inside():
         sweep(lambda lr: -lr)
 
 
+def test_rate_that_all_seeds_take_lies_inside_too():
+    """The first seed is best at 8e-3; all together at 1.6e-2, the widest that was tried: 3.2e-2 is tried then."""
+    best = {0: 8e-3, 1: 2e-2}
+    ran = Losses(None)
+    ran.loss = lambda job: abs(math.log(job[2] / best[job[3]])) * (1 + job[3])
+    (tried,) = tune([("a", 1e12)], (8e-3, 1.6e-2), (0, 1), lambda *job: [job], ran).values()
+    assert {lr: len(jobs) for lr, jobs in tried.items()} == {4e-3: 1, 8e-3: 2, 1.6e-2: 2, 3.2e-2: 1}
+
+
 def test_every_budget_has_its_own_rate():
     """The best rate falls with the budget: each is widened for itself, and no more than it needs."""
     ran = Losses(lambda job: 0.0)
     ran.loss = lambda job: abs(math.log(job[2] / (4e-3 if job[1] < 1e12 else 1e-3)))
-    sweep = tune([("a", 5e11), ("a", 2e12)], (4e-3, 8e-3), lambda *job: [job], ran)
+    sweep = tune([("a", 5e11), ("a", 2e12)], (4e-3, 8e-3), (0,), lambda *job: [job], ran)
     assert {point: sorted(tried) for point, tried in sweep.items()} == {
         ("a", 5e11): [2e-3, 4e-3, 8e-3],
         ("a", 2e12): [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
@@ -286,9 +308,11 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
         assert said in page
     for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-toy-cpu-isoflop.png"):
         assert picture in page and (tmp_path / "docs" / picture).stat().st_size > 10000
-    (tmp_path / "study-half-cpu.json").write_text("{")
-    refused = python(*command)
-    assert refused.returncode == 2 and "study-half-cpu.json does not hold results of a study" in refused.stderr
+    lost = results | {"runs": {name: run for name, run in results["runs"].items() if name != "base-1-2"}}
+    for damaged in ("{", json.dumps({"runs": None}), json.dumps(lost)):
+        (tmp_path / "study-half-cpu.json").write_text(damaged)
+        refused = python(*command)
+        assert refused.returncode == 2 and "study-half-cpu.json does not hold results of a study" in refused.stderr
 
 
 BAD = {
@@ -379,7 +403,7 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
 def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     trainer = Trainer(corpus, tmp_path)
     grown, scratch = trainer.good("grown", "--stages.1.min_lr", "0"), tmp_path / "scratch"
-    for out, n_layer, steps in (("scratch", 4, 24), ("base", 2, 40)):
+    for out, n_layer, steps in (("scratch", 4, 24), ("base", 2, 37)):
         flat = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / out), "--model.n_layer", str(n_layer)])
         train.Run(replace(flat, stages=(Stage(steps * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
     done = python("bench/speedup.py", tmp_path / "base", scratch, grown, "--json")
@@ -401,6 +425,10 @@ def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     else:
         assert found is None
     assert set(answer["bases"]) <= {str(tmp_path / "base"), None}
+    longer = {out: with_twice_the_flops(tmp_path / out) for out in ("scratch", "grown")}
+    both = collect((scratch, grown, *longer.values()))
+    assert list(both["arms"]) == ["scratch", str(grown)], "another rate and share at another budget is no other recipe"
+    assert [len(arm["seeds"]["0"]) for arm in both["arms"].values()] == [2, 2] and len(both["budgets"]) > 2
     with pytest.raises(ValueError, match=r"no run of the target \(4 layers × 64\) from scratch"):
         collect((tmp_path / "base", grown))
     other = trainer.good("other", "--stages.1.min_lr", "0", "--data.val_tokens", "512")
@@ -421,6 +449,19 @@ def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
     (grown / "metrics.jsonl").write_text("\n".join(lines)[:-30])
     with pytest.raises(ValueError, match="is not whole"):
         collect((scratch, grown))
+
+
+def with_twice_the_flops(folder):
+    """A copy of a run, of another learning rate and a vocabulary that was given, whose records all tell twice the FLOPs."""
+    copy = folder.with_name(f"{folder.name}-longer")
+    copy.mkdir()
+    header, *found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    header["config"]["model"]["vocab_size"] = 384
+    for stage in header["config"]["stages"]:
+        stage["lr"] *= 2
+    lines = [header, *(record | {"flops": 2 * record["flops"]} for record in found)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return copy
 
 
 @pytest.mark.slow

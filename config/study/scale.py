@@ -27,7 +27,7 @@ study = Study(
     },
     sizes={
         "cpu": (wider(CPU, 32, 1, 88, 0.25), CPU, wider(CPU, 64, 2, 176, 3.0)),
-        "gpu": (GPU, wider(GPU, 256, 4, 704, 3.0), wider(GPU, 384, 6, 1024, 12.0)),
+        "gpu": (wider(GPU, 64, 1, 176, 1 / 16), wider(GPU, 96, 2, 256, 1 / 3), GPU),
     },
     means="""
 Rates are tuned at every budget with every seed here, so this is the fairest of the studies to the target from scratch; it

@@ -229,7 +229,8 @@ class Plan:
             save_interval=2**62,
         )
         shaping = {k: v for k, v in config.shaping().items() if k not in ("log_interval", "eval_interval")}
-        about = json.dumps(said(shaping | {"init_from": needs, "text": self.manifest}), sort_keys=True)
+        about = said(shaping | {"init_from": needs, "text": self.manifest, "numerics": NUMERICS})
+        about = json.dumps(about, sort_keys=True)
         name = f"{model.n_layer}-layers-lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
         name += hashlib.sha256(about.encode()).hexdigest()[:8]
         config = replace(config, out=str(self.out / name))
@@ -371,6 +372,7 @@ class Runner:
         return math.inf if loss is None else loss
 
 
+NUMERICS = 2  # raised when a config gives other numbers than before, for they must not meet in one table; 2: attention in C
 WIDEST = 6  # rates beyond those given, each twice or half of the last
 STAGE = {f.name: f.default for f in fields(Stage)}  # what a result need not say of a run
 

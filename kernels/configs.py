@@ -81,12 +81,12 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
         90: {
             32: attention(64, 128, 8, 2, TMA=True),
             64: attention(64, 128, 8, 3, TMA=True),
-            # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width
-            128: attention(64, 128, 8, 2, TMA=True, stack=56),
+            # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width; 56 bytes by Triton 3.7, 88 by 3.6
+            128: attention(64, 128, 8, 2, TMA=True, stack=88),
             256: attention(32, 64, 8, 1, TMA=True, stack=144),  # with pointers, where TMA cannot read; with TMA it is 0
         },
         80: {
-            32: attention(64, 64, 4, 2),
+            32: attention(64, 64, 4, 2, stack=48),  # by Triton 3.6, with documents; by 3.7 none
             64: attention(32, 128, 8, 2),
             128: attention(64, 64, 8, 2),
             256: attention(32, 32, 8, 2),

@@ -3,6 +3,7 @@
 // Loops are written so that gcc and clang vectorise them. Threads are torch's own: GOMP_* is found in torch's OpenMP.
 // Rows are dealt to threads in fixed blocks, so the same number of threads gives the same bits.
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -174,5 +175,197 @@ void cross_entropy(const float *logits, const int64_t *targets, const float *row
 #pragma omp simd
         for (long i = 0; i < vocab; i++) out[i] = round_(exp_(in[i] - lse) * slope);
         if (inside) out[target] = round_(exp_(in[target] - lse) * slope - scale);
+    }
+}
+
+// Attention. Products are made of tiles of TALL rows and WIDE columns that stay in registers, and take one operand in panels:
+// WIDE columns side by side, row after row. BLOCK queries at a time hold their scores against all keys, so that the softmax is
+// a plain one; what lies above the diagonal is left out tile by tile. A task is one head of keys of one row of the batch, or of
+// one document, with all heads of queries that share it: no two tasks write the same numbers, whatever the number of threads.
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define TALL 6
+#define WIDE (2 * LANES)
+#define BLOCK (3 * WIDE)  // whole tiles either way
+#define UP(n, to) (((n) + (to)-1) / (to) * (to))
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// c (TALL, WIDE) = [c +] a (TALL, depth) · b (depth, WIDE); a has any strides, b is a panel.
+static __attribute__((noinline)) void tile(const float *a, long a_row, long a_column, const float *b, float *c,
+                                                       long c_row, long depth, int add) {
+    vector sum[TALL][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < TALL; i++)
+        for (int half = 0; half < 2; half++) sum[i][half] = add ? *(const vector *)(c + i * c_row + half * LANES) : (vector){0};
+    for (long n = 0; n < depth; n++, a += a_column, b += WIDE) {
+        vector left = *(const vector *)b, right = *(const vector *)(b + LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < TALL; i++) {
+            sum[i][0] += a[i * a_row] * left;
+            sum[i][1] += a[i * a_row] * right;
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < TALL; i++)
+        for (int half = 0; half < 2; half++) *(vector *)(c + i * c_row + half * LANES) = sum[i][half];
+}
+
+// x (rows, columns) with any strides → panels of `depth` rows, zeros where x has none.
+static void pack(const element *x, long row, long column, long rows, long columns, long depth, float *panels) {
+    memset(panels, 0, depth * UP(columns, WIDE) * sizeof(float));
+    for (long j = 0; j < columns; j += WIDE, panels += depth * WIDE, x += WIDE * column)
+        for (long i = 0; i < rows; i++)
+            for (long l = 0; l < WIDE && j + l < columns; l++) panels[i * WIDE + l] = load(x[i * row + l * column]);
+}
+
+// factor · x (rows, columns) → contiguous, zeros in rows up to a whole tile.
+static void copy(const element *x, long row, long rows, long columns, float factor, float *out) {
+    memset(out + rows * columns, 0, (UP(rows, TALL) - rows) * columns * sizeof(float));
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) out[i * columns + j] = load(x[i * row + j]) * factor;
+}
+
+// Floats of scratch memory that each thread needs for rows or documents of at most so many keys.
+long attention_scratch(long longest, long d) {
+    long keys = UP(longest, BLOCK), width = UP(d, WIDE);
+    return 5 * keys * width + 2 * BLOCK * keys + 5 * BLOCK * width;
+}
+
+// Where a task lies: `n` queries and `n_keys` keys from `start` of row `batch`. edges (tasks / kv_heads + 1,) of documents, or
+// NULL: whole rows.
+typedef struct {
+    long batch, start, n, n_keys, kv_head;
+} place;
+
+static place place_of(long task, long kv_heads, long seq, long kv_seq, const int32_t *edges) {
+    long one = task / kv_heads, head = task % kv_heads;
+    if (!edges) return (place){one, 0, seq, kv_seq, head};
+    return (place){0, edges[one], edges[one + 1] - edges[one], edges[one + 1] - edges[one], head};
+}
+
+static inline const element *at(const element *x, const long *strides, place p, long position, long head) {
+    return x + p.batch * strides[0] + (p.start + position) * strides[1] + head * strides[2];
+}
+
+// q (B, seq, heads, d) and k, v (B, kv_seq, kv_heads, d) with these strides of B, seq, heads; out contiguous; lse (B, heads, seq).
+void attention_forward(const element *q, const element *k, const element *v, const int32_t *edges, element *out, float *lse,
+                       const long *q_strides, const long *k_strides, const long *v_strides, long tasks, long seq, long kv_seq,
+                       long heads, long kv_heads, long d, long longest, int causal, float scale, float *scratch, int threads) {
+    long group = heads / kv_heads, width = UP(d, WIDE);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (tasks * longest * longest * d > 32768)
+    for (long task = 0; task < tasks; task++) {
+        place p = place_of(task, kv_heads, seq, kv_seq, edges);
+        long keys = UP(p.n_keys, BLOCK);
+        float *k_across = scratch + omp_get_thread_num() * attention_scratch(longest, d);
+        float *v_down = k_across + keys * width, *q_rows = v_down + keys * width, *sums = q_rows + BLOCK * width;
+        float *scores = sums + BLOCK * width;
+        pack(at(k, k_strides, p, 0, p.kv_head), 1, k_strides[1], d, p.n_keys, d, k_across);
+        pack(at(v, v_strides, p, 0, p.kv_head), v_strides[1], 1, p.n_keys, d, keys, v_down);
+        for (long turn = 0; turn < group * UP(p.n, BLOCK) / BLOCK; turn++) {
+            long head = p.kv_head * group + turn % group, first = turn / group * BLOCK;
+            long rows = p.n - first < BLOCK ? p.n - first : BLOCK, most_keys = causal ? first + rows : p.n_keys;
+            copy(at(q, q_strides, p, first, head), q_strides[1], rows, d, scale, q_rows);
+            for (long j = 0; j < most_keys; j += WIDE)
+                for (long i = causal && j > first ? (j - first) / TALL * TALL : 0; i < rows; i += TALL)
+                    tile(q_rows + i * d, d, 1, k_across + j * d, scores + i * keys + j, keys, d, 0);
+            element *out_rows = out + ((p.batch * seq + p.start + first) * heads + head) * d;
+            float *lse_rows = lse + (p.batch * heads + head) * seq + p.start + first, of_all[BLOCK];
+            for (long i = 0; i < UP(rows, TALL); i++) {
+                float *row = scores + i * keys, most = -INFINITY, sum = 0.0f;
+                long seen = causal && first + i < most_keys ? first + i + 1 : most_keys;
+#pragma omp simd reduction(max : most)
+                for (long j = 0; j < seen; j++) most = row[j] > most ? row[j] : most;
+#pragma omp simd reduction(+ : sum)
+                for (long j = 0; j < seen; j++) sum += row[j] = exp_(row[j] - most);
+                for (long j = seen; j < UP(most_keys, WIDE); j++) row[j] = 0.0f;
+                of_all[i] = sum;
+                if (i < rows) lse_rows[i] = most + logf(sum);
+            }
+            for (long c = 0; c < d; c += WIDE)
+                for (long i = 0; i < rows; i += TALL) {
+                    long seen = causal && first + i + TALL < most_keys ? first + i + TALL : most_keys;
+                    tile(scores + i * keys, keys, 1, v_down + c * keys, sums + i * width + c, width, seen, 0);
+                }
+            for (long i = 0; i < rows; i++)
+                for (long c = 0; c < d; c++) out_rows[i * heads * d + c] = round_(sums[i * width + c] / of_all[i]);
+        }
+    }
+}
+
+// dq, dk, dv contiguous. P = exp(S − lse), dS = P ∘ (dO·Vᵀ − Σ dO ∘ O), dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO.
+void attention_backward(const element *dout, const element *q, const element *k, const element *v, const int32_t *edges,
+                        const element *out, const float *lse, element *dq, element *dk, element *dv, const long *dout_strides,
+                        const long *q_strides, const long *k_strides, const long *v_strides, long tasks, long seq, long kv_seq,
+                        long heads, long kv_heads, long d, long longest, int causal, float scale, float *scratch, int threads) {
+    long group = heads / kv_heads, width = UP(d, WIDE);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (tasks * longest * longest * d > 32768)
+    for (long task = 0; task < tasks; task++) {
+        place p = place_of(task, kv_heads, seq, kv_seq, edges);
+        long keys = UP(p.n_keys, BLOCK);
+        float *k_across = scratch + omp_get_thread_num() * attention_scratch(longest, d), *v_across = k_across + keys * width;
+        float *k_down = v_across + keys * width, *dk_sums = k_down + keys * width, *dv_sums = dk_sums + keys * width;
+        float *q_rows = dv_sums + keys * width, *q_down = q_rows + BLOCK * width, *dout_rows = q_down + BLOCK * width;
+        float *dout_down = dout_rows + BLOCK * width, *dq_sums = dout_down + BLOCK * width;
+        float *probabilities = dq_sums + BLOCK * width, *slopes = probabilities + BLOCK * keys;
+        const element *k_of_task = at(k, k_strides, p, 0, p.kv_head), *v_of_task = at(v, v_strides, p, 0, p.kv_head);
+        pack(k_of_task, 1, k_strides[1], d, p.n_keys, d, k_across);
+        pack(v_of_task, 1, v_strides[1], d, p.n_keys, d, v_across);
+        pack(k_of_task, k_strides[1], 1, p.n_keys, d, keys, k_down);
+        memset(dk_sums, 0, 2 * keys * width * sizeof(float));
+        for (long turn = 0; turn < group * UP(p.n, BLOCK) / BLOCK; turn++) {
+            long head = p.kv_head * group + turn % group, first = turn / group * BLOCK;
+            long rows = p.n - first < BLOCK ? p.n - first : BLOCK, most_keys = causal ? first + rows : p.n_keys;
+            const element *q_of_block = at(q, q_strides, p, first, head), *dout_of_block = at(dout, dout_strides, p, first, head);
+            copy(q_of_block, q_strides[1], rows, d, scale, q_rows);
+            copy(dout_of_block, dout_strides[1], rows, d, 1.0f, dout_rows);
+            pack(q_of_block, q_strides[1], 1, rows, d, BLOCK, q_down);
+            pack(dout_of_block, dout_strides[1], 1, rows, d, BLOCK, dout_down);
+            for (long j = 0; j < most_keys; j += WIDE)
+                for (long i = causal && j > first ? (j - first) / TALL * TALL : 0; i < rows; i += TALL) {
+                    tile(q_rows + i * d, d, 1, k_across + j * d, probabilities + i * keys + j, keys, d, 0);
+                    tile(dout_rows + i * d, d, 1, v_across + j * d, slopes + i * keys + j, keys, d, 0);
+                }
+            long rows_before = (p.batch * seq + p.start + first) * heads + head;
+            const float *lse_rows = lse + (p.batch * heads + head) * seq + p.start + first;
+            for (long i = 0; i < UP(rows, TALL); i++) {
+                const element *out_row = out + (rows_before + i * heads) * d;
+                float *row = probabilities + i * keys, *slope = slopes + i * keys, delta = 0.0f;
+                float log_of_all = i < rows ? lse_rows[i] : 0.0f;
+                long seen = causal && first + i < most_keys ? first + i + 1 : most_keys;
+                for (long c = 0; i < rows && c < d; c++) delta += dout_rows[i * d + c] * load(out_row[c]);
+#pragma omp simd
+                for (long j = 0; j < seen; j++) {
+                    row[j] = exp_(row[j] - log_of_all);
+                    slope[j] = row[j] * (slope[j] - delta);
+                }
+                for (long j = seen; j < UP(most_keys, BLOCK); j++) row[j] = slope[j] = 0.0f;
+            }
+            for (long c = 0; c < d; c += WIDE) {
+                for (long i = 0; i < rows; i += TALL) {
+                    long seen = causal && first + i + TALL < most_keys ? first + i + TALL : most_keys;
+                    tile(slopes + i * keys, keys, 1, k_down + c * keys, dq_sums + i * width + c, width, seen, 0);
+                }
+                for (long j = 0; j < most_keys; j += TALL) {
+                    long i = causal && j > first ? j - first : 0;  // the first query that sees key j
+                    const float *q_panel = q_down + c * BLOCK + i * WIDE, *dout_panel = dout_down + c * BLOCK + i * WIDE;
+                    tile(slopes + i * keys + j, 1, keys, q_panel, dk_sums + j * width + c, width, rows - i, 1);
+                    tile(probabilities + i * keys + j, 1, keys, dout_panel, dv_sums + j * width + c, width, rows - i, 1);
+                }
+            }
+            for (long i = 0; i < rows; i++)
+                for (long c = 0; c < d; c++) dq[(rows_before + i * heads) * d + c] = round_(dq_sums[i * width + c] * scale);
+        }
+        for (long j = 0; j < p.n_keys; j++) {
+            long row = ((p.batch * kv_seq + p.start + j) * kv_heads + p.kv_head) * d;
+            for (long c = 0; c < d; c++) {
+                dk[row + c] = round_(dk_sums[j * width + c] * scale);
+                dv[row + c] = round_(dv_sums[j * width + c]);
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
-"""The fused operations in C, for the CPU: cpu.c, compiled on first use in about a second and kept.
+"""The fused operations in C, for the CPU: cpu.c, compiled on first use in about two seconds and kept.
 
 torch runs an unfused operation as several passes over memory. The C functions do what the Triton kernels do, in float32 and
-bfloat16. Attention and matrix products stay torch's; torch.compile fuses by itself and sees the torch references.
+bfloat16. Matrix products stay torch's; torch.compile fuses by itself and sees the torch references.
 
 The library is built for the machine's own instructions into $XDG_CACHE_HOME/nanostack (~/.cache/nanostack).
 NANOSTACK_CC names the compiler; NANOSTACK_CC= turns all of this off.
@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.c")
-# No -ffast-math: nan and inf must come out as they are, the trainer looks for them.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+# No -ffast-math: nan and inf must come out as they are, the trainer looks for them. No copies of functions: half the seconds.
+FLAGS = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+FLAGS += ("-ffp-contract=fast", "-fopenmp", "-fPIC")
 P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int  # noqa: E741
+S = ctypes.POINTER(L)  # strides
 SIGNATURES = {
     "swiglu_forward": (P, P, L, L, I),
     "swiglu_backward": (P, P, P, L, L, I),
@@ -31,6 +33,9 @@ SIGNATURES = {
     "rms_norm_forward": (P, P, P, P, P, P, L, L, F, I),
     "rms_norm_backward": (P, P, P, P, P, P, P, L, L, I),
     "cross_entropy": (P, P, P, P, P, L, L, L, F, I),
+    "attention_forward": (P, P, P, P, P, P, S, S, S, L, L, L, L, L, L, L, I, F, P, I),
+    "attention_backward": (P, P, P, P, P, P, P, P, P, P, S, S, S, S, L, L, L, L, L, L, L, I, F, P, I),
+    "attention_scratch": (L, L),
 }
 
 
@@ -121,6 +126,54 @@ def cross_entropy(logits, targets, row_scale, ignore_index, z_loss, loss, dlogit
     _call("cross_entropy", dtype, logits, targets, row_scale, loss, dlogits, *logits.shape, ignore_index, z_loss)
 
 
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, T, H, K), k and v (B, T_kv, H_kv, K), of unit stride along K → (B, T, H, K) and log of each row's sum (B, H, T)."""
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    strides = [_strides(x) for x in (q, k, v)]
+    _call(
+        "attention_forward",
+        q.dtype,
+        q,
+        k,
+        v,
+        cu_seqlens,
+        out,
+        lse,
+        *strides,
+        *_attention_sizes(q, k, cu_seqlens, causal, scale),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None,
+    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    given = (dout, q, k, v, cu_seqlens, out.contiguous(), lse.contiguous(), *gradients)
+    strides = [_strides(x) for x in (dout, q, k, v)]
+    _call("attention_backward", q.dtype, *given, *strides, *_attention_sizes(q, k, cu_seqlens, causal, scale))
+    return tuple(gradients)
+
+
+def _attention_sizes(q, k, cu_seqlens, causal, scale) -> tuple:
+    """Tasks, sizes and scratch memory, as the C functions take them."""
+    (batch, seq, heads, d), (kv_seq, kv_heads) = q.shape, k.shape[1:3]
+    longest = kv_seq if cu_seqlens is None else int(cu_seqlens.diff().max())
+    tasks = kv_heads * (batch if cu_seqlens is None else len(cu_seqlens) - 1)
+    each = _load(q.dtype).attention_scratch(longest, d)
+    scratch = q.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
+    return tasks, seq, kv_seq, heads, kv_heads, d, longest, causal, scale, scratch
+
+
+def _strides(x: torch.Tensor) -> ctypes.Array:
+    """Of batch, position and head."""
+    return (L * 3)(*x.stride()[:3])
+
+
 def _rows(x: torch.Tensor) -> tuple[int, int]:
     """Of (..., D): how many rows, and D."""
     return x.numel() // max(1, x.shape[-1]), x.shape[-1]
@@ -148,6 +201,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
     library = ctypes.CDLL(str(folder / name))
     for function, types in SIGNATURES.items():
         getattr(library, function).argtypes, getattr(library, function).restype = types, None
+    library.attention_scratch.restype = L
     return library
 
 

@@ -22,6 +22,8 @@ except ImportError:  # macOS and Windows: the kernels below are still defined, a
 
 HAS_TRITON = triton.__version__ is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so later is too late
+# torch 2.11's refuses interpreted kernels. One name for both: torch reads the source of an operation for the kernels it wraps.
+wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 BACKENDS = ("auto", "torch", "triton", "c")
 
 _backend = "auto"
@@ -108,6 +110,12 @@ def use_c(backend: str | None, *tensors: torch.Tensor) -> bool:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype we compute in: fp32, or fp64 for fp64 inputs. May be `x` itself, so never write to the result."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`. What an autograd.Function returns must come from here, not from x.to(dtype) or an operation in place:
+    torch 2.11 compiles those into gradients of zero [pytorch#180642]."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def unit_stride(*tensors: torch.Tensor) -> list[torch.Tensor]:

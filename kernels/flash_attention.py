@@ -16,11 +16,25 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from . import cpu
 from .configs import lookup
-from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, unit_stride, use_triton, wide
+from .dispatch import (
+    launch,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    tl,
+    triton,
+    unit_stride,
+    use_c,
+    use_triton,
+    wide,
+    wrap_triton,
+)
 
 MAX_D_HEAD = 256  # wider heads do not fit into the registers
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
@@ -298,8 +312,8 @@ def _(dout, q, k, v, bounds, out, lse, causal, scale):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, bounds, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, bounds, *output)
+    q, k, v, documents, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, documents, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -309,6 +323,35 @@ def _autograd(ctx, dout, _):
 
 
 flash_attention_op.register_autograd(_autograd, setup_context=_save)
+
+# In C. Operations of torch's all the same: the FLOP counter and selective checkpointing must see them. Registered by hand, as
+# a custom_op takes 0.1 ms more a call, and small models on a CPU do not have that.
+_library = torch.library.Library("nanostack", "FRAGMENT")
+_library.define(
+    "flash_attention_c(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)"
+)
+_library.define(
+    "flash_attention_backward_c(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor out, Tensor lse, "
+    "bool causal, float scale) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("flash_attention_c", lambda q, k, v, *more: cpu.attention(*unit_stride(q, k, v), *more), "CPU")
+_library.impl(
+    "flash_attention_backward_c", lambda dout, q, k, v, *more: cpu.attention_backward(*unit_stride(dout, q, k, v), *more), "CPU"
+)
+
+
+class _AttentionC(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, cu_seqlens, causal, scale):
+        return torch.ops.nanostack.flash_attention_c(q, k, v, cu_seqlens, causal, scale)
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _):
+        gradients = torch.ops.nanostack.flash_attention_backward_c(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        return *gradients, None, None, None
 
 
 def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal: bool, backward: bool = False) -> int:
@@ -329,6 +372,8 @@ def _count_flops(op, seq: int, head: int, backward: bool) -> None:
 
 _count_flops(torch.ops.nanostack.flash_attention, 1, 2, backward=False)
 _count_flops(torch.ops.nanostack.flash_attention_backward, 1, 2, backward=True)
+_count_flops(torch.ops.nanostack.flash_attention_c, 1, 2, backward=False)
+_count_flops(torch.ops.nanostack.flash_attention_backward_c, 1, 2, backward=True)
 # torch 2.13 counts attention on every device but the CPU, where its own op would silently cost nothing.
 _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, backward=False)
 _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
@@ -371,6 +416,11 @@ def flash_attention(
             _checked_edges(cu_seqlens, q.shape[1])
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
+        return (out, lse) if return_lse else out
+    if use_c(backend, q, k, v) and q.numel() and (q.shape[1] > 1 or backend == "c"):  # one new token is quicker in torch
+        if cu_seqlens is not None:
+            _checked_edges(cu_seqlens, q.shape[1])
+        out, lse = _AttentionC.apply(q, k, v, cu_seqlens, causal, scale)
         return (out, lse) if return_lse else out
     if cu_seqlens is not None:
         return _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)

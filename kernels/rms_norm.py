@@ -12,7 +12,7 @@ one persistent program per multiprocessor sums its rows in registers, then torch
 """
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from . import cpu
 from .configs import lookup
@@ -24,11 +24,13 @@ from .dispatch import (
     require_floating,
     require_like,
     require_number,
+    rounded,
     tl,
     triton,
     use_c,
     use_triton,
     wide,
+    wrap_triton,
 )
 
 MAX_WIDTH = 16384  # a row stays in the registers of one program
@@ -230,7 +232,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square() / x.shape[-1]
         rstd = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x_wide * rstd).mul_(weight).to(x.dtype)
+        return rounded(x_wide * rstd * weight, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -10,7 +10,7 @@ One launch rotates both q and k; they may be slices of one fused projection, the
 """
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from . import cpu
 from .configs import lookup
@@ -26,6 +26,7 @@ from .dispatch import (
     use_c,
     use_triton,
     wide,
+    wrap_triton,
 )
 
 MAX_D_HEAD = 256

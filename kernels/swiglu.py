@@ -10,11 +10,11 @@ Bytes per row at s bytes per element: forward 3·s·F, backward 5·s·F. FLOPs: 
 
 import torch
 import torch.nn.functional as F
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from . import cpu
 from .configs import lookup
-from .dispatch import as_rows, launch, require, require_floating, tl, triton, use_c, use_triton, wide
+from .dispatch import as_rows, launch, require, require_floating, rounded, tl, triton, use_c, use_triton, wide, wrap_triton
 
 
 @triton.jit
@@ -109,7 +109,7 @@ class _SwiGLU(torch.autograd.Function):
         if in_c:
             return cpu.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(wide(gate)).mul_(up).to(gate_up.dtype)
+        return rounded(F.silu(wide(gate)) * up, gate_up.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

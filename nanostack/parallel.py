@@ -112,6 +112,7 @@ def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
 PRODUCTS = (torch.ops.aten.mm.default,)
 ATTENTION = (
     torch.ops.nanostack.flash_attention.default,
+    torch.ops.nanostack.flash_attention_c.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -196,8 +196,8 @@ void cross_entropy(const float *logits, const int64_t *targets, const float *row
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // c (TALL, WIDE) = [c +] a (TALL, depth) · b (depth, WIDE); a has any strides, b is a panel.
-static __attribute__((noinline)) void tile(const float *a, long a_row, long a_column, const float *b, float *c,
-                                                       long c_row, long depth, int add) {
+static __attribute__((noinline)) void tile(const float *a, long a_row, long a_column, const float *b, float *c, long c_row,
+                                           long depth, int add) {
     vector sum[TALL][2];
 #pragma GCC unroll 6
     for (int i = 0; i < TALL; i++)

@@ -93,13 +93,18 @@ def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None)
     return True
 
 
-def use_c(backend: str | None, *tensors: torch.Tensor) -> bool:
+def use_c(backend: str | None, *tensors: torch.Tensor, torch_is_faster: bool = False) -> bool:
     """Whether an operation on these, which does not run in Triton, runs in C (cpu.py) and not in torch.
 
     Raises ValueError where "c" is asked for and cannot be had.
     """
     name = _backend if backend is None else backend
-    if name not in ("auto", "c") or _traced is not None or torch.compiler.is_compiling():
+    if (
+        name not in ("auto", "c")
+        or (name == "auto" and torch_is_faster)
+        or _traced is not None
+        or torch.compiler.is_compiling()
+    ):
         return False
     reason = cpu.refusal(*tensors)
     if reason is not None and name == "c":

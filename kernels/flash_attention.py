@@ -417,7 +417,9 @@ def flash_attention(
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
         return (out, lse) if return_lse else out
-    if use_c(backend, q, k, v) and q.numel() and (q.shape[1] > 1 or backend == "c"):  # one new token is quicker in torch
+    # A single new token; and bfloat16, for which torch uses the matrix instructions of processors that have them.
+    torch_is_faster = q.shape[1] == 1 or q.dtype != torch.float32
+    if use_c(backend, q, k, v, torch_is_faster=torch_is_faster) and q.numel():
         if cu_seqlens is not None:
             _checked_edges(cu_seqlens, q.shape[1])
         out, lse = _AttentionC.apply(q, k, v, cu_seqlens, causal, scale)

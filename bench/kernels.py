@@ -8,7 +8,7 @@ the median, the spread (half the distance between the quartiles, as a share of t
 or FLOPs which the operation must spend, and that rate as a share of the roofline. Table, JSON and bar chart go to
 bench/results/.
 
-Without a GPU it says so and times the reference paths only.
+In bfloat16; without a GPU in float32, at the quickstart's shapes, what runs there: C where there is a compiler, else torch.
 """
 
 import statistics
@@ -94,8 +94,13 @@ class Command:
     """Print the result as one JSON object; everything else goes to standard error."""
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What one trains in there."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def randn(*shape: int, like: torch.device) -> Tensor:
-    return torch.randn(shape, device=like, dtype=torch.bfloat16).requires_grad_()
+    return torch.randn(shape, device=like, dtype=dtype_on(like)).requires_grad_()
 
 
 def compiled(function: Callable) -> Callable:
@@ -109,7 +114,7 @@ def rms_norm(device: torch.device, rows: int, width: int) -> Work:
     ways = {OURS: lambda x, w: kernels.rms_norm(x, w, EPS), "torch eager": eager, "torch.compile": compiled(eager)}
     if LigerRMSNormFunction:
         ways["Liger"] = lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
-    size = rows * width * 2
+    size = rows * width * dtype_on(device).itemsize
     return Work((randn(rows, width, like=device), randn(width, like=device)), ways, "bytes", 2 * size, 3 * size)
 
 
@@ -121,7 +126,7 @@ def add_rms_norm(device: torch.device, rows: int, width: int) -> Work:
     ways = {OURS: lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS), "torch eager": eager, "torch.compile": compiled(eager)}
     if LigerRMSNormFunction:
         ways["Liger"] = lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
-    size = rows * width * 2
+    size = rows * width * dtype_on(device).itemsize
     inputs = (randn(rows, width, like=device), randn(rows, width, like=device), randn(width, like=device))
     return Work(inputs, ways, "bytes", 4 * size, 4 * size)
 
@@ -129,7 +134,7 @@ def add_rms_norm(device: torch.device, rows: int, width: int) -> Work:
 def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
     angle = torch.outer(torch.arange(seq, device=device), 1e4 ** -torch.linspace(0, 1, d_head // 2, device=device))
     cos, sin = angle.cos(), angle.sin()
-    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].bfloat16() for t in (cos, sin))
+    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].to(dtype_on(device)) for t in (cos, sin))
 
     def turned(x):
         left, right = x.chunk(2, -1)
@@ -146,7 +151,7 @@ def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: i
     inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))
     if LigerRMSNormFunction:  # turns its inputs in place
         ways["Liger"] = Apart(liger, tuple(x.detach().clone().requires_grad_() for x in inputs))
-    size = 2 * batch * seq * (n_head + n_kv_head) * d_head * 2
+    size = 2 * batch * seq * (n_head + n_kv_head) * d_head * dtype_on(device).itemsize
     return Work(inputs, ways, "bytes", size, size)
 
 
@@ -159,7 +164,7 @@ def swiglu(device: torch.device, rows: int, d_ff: int) -> Work:
     if LigerRMSNormFunction:  # takes the halves apart, and its backward writes over them
         halves = (randn(rows, d_ff, like=device), randn(rows, d_ff, like=device))
         ways["Liger"] = Apart(lambda gate, up: LigerSiLUMulFunction.apply(gate, up), halves)
-    size = rows * d_ff * 2
+    size = rows * d_ff * dtype_on(device).itemsize
     return Work((randn(rows, 2 * d_ff, like=device),), ways, "bytes", 3 * size, 5 * size)
 
 
@@ -285,9 +290,9 @@ def extra_bytes(way: Callable, inputs: tuple[Tensor, ...]) -> int | None:
 def roofline(device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
     """A large copy and a large matrix product, with the bytes and FLOPs they are."""
     numbers, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
-    source = torch.empty(numbers // 2, dtype=torch.bfloat16, device=device)
+    source = torch.empty(numbers // 2, dtype=dtype_on(device), device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype_on(device)) for _ in range(2))
     return {"bytes": (lambda: target.copy_(source), 2 * source.nbytes), "flops": (lambda: a @ b, 2 * side**3)}
 
 
@@ -411,15 +416,15 @@ def main(command: Command) -> dict:
         console.print(floor_table(rows), soft_wrap=True)
         return {"what": "least work and time by data sheet", "device": "NVIDIA H200", "per_s": H200, "rows": rows}
     if device.type == "cpu":
-        console.print("no GPU: only the torch reference paths are timed, and nothing here is about the kernels")
+        console.print("no GPU: float32, in C or torch; nothing here is about the Triton kernels")
     rows: list[dict] = []
-    answer = {"what": "bench/kernels.py", "device": device_name(device), "dtype": "bfloat16", "samples": command.samples}
+    answer = {"what": "bench/kernels.py", "device": device_name(device), "samples": command.samples}
+    answer["dtype"] = str(dtype_on(device)).removeprefix("torch.")
     answer["rows"] = rows
     for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         rows += measure(op, shape, device, command.samples)
         out = write_result(answer, "kernels", command.out, ("liger-kernel",))
-    what = "kernels" if device.type == "cuda" else "torch reference paths, no GPU"
-    draw(rows, f"{what} on {answer['device']}, bf16, median of {command.samples}", out.with_suffix(".png"))
+    draw(rows, f"kernels on {answer['device']}, {answer['dtype']}, median of {command.samples}", out.with_suffix(".png"))
     show(rows, console)
     console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
     return answer

@@ -57,7 +57,7 @@ def test_logits_with_the_cache_are_those_without_at_every_position(config):
         cache = [KVCache(config.seq_len) for _ in model.blocks]
         parts = [model(x[:, :n_prompt], cache=cache)]
         parts += [model(x[:, t : t + 1], cache=cache) for t in range(n_prompt, config.seq_len)]
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=3e-5)  # single tokens in torch, many in C
 
 
 def test_what_the_cache_cannot_serve_is_refused():

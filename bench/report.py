@@ -2,7 +2,6 @@
 
 import math
 import runpy
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import numpy
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
+from bench.draw import draw_curves
 from bench.results import markdown
-from bench.speedup import ROOT, at_median_pace, draw, pays, percent, plus_minus, read_results, rows, summarise
+from bench.speedup import ROOT, at_median_pace, pays, percent, plus_minus, read_results, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
@@ -55,7 +55,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     docs.mkdir(parents=True, exist_ok=True)
     text, summaries = HEAD, {name: summarise(one) for name, one in finished.items()}
     for name, summary in summaries.items():
-        draw(finished[name], summary, docs / f"study-{name}.png")
+        draw_curves(finished[name], summary, docs / f"study-{name}.png")
         text += section(name, summary, finished[name], docs)
         last_of_study = [other for other in finished if finished[other]["study"] == summary["study"]][-1]
         if name == last_of_study:
@@ -96,23 +96,22 @@ Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {
 {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
 {devices}; torch {summary["versions"]["torch"]}; commits {commits}; {results["processes"]} runs side by side.
 
-{sweeps(results)}
+{sweeps(results, summary)}
 """
 
 
-def sweeps(results: dict) -> str:
+def sweeps(results: dict, summary: dict) -> str:
     """Every learning rate that was tried, folded away."""
 
     def shown(loss: float | None) -> str:
         return "diverged" if loss is None else f"{loss:.3f}"
 
     lines = []
-    for arm in results["arms"].values():
+    for name, arm in results["arms"].items():
+        taken = dict(zip(summary["budgets"], summary["arms"][name]["lrs"], strict=True))
         for budget, tried in arm["sweep"].items():
             said = [f"{lr}: {' '.join(map(shown, losses))}" for lr, losses in tried.items()]
-            most = max(map(len, tried.values()))
-            means = {lr: statistics.mean(losses) for lr, losses in tried.items() if len(losses) == most and None not in losses}
-            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), min(means, key=means.get, default="-")])
+            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), f"{taken[float(budget)]:g}"])
     table = markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
     return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
 

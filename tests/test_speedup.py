@@ -1,20 +1,13 @@
-"""The speedup computation on curves with a known answer, and a study of seconds from end to end."""
+"""The speedup computation on curves with a known answer, and the report on studies."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
-from conftest import ROOT, TINY, Trainer, python
+from conftest import python
 
-import train
 from bench.report import parabola
-from bench.runs import collect
 from bench.speedup import (
     Crossing,
     at_median_pace,
@@ -29,8 +22,6 @@ from bench.speedup import (
     summarise,
     t_95,
 )
-from bench.study import tune
-from nanostack.config import Stage, load
 from nanostack.metrics import read_run
 from nanostack.model import LlamaConfig
 
@@ -225,65 +216,6 @@ def test_pauses_of_single_runs_do_not_count_in_seconds():
     assert runs["scratch-0-2"]["evaluations"][0]["seconds"] == 100.0, "results on disk stay as measured"
 
 
-STUDY_WITH = """
-from bench.study import Arm, Jump, Size, Study
-from nanostack.config import Growth
-from nanostack.model import LlamaConfig
-
-JUMP = Jump(0.15, Growth("stack", 2))
-MODEL = LlamaConfig(4, 2, 2, 32, 48, None, 32)
-study = Study("bad", "?", {{{arms}}}, {{"cpu": (Size(MODEL, {budgets}, 256, 8, 512, "float32"),)}})
-"""
-
-
-class Losses:
-    """Stands where the runs of a sweep would be made: a run is its arm and rate, its loss a function of the rate."""
-
-    def __init__(self, loss):
-        self.ran, self._loss = [], loss
-
-    def run(self, jobs, what):
-        self.ran += jobs
-
-    def loss(self, job):
-        return self._loss(job[2])
-
-
-def test_sweep_is_widened_until_the_best_rate_lies_inside():
-    def sweep(loss, lrs=(4e-3, 8e-3)):
-        losses = Losses(loss)
-        point = ("a", 1e12)
-        return sorted(tune([point], lrs, (0, 1), lambda *job: [job], losses)[point]), losses
-
-    assert sweep(lambda lr: abs(math.log(lr / 4e-3)))[0] == [2e-3, 4e-3, 8e-3]
-    assert sweep(lambda lr: abs(math.log(lr / 1.5e-2)))[0] == [4e-3, 8e-3, 1.6e-2, 3.2e-2]
-    assert sweep(lambda lr: math.inf if lr > 1e-2 else -lr)[0] == [4e-3, 8e-3, 1.6e-2], "a rate that diverges bounds it"
-    assert sweep(lambda lr: lr, (4e-3,))[0] == [4e-3], "a single rate is taken as it is"
-    with pytest.raises(ValueError, match="no best learning rate of arm a between"):
-        sweep(lambda lr: -lr)
-
-
-def test_rate_that_all_seeds_take_lies_inside_too():
-    """The first seed is best at 8e-3; all together at 1.6e-2, the widest that was tried: 3.2e-2 is tried then."""
-    best = {0: 8e-3, 1: 2e-2}
-    ran = Losses(None)
-    ran.loss = lambda job: abs(math.log(job[2] / best[job[3]])) * (1 + job[3])
-    (tried,) = tune([("a", 1e12)], (8e-3, 1.6e-2), (0, 1), lambda *job: [job], ran).values()
-    assert {lr: len(jobs) for lr, jobs in tried.items()} == {4e-3: 1, 8e-3: 2, 1.6e-2: 2, 3.2e-2: 1}
-
-
-def test_every_budget_has_its_own_rate():
-    """The best rate falls with the budget: each is widened for itself, and no more than it needs."""
-    ran = Losses(lambda job: 0.0)
-    ran.loss = lambda job: abs(math.log(job[2] / (4e-3 if job[1] < 1e12 else 1e-3)))
-    sweep = tune([("a", 5e11), ("a", 2e12)], (4e-3, 8e-3), (0,), lambda *job: [job], ran)
-    assert {point: sorted(tried) for point, tried in sweep.items()} == {
-        ("a", 5e11): [2e-3, 4e-3, 8e-3],
-        ("a", 2e12): [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
-    }
-    assert len(ran.ran) == 8
-
-
 def test_optimum_of_a_parabola_is_told_where_it_lies_inside():
     losses = {share: 2 + (math.log(share) - math.log(0.1)) ** 2 for share in (0.02, 0.05, 0.2, 0.3)}
     assert parabola(losses)[0] == pytest.approx(0.1)
@@ -313,172 +245,3 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
         (tmp_path / "study-half-cpu.json").write_text(damaged)
         refused = python(*command)
         assert refused.returncode == 2 and "study-half-cpu.json does not hold results of a study" in refused.stderr
-
-
-BAD = {
-    "1 / 0": "is not a valid study: ZeroDivisionError",
-    "study = 3": "has no variable `study`",
-    STUDY_WITH.format(arms='"base": Arm("2", 2)', budgets="(2e9, 4e9)"): "needs an arm `scratch`",
-    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(4e9, 2e9)"): "budgets that rise",
-    STUDY_WITH.format(
-        arms='"scratch": Arm("4", 4), "stack": Arm("", 2, (JUMP,))', budgets="(2e9, 4e9)"
-    ): "no arm keeps for good",
-    STUDY_WITH.format(arms='"scratch": Arm("8", 8), "base": Arm("2", 2), "stack": Arm("", 2, (JUMP,))', budgets="(2e9,)"): (
-        "grows to 4 layers"
-    ),
-    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e7,)"): "no room to train",
-}
-
-
-@pytest.mark.parametrize("text", BAD, ids=BAD.values())
-def test_study_that_cannot_be_is_refused_in_one_line(text, corpus, tmp_path):
-    (tmp_path / "bad.py").write_text(text)
-    command = ["bench/speedup.py", tmp_path / "bad.py", "--data", corpus, "--size", "cpu"]
-    done = python(*command, "--out", tmp_path, "--results", tmp_path)
-    assert done.returncode == 2 and BAD[text] in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-STUDY = """
-from bench.study import Arm, Jump, Size, Study
-from nanostack.config import Growth
-from nanostack.model import LlamaConfig
-
-TARGET = LlamaConfig(4, 2, 2, 32, 48, None, 32)
-study = Study(
-    "toy",
-    "Does it run?",
-    {
-        "scratch": Arm("4 layers", 4),
-        "base": Arm("2 layers", 2),
-        "stack": Arm("2 to 4", 2, (Jump(0.15, Growth("stack", 2)),)),
-        "learn": Arm("2 to 4, learned", 2, (Jump(0.15, Growth("learn", 2, learn_steps=2)),)),
-    },
-    {"cpu": (Size(TARGET, (2e9, 4e9), 256, 8, 512, "float32", lrs=(8e-3,), seeds=(0, 1), val_tokens=512),)},
-)
-"""
-
-
-@pytest.mark.slow
-def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_path):
-    (tmp_path / "toy.py").write_text(STUDY)
-    command = [sys.executable, "bench/speedup.py", tmp_path / "toy.py", "--data", corpus, "--size", "cpu", "--jobs", "2"]
-    command += ["--out", tmp_path / "out", "--results", tmp_path / "results", "--json"]
-    results = tmp_path / "results/study-toy-cpu.json"
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **options, start_new_session=True)
-    while not (results.exists() and len(json.loads(results.read_text())["runs"]) >= 3):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    second = subprocess.run(command, **options)
-    assert second.returncode == 2 and "another process is running a study" in second.stderr
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = json.loads(results.read_text())["runs"]
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr
-    assert "0:00:00 left" in done.stderr
-    found, summary = json.loads(results.read_text()), json.loads(done.stdout)
-    assert before.items() <= found["runs"].items(), "what had been run was run again"
-    assert summary == json.loads(json.dumps(summarise(found)))
-    for name, run in found["runs"].items():
-        assert run["evaluations"][-1]["lr"] == 0 or run["budget"] is None, name
-        assert run["budget"] is None or run["evaluations"][-1]["flops"] == pytest.approx(run["budget"], rel=0.05)
-        assert path_of(found, name)[-1]["seconds"] >= run["evaluations"][-1]["seconds"] > 0
-        assert run["begins"] == (path_of(found, run["needs"])[-1]["tokens"] if run["needs"] else 0)
-    stack, learn = (found["arms"][arm]["seeds"]["0"] for arm in ("stack", "learn"))
-    assert stack[0] == learn[0], "arms of a seed share their base"
-    assert found["runs"][stack[1]]["growth"]["op"] == "stack" and found["runs"][learn[1]]["growth"]["learned"]
-    assert results.with_suffix(".png").stat().st_size > 10000
-    (tmp_path / "toy.py").write_text(STUDY.replace('"toy"', '"other"'))
-    other = subprocess.run(command, **options)
-    assert other.returncode == 0 and json.loads(other.stdout)["arms"] == summary["arms"]
-    shared = json.loads(results.with_name("study-other-cpu.json").read_text())["runs"]
-    assert shared == found["runs"], "what one study has run, another ran again"
-    refused = subprocess.run([*command[:2], *command[2:-5], "--size", "gpu", *command[-5:]], **options)
-    assert refused.returncode == 2 and "has sizes cpu, not gpu" in refused.stderr
-
-
-@pytest.mark.slow
-def test_finished_runs_are_compared_and_others_refused(corpus, tmp_path):
-    trainer = Trainer(corpus, tmp_path)
-    grown, scratch = trainer.good("grown", "--stages.1.min_lr", "0"), tmp_path / "scratch"
-    for out, n_layer, steps in (("scratch", 4, 24), ("base", 2, 37)):
-        flat = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / out), "--model.n_layer", str(n_layer)])
-        train.Run(replace(flat, stages=(Stage(steps * 256, 1e-2, "cosine", warmup_tokens=512),))).train()
-    done = python("bench/speedup.py", tmp_path / "base", scratch, grown, "--json")
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer == json.loads((tmp_path / "compared.json").read_text()) and (tmp_path / "compared.png").stat().st_size > 10000
-    assert [arm["label"] for arm in answer["arms"].values()] == [
-        "4 layers",
-        "2 layers",
-        "2 → 4 layers, stack at 39% of the FLOPs",
-    ]
-    records = {out: read_run(tmp_path / out)[1] for out in ("scratch", "base", "grown")}
-    ends = {out: (found[-1]["flops"], found[-1]["val_loss"]) for out, found in records.items()}
-    assert sorted({arm["losses"].index(next(filter(None, arm["losses"]))) for arm in answer["arms"].values()}) == [0, 1]
-    found = answer["arms"][str(grown)]["speedup_flops"]
-    if ends["grown"][1] <= ends["scratch"][1]:
-        after = [r for r in records["grown"] if r["stage"] == 1 and "growth" not in r]
-        assert found["at_least"] and found["mean"] == speedup([ends["scratch"]], curve(after))
-    else:
-        assert found is None
-    assert set(answer["bases"]) <= {str(tmp_path / "base"), None}
-    longer = {out: with_twice_the_flops(tmp_path / out) for out in ("scratch", "grown")}
-    both = collect((scratch, grown, *longer.values()))
-    assert list(both["arms"]) == ["scratch", str(grown)], "another rate and share at another budget is no other recipe"
-    assert [len(arm["seeds"]["0"]) for arm in both["arms"].values()] == [2, 2] and len(both["budgets"]) > 2
-    with pytest.raises(ValueError, match=r"no run of the target \(4 layers × 64\) from scratch"):
-        collect((tmp_path / "base", grown))
-    other = trainer.good("other", "--stages.1.min_lr", "0", "--data.val_tokens", "512")
-    with pytest.raises(ValueError, match="number of validation tokens is 512 in the first and 1024 in the second"):
-        collect((scratch, other))
-    constant = trainer.good("constant", "--stages.1.schedule", "constant", "--stages.1.min_lr", "0")
-    with pytest.raises(ValueError, match="only decayed runs are compared"):
-        collect((scratch, constant))
-    with pytest.raises(ValueError, match="no run that grows"):
-        collect((scratch,))
-    seeded = trainer.good("seeded", "--stages.1.min_lr", "0", "--seed", "1")
-    with pytest.raises(ValueError, match="do not pair: seeds 1 are missing"):
-        collect((scratch, grown, seeded))
-    lines = (grown / "metrics.jsonl").read_text().splitlines()
-    (grown / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
-    with pytest.raises(ValueError, match="grown is not finished"):
-        collect((scratch, grown))
-    (grown / "metrics.jsonl").write_text("\n".join(lines)[:-30])
-    with pytest.raises(ValueError, match="is not whole"):
-        collect((scratch, grown))
-
-
-def with_twice_the_flops(folder):
-    """A copy of a run, of another learning rate and a vocabulary that was given, whose records all tell twice the FLOPs."""
-    copy = folder.with_name(f"{folder.name}-longer")
-    copy.mkdir()
-    header, *found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    header["config"]["model"]["vocab_size"] = 384
-    for stage in header["config"]["stages"]:
-        stage["lr"] *= 2
-    lines = [header, *(record | {"flops": 2 * record["flops"]} for record in found)]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return copy
-
-
-@pytest.mark.slow
-def test_run_grown_on_disk_is_told_with_its_base(corpus, tmp_path):
-    """grow.py between two runs: ledger, curve and seconds are those of both."""
-    tiny = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "base")])
-    train.Run(replace(tiny, stages=(Stage(12 * 256, 1e-2, "constant"),))).train()
-    assert python("grow.py", tmp_path / "base/ckpt.pt", "--g", 2).returncode == 0
-    deep = replace(tiny, model=replace(tiny.model, n_layer=4))
-    decayed = (Stage(12 * 256, 1e-2, "cosine"),)
-    train.Run(replace(deep, stages=decayed, out=str(tmp_path / "scratch"))).train()
-    start = str(tmp_path / "base/ckpt-x2.pt")
-    train.Run(replace(deep, stages=decayed, out=str(tmp_path / "grown"), init_from=start)).train()
-    results = collect((tmp_path / "scratch", tmp_path / "grown"))
-    run, own = results["runs"][str(tmp_path / "grown")], read_run(tmp_path / "grown")[1]
-    of_base = [record for record in read_run(tmp_path / "base")[1] if record["val_loss"] is not None]
-    assert results["arms"][str(tmp_path / "grown")]["label"] == "2 → 4 layers, stack at 39% of the FLOPs"
-    assert run["evaluations"][: len(of_base)] == of_base and len(run["evaluations"]) > len(of_base)
-    assert run["evaluations"][-1]["seconds"] == own[-1]["seconds"] + of_base[-1]["seconds"]
-    assert run["growth"]["tokens"] == of_base[-1]["tokens"] == 12 * 256

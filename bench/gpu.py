@@ -74,7 +74,7 @@ class Part:
     arguments: tuple[str, ...]
 
 
-TESTS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_compiled", "data", "growth", "train")]
+TESTS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_attention", "kernels_compiled", "data", "growth", "train")]
 STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--against", "compile", "--data.path", "{data}")
 STEP += ("--model.vocab_size", "32000")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")

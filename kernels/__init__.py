@@ -1,9 +1,9 @@
 """The fused operations of a Llama: each a pure function with a Triton kernel, a torch reference and, for the CPU, C."""
 
 from . import cpu
+from .attention import flash_attention, rotary_attention
+from .attention import flops as flash_attention_flops
 from .dispatch import set_backend, unavailable_reason
-from .flash_attention import flash_attention
-from .flash_attention import flops as flash_attention_flops
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -19,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
+    "rotary_attention",
     "set_backend",
     "swiglu",
     "unavailable_reason",

@@ -25,7 +25,29 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 FLAGS += ("-ffp-contract=fast", "-fopenmp", "-fPIC")
 P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int  # noqa: E741
-S = ctypes.POINTER(L)  # strides
+
+
+class _Tensor(ctypes.Structure):
+    """cpu.c's tensor: data, and the strides of batch, position and head."""
+
+    _fields_ = (("data", P), ("strides", L * 3))
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "_Tensor":
+        return cls(x.data_ptr(), (L * 3)(*x.stride()[:3]))
+
+
+class _Angles(ctypes.Structure):
+    """cpu.c's angles: rotary's tables and how many positions they hold; NULL for None."""
+
+    _fields_ = (("cosines", P), ("sines", P), ("period", L))
+
+    @classmethod
+    def of(cls, cos: torch.Tensor | None, sin: torch.Tensor | None) -> "_Angles":
+        return cls() if cos is None else cls(cos.data_ptr(), sin.data_ptr(), len(cos))
+
+
+T, A = _Tensor, _Angles
 SIGNATURES = {
     "swiglu_forward": (P, P, L, L, I),
     "swiglu_backward": (P, P, P, L, L, I),
@@ -33,8 +55,8 @@ SIGNATURES = {
     "rms_norm_forward": (P, P, P, P, P, P, L, L, F, I),
     "rms_norm_backward": (P, P, P, P, P, P, P, L, L, I),
     "cross_entropy": (P, P, P, P, P, L, L, L, F, I),
-    "attention_forward": (P, P, P, P, P, P, S, S, S, L, L, L, L, L, L, L, I, F, P, I),
-    "attention_backward": (P, P, P, P, P, P, P, P, P, P, S, S, S, S, L, L, L, L, L, L, L, I, F, P, I),
+    "attention_forward": (T, T, T, T, P, P, A, L, L, L, L, L, L, L, I, F, P, I),
+    "attention_backward": (T, T, T, T, T, T, T, T, P, P, A, L, L, L, L, L, L, L, I, F, P, I),
     "attention_scratch": (L, L),
 }
 
@@ -127,36 +149,29 @@ def cross_entropy(logits, targets, row_scale, ignore_index, z_loss, loss, dlogit
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, T, H, K), k and v (B, T_kv, H_kv, K), of unit stride along K → (B, T, H, K) and log of each row's sum (B, H, T)."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """q (B, T, H, K), k and v (B, T_kv, H_kv, K), of unit stride along K → (B, T, H, K) and log of each row's sum (B, H, T).
+
+    With cos and sin, contiguous (n, K/2), q and k are first turned to their positions, which are counted modulo n.
+    """
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    strides = [_strides(x) for x in (q, k, v)]
-    _call(
-        "attention_forward",
-        q.dtype,
-        q,
-        k,
-        v,
-        cu_seqlens,
-        out,
-        lse,
-        *strides,
-        *_attention_sizes(q, k, cu_seqlens, causal, scale),
-    )
+    tensors = [_Tensor.of(x) for x in (q, k, v, out)]
+    sizes = _attention_sizes(q, k, cu_seqlens, causal, scale)
+    _call("attention_forward", q.dtype, *tensors, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
     return out, lse
 
 
 def attention_backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None,
-    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk, dv."""
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    given = (dout, q, k, v, cu_seqlens, out.contiguous(), lse.contiguous(), *gradients)
-    strides = [_strides(x) for x in (dout, q, k, v)]
-    _call("attention_backward", q.dtype, *given, *strides, *_attention_sizes(q, k, cu_seqlens, causal, scale))
-    return tuple(gradients)
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Into dq, dk, dv, which may have any strides but along K: those of q and k before they were turned."""
+    tensors = [_Tensor.of(x) for x in (dout, q, k, v, out, dq, dk, dv)]
+    sizes = _attention_sizes(q, k, cu_seqlens, causal, scale)
+    _call("attention_backward", q.dtype, *tensors, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
 
 
 def _attention_sizes(q, k, cu_seqlens, causal, scale) -> tuple:
@@ -167,11 +182,6 @@ def _attention_sizes(q, k, cu_seqlens, causal, scale) -> tuple:
     each = _load(q.dtype).attention_scratch(longest, d)
     scratch = q.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
     return tasks, seq, kv_seq, heads, kv_heads, d, longest, causal, scale, scratch
-
-
-def _strides(x: torch.Tensor) -> ctypes.Array:
-    """Of batch, position and head."""
-    return (L * 3)(*x.stride()[:3])
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int]:

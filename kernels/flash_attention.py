@@ -12,27 +12,15 @@ The FLOP counter is told 4 and 10 with any mask, torch's own convention for atte
 Bytes at s per element: forward s·B·K·(2·H·T + 2·H_kv·T_kv) + 4·B·H·T; backward about 2.5 times that. The FLOPs are what counts.
 """
 
-from itertools import pairwise
-
 import torch
-import torch.nn.functional as F
 from torch.library import triton_op
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import cpu
 from .configs import lookup
 from .dispatch import (
     launch,
-    require,
-    require_floating,
-    require_like,
-    require_number,
     tl,
     triton,
     unit_stride,
-    use_c,
-    use_triton,
-    wide,
     wrap_triton,
 )
 
@@ -324,60 +312,6 @@ def _autograd(ctx, dout, _):
 
 flash_attention_op.register_autograd(_autograd, setup_context=_save)
 
-# In C. Operations of torch's all the same: the FLOP counter and selective checkpointing must see them. Registered by hand, as
-# a custom_op takes 0.1 ms more a call, and small models on a CPU do not have that.
-_library = torch.library.Library("nanostack", "FRAGMENT")
-_library.define(
-    "flash_attention_c(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)"
-)
-_library.define(
-    "flash_attention_backward_c(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor out, Tensor lse, "
-    "bool causal, float scale) -> (Tensor, Tensor, Tensor)"
-)
-_library.impl("flash_attention_c", lambda q, k, v, *more: cpu.attention(*unit_stride(q, k, v), *more), "CPU")
-_library.impl(
-    "flash_attention_backward_c", lambda dout, q, k, v, *more: cpu.attention_backward(*unit_stride(dout, q, k, v), *more), "CPU"
-)
-
-
-class _AttentionC(torch.autograd.Function):
-    @staticmethod
-    def forward(q, k, v, cu_seqlens, causal, scale):
-        return torch.ops.nanostack.flash_attention_c(q, k, v, cu_seqlens, causal, scale)
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _):
-        gradients = torch.ops.nanostack.flash_attention_backward_c(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return *gradients, None, None, None
-
-
-def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal: bool, backward: bool = False) -> int:
-    """FLOPs the formula needs: what a benchmark divides by its seconds. The counter's convention is causal=False."""
-    return (10 if backward else 4) * batch * n_head * q_len * kv_len * d_head // (2 if causal else 1)
-
-
-def _count_flops(op, seq: int, head: int, backward: bool) -> None:
-    """Tell the FLOP counter about an attention op whose shapes hold lengths and heads in these dimensions."""
-
-    def formula(*shapes, out_shape=None, **kwargs) -> int:
-        q, k = shapes[1:3] if backward else shapes[:2]
-        return flops(q[0], q[seq], k[seq], q[head], q[3], causal=False, backward=backward)
-
-    if op not in flop_registry:
-        register_flop_formula(op)(formula)
-
-
-_count_flops(torch.ops.nanostack.flash_attention, 1, 2, backward=False)
-_count_flops(torch.ops.nanostack.flash_attention_backward, 1, 2, backward=True)
-_count_flops(torch.ops.nanostack.flash_attention_c, 1, 2, backward=False)
-_count_flops(torch.ops.nanostack.flash_attention_backward_c, 1, 2, backward=True)
-# torch 2.13 counts attention on every device but the CPU, where its own op would silently cost nothing.
-_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, backward=False)
-_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
-
 
 def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
     """(2, seq_len) int32: first position of each position's document, and one past its last.
@@ -388,98 +322,3 @@ def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
     document = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
     sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len) & (cu_seqlens.diff() >= 0).all()
     return torch.stack((cu_seqlens[document], cu_seqlens[document + 1])).to(torch.int32) * sound
-
-
-def flash_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool = True,
-    scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale · q kᵀ) v for q (B, T, H, K) and k, v (B, T_kv, H_kv, K), H a multiple of H_kv → (B, T, H, K).
-
-    scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
-    documents of a batch of 1 (view (B, T) as (1, B·T) first). return_lse adds lse (B, H, T), natural log, fp32, no gradient.
-    Raises ValueError, which names the argument, for what does not fit together. The values of cu_seqlens are checked on the
-    CPU only; on a GPU, which nothing here waits for, values that do not rise from 0 to T make the result nan.
-    """
-    _check(q, k, v, causal, scale, cu_seqlens)
-    refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[-1]}" if q.shape[-1] > MAX_D_HEAD else None
-    on_triton = use_triton(backend, q, refusal)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if on_triton and q.numel():
-        if cu_seqlens is not None and not cu_seqlens.is_cuda:
-            _checked_edges(cu_seqlens, q.shape[1])
-        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
-        out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
-        return (out, lse) if return_lse else out
-    # A single new token; and bfloat16, for which torch uses the matrix instructions of processors that have them.
-    torch_is_faster = q.shape[1] == 1 or q.dtype != torch.float32
-    if use_c(backend, q, k, v, torch_is_faster=torch_is_faster) and q.numel():
-        if cu_seqlens is not None:
-            _checked_edges(cu_seqlens, q.shape[1])
-        out, lse = _AttentionC.apply(q, k, v, cu_seqlens, causal, scale)
-        return (out, lse) if return_lse else out
-    if cu_seqlens is not None:
-        return _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)
-    out = _reference(q, k, v, causal, scale)
-    return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
-
-
-def _check(q, k, v, causal, scale, cu_seqlens):
-    if scale is not None:
-        require_number("scale", scale)
-    require_floating("q", q)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require_like(name, x, "q", q)
-        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
-    require(q.shape[3] > 0, f"q has shape {tuple(q.shape)}; its heads are empty")
-    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
-    require(v.shape == k.shape, f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
-    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
-    require(k.shape[1] > 0, f"k has shape {tuple(k.shape)}; there is nothing to attend to")
-    require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
-    one_length = q.shape[1] == k.shape[1] or not (causal or cu_seqlens is not None)
-    require(one_length, f"{shapes}; causal attention and cu_seqlens need q and k of one length")
-    if cu_seqlens is None:
-        return
-    require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)
-    offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
-    require(offsets, f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
-    require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
-
-
-def _checked_edges(cu_seqlens, seq_len):
-    edges = cu_seqlens.tolist()
-    rising = edges[0] == 0 and edges[-1] == seq_len and edges == sorted(edges)
-    require(rising, f"cu_seqlens is {edges}; it must rise from 0 to {seq_len}, the length of q")
-    return edges
-
-
-def _reference(q, k, v, causal, scale):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
-
-
-@torch.no_grad()
-def _reference_lse(q, k, causal, scale):
-    group = q.shape[2] // k.shape[2]
-    scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(k).repeat_interleave(group, 2)) * scale
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
-    return scores.logsumexp(-1)
-
-
-@torch.compiler.disable  # the shapes depend on the values of cu_seqlens
-def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
-    edges = _checked_edges(cu_seqlens, q.shape[1])
-    documents = [slice(start, end) for start, end in pairwise(edges) if start < end]
-    out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
-    if not return_lse:
-        return out
-    return out, torch.cat([_reference_lse(q[:, d], k[:, d], causal, scale) for d in documents], 2)

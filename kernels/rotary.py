@@ -130,7 +130,7 @@ def rotary(
     cos and sin are fp32 tables (at least offset + T, K/2) without a gradient. Returns new contiguous tensors. Raises
     ValueError, which names the argument, for what does not fit together.
     """
-    _check(q, k, cos, sin, offset)
+    check(q, k, cos, sin, offset)
     refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[3]}" if q.shape[3] > MAX_D_HEAD else None
     if use_triton(backend, q, refusal) and q.numel():
         return rotary_op(q, k, cos, sin, offset, False)
@@ -138,7 +138,8 @@ def rotary(
     return _Rotary.apply(q, k, cos[rows], sin[rows], use_c(backend, q, k))
 
 
-def _check(q, k, cos, sin, offset):
+def check(q, k, cos, sin, offset) -> None:
+    """Raise ValueError, which names the argument, for what `rotary` does not take."""
     require_floating("q", q)
     require(q.ndim == 4, f"q has shape {tuple(q.shape)}; it must be (batch, seq, head, d_head)")
     require_number("offset", offset, whole=True)

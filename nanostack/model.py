@@ -140,14 +140,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T = x_BTD.shape[:2]
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
-        q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
-        q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
-        if cu_seqlens is not None:  # documents are counted through all rows
-            q_BTHK, k_BTGK, v_BTGK = (x.reshape(1, B * T, -1, self.d_head) for x in (q_BTHK, k_BTGK, v_BTGK))
-        if cache is not None:
+        if cache is None:
+            out = kernels.rotary_attention(qkv, self.heads[1], cos, sin, cu_seqlens)
+        else:
+            q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
+            q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
-        causal = cache is None or cache.length == T  # one token behind others sees them all
-        out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=causal, cu_seqlens=cu_seqlens)
+            causal = cache.length == T  # one token behind others sees them all
+            out = kernels.flash_attention(q_BTHK, k_BTGK, v_BTGK, causal=causal)
         return self.out(out.reshape(B, T, -1))
 
 

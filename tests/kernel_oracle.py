@@ -11,6 +11,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
+
+import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -27,6 +30,11 @@ GPU = [_target("cuda", "triton", dtype) for dtype in (torch.float32, torch.float
 REFERENCE = [_target("cpu", way, dtype) for way in ("torch", "c") for dtype in (torch.float32, torch.bfloat16)]
 TRITON = INTERPRETER if INTERPRETED else GPU
 TARGETS = INTERPRETER if INTERPRETED else REFERENCE + GPU
+on_every_target = pytest.mark.parametrize("target", TARGETS)
+on_triton = pytest.mark.parametrize("target", TRITON)
+few_examples = settings(
+    max_examples=4 if INTERPRETED else 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def randn(*shape, target, seed=0, scale=1.0, grad=True):
@@ -142,3 +150,18 @@ def naive_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean",
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
+
+
+def check_attention(q, k, v, target, monkeypatch, **options):
+    assert_obeys_error_rule(
+        lambda *qkv: kernels.flash_attention(*qkv, backend=target[1], **options),
+        lambda *qkv: plain_attention(*qkv, **options),
+        lambda *qkv: naive_attention(*qkv, **options),
+        (q, k, v),
+        monkeypatch,
+    )
+
+
+def attention_inputs(batch, q_len, kv_len, n_head, n_kv_head, d_head, target):
+    shapes = ((batch, q_len, n_head, d_head), *[(batch, kv_len, n_kv_head, d_head)] * 2)
+    return [randn(*shape, seed=seed, target=target) for seed, shape in enumerate(shapes)]

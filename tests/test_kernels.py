@@ -8,37 +8,30 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_oracle import (
     INTERPRETED,
-    TARGETS,
-    TRITON,
     assert_obeys_error_rule,
-    naive_attention,
+    attention_inputs,
+    check_attention,
+    few_examples,
     naive_cross_entropy,
     naive_rms_norm,
     naive_rotary,
-    naive_scores,
     naive_swiglu,
+    on_every_target,
+    on_triton,
     outputs_and_gradients,
-    plain_attention,
     plain_rms_norm,
     plain_swiglu,
     randn,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import configs, tune
 
-attention = importlib.import_module("kernels.flash_attention")  # the package exports the function of that name
 EPS = 1e-5
-on_every_target = pytest.mark.parametrize("target", TARGETS)
-on_triton = pytest.mark.parametrize("target", TRITON)
-few_examples = settings(
-    max_examples=4 if INTERPRETED else 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def check_rms_norm(x, weight, target, monkeypatch):
@@ -62,21 +55,6 @@ def check_add_rms_norm(x, residual, weight, target, monkeypatch):
         (x, residual, weight),
         monkeypatch,
     )
-
-
-def check_attention(q, k, v, target, monkeypatch, **options):
-    assert_obeys_error_rule(
-        lambda *qkv: kernels.flash_attention(*qkv, backend=target[1], **options),
-        lambda *qkv: plain_attention(*qkv, **options),
-        lambda *qkv: naive_attention(*qkv, **options),
-        (q, k, v),
-        monkeypatch,
-    )
-
-
-def attention_inputs(batch, q_len, kv_len, n_head, n_kv_head, d_head, target):
-    shapes = ((batch, q_len, n_head, d_head), *[(batch, kv_len, n_kv_head, d_head)] * 2)
-    return [randn(*shape, seed=seed, target=target) for seed, shape in enumerate(shapes)]
 
 
 @on_every_target
@@ -171,114 +149,6 @@ def test_swiglu_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
     assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (apart,), monkeypatch)
 
 
-ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
-    (2, 1, 1, 2, 1, 64, True),
-    (1, 127, 127, 4, 1, 32, True),
-    (2, 33, 33, 8, 1, 32, True),
-    (1, 64, 64, 2, 2, 64, True),
-    (1, 41, 41, 4, 2, 80, True),
-    (1, 50, 50, 2, 1, 128, True),
-    (1, 35, 35, 1, 1, 256, True),
-    (1, 261, 261, 1, 1, 32, True),
-    (1, 32, 64, 2, 1, 32, False),
-    (2, 1, 70, 4, 2, 48, False),
-    (1, 70, 19, 3, 3, 32, False),
-]
-
-
-@on_every_target
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
-def test_attention_obeys_error_rule(shape, target, monkeypatch):
-    check_attention(*attention_inputs(*shape[:-1], target), target, monkeypatch, causal=shape[-1])
-
-
-@on_every_target
-def test_attention_of_1000_tokens_obeys_error_rule(target, monkeypatch):
-    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):  # tiles that the interpreter is done with soon
-        rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(128, 128, 4, 1)}}
-        monkeypatch.setitem(configs.TABLE, kernel, rows)
-    check_attention(*attention_inputs(1, 1000, 1000, 2, 1, 32, target), target, monkeypatch)
-
-
-@on_every_target
-def test_attention_takes_slices_of_a_fused_projection_and_a_scale(target, monkeypatch):
-    fused = randn(2, 8, 21, 32, target=target, grad=False).transpose(1, 2)
-    q, k, v = (x.requires_grad_() for x in fused.split([4, 2, 2], 2))
-    assert not q.is_contiguous()
-    check_attention(q, k, v, target, monkeypatch, scale=0.3)
-
-
-@on_every_target
-def test_attention_survives_scores_far_below_zero(target):
-    """exp of a masked or padded score minus such an lse overflows, and inf · 0 would poison the gradients."""
-    q, k, v = attention_inputs(1, 37, 37, 1, 1, 32, target)
-    k = (-100 * q.detach().mean(1, keepdim=True) + 0.01 * k).detach().requires_grad_()
-    q = (q.detach().mean(1, keepdim=True) * 10 + 0.01 * q).detach().requires_grad_()
-    for causal in (True, False):
-        for result in outputs_and_gradients(
-            lambda q, k, v, c=causal: kernels.flash_attention(q, k, v, causal=c, backend=target[1]), (q, k, v)
-        ):
-            assert result.isfinite().all()
-
-
-@on_every_target
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("edges", [[0, 50], [0, 1, 1, 17, 18, 75], [0, 40, 64, 65]], ids=str)
-def test_attention_stays_inside_documents(edges, causal, target, monkeypatch):
-    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=target[0])
-    q, k, v = attention_inputs(1, edges[-1], edges[-1], 4, 2, 32, target)
-    check_attention(q, k, v, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
-
-
-@on_every_target
-@pytest.mark.parametrize("edges", [None, [0, 20, 45]], ids=str)
-def test_attention_returns_the_natural_logsumexp(edges, target):
-    q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
-    cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=target[0])
-    out, lse = kernels.flash_attention(q, k, v, cu_seqlens=cu_seqlens, return_lse=True, backend=target[1])
-    exact = naive_scores(q.double(), k.double(), True, None, cu_seqlens).logsumexp(-1)
-    assert out.requires_grad and not lse.requires_grad and lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), exact, rtol=0, atol=4e-6)
-
-
-@on_every_target
-@given(
-    seq=st.integers(1, 70),
-    n_kv_head=st.integers(1, 2),
-    group=st.sampled_from([1, 2, 3]),
-    d_head=st.sampled_from([32, 40]),
-    causal=st.booleans(),
-)
-@few_examples
-def test_attention_obeys_error_rule_in_any_shape(seq, n_kv_head, group, d_head, causal, target, monkeypatch):
-    inputs = attention_inputs(1, seq, seq, group * n_kv_head, n_kv_head, d_head, target)
-    check_attention(*inputs, target, monkeypatch, causal=causal)
-
-
-@on_triton
-def test_documents_that_do_not_cover_the_row_are_seen(target):
-    """On the CPU by name; on a GPU, whose values nobody waits for, by nan."""
-    q = attention_inputs(1, 20, 20, 1, 1, 32, target)[0]
-    for edges in ([0, 12], [3, 20], [0, 15, 9, 20]):
-        cu_seqlens = torch.tensor(edges, dtype=torch.int32)
-        bounds = attention.document_bounds(cu_seqlens, 20).to(target[0])
-        out, _ = torch.ops.nanostack.flash_attention(q, q, q, bounds, True, 0.2)
-        assert out.isnan().all()
-        if target[0] == "cpu":
-            with pytest.raises(ValueError, match="must rise from 0 to 20"):
-                kernels.flash_attention(q, q, q, cu_seqlens=cu_seqlens, backend="triton")
-
-
-@on_every_target
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), causal=st.booleans(), group=st.sampled_from([1, 3]))
-@few_examples
-def test_attention_stays_inside_any_documents(lengths, causal, group, target, monkeypatch):
-    edges = torch.tensor([0, *lengths, 1]).cumsum(0)
-    cu_seqlens = edges.to(target[0], torch.int32)
-    inputs = attention_inputs(1, int(edges[-1]), int(edges[-1]), group, 1, 32, target)
-    check_attention(*inputs, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
-
-
 @on_every_target
 @given(data=st.data())
 @few_examples
@@ -300,33 +170,6 @@ def test_strides_do_not_matter(data, target, monkeypatch):
     check_attention(q, k, v, target, monkeypatch)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="tile shapes are varied in the interpreter, where they cost nothing to compile")
-@pytest.mark.parametrize("tiles", [(16, 32), (32, 32), (16, 64), (64, 16)], ids=str)
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
-def test_attention_does_not_depend_on_its_tiles(tiles, tma, monkeypatch):
-    target = ("cpu", "triton", torch.float32)
-    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
-        rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(*tiles, 4, 1, TMA=tma)}}
-        monkeypatch.setitem(configs.TABLE, kernel, rows)
-    check_attention(*attention_inputs(1, 101, 101, 2, 1, 40, target), target, monkeypatch)
-    check_attention(*attention_inputs(2, 30, 75, 2, 1, 32, target), target, monkeypatch, causal=False)
-    cu_seqlens = torch.tensor([0, 9, 71, 90], dtype=torch.int32)
-    check_attention(*attention_inputs(1, 90, 90, 1, 1, 32, target), target, monkeypatch, cu_seqlens=cu_seqlens)
-
-
-def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
-    monkeypatch.setattr(configs, "architecture", lambda device, dtype: 90)
-
-    def uses_tma(*tensors):
-        return attention.launch_config("attention_forward", tensors[0].shape[-1], *tensors)["TMA"]
-
-    fused = torch.empty(1, 8, 6, 64, dtype=torch.bfloat16)
-    assert uses_tma(*fused.split(2, 2))
-    assert not uses_tma(torch.empty(1, 8, 2, 36, dtype=torch.bfloat16))  # 72 bytes from head to head
-    assert not uses_tma(torch.empty(1, 8, 2, 65, dtype=torch.bfloat16)[..., 1:])
-    assert not uses_tma(torch.empty(1, 1, 2, 64, dtype=torch.bfloat16).expand(1, 8, 2, 64))
-
-
 def all_operations(target):
     """Each operation as (function, inputs), on small odd shapes."""
     backend = target[1]
@@ -339,6 +182,10 @@ def all_operations(target):
         "add_rms_norm": (lambda *t: kernels.add_rms_norm(*t, EPS, backend=backend), (x, residual, weight)),
         "rotary": (lambda q, k: kernels.rotary(q, k, angle.cos(), angle.sin(), backend=backend), (q, k)),
         "flash_attention": (lambda *t: kernels.flash_attention(*t, backend=backend), (q, k, v)),
+        "rotary_attention": (
+            lambda *t: kernels.rotary_attention(torch.cat(t, 2), 1, angle.cos(), angle.sin(), backend=backend),
+            (q, k, v),
+        ),
         "swiglu": (lambda x: kernels.swiglu(x, backend=backend), (x,)),
         "linear_cross_entropy": (
             lambda x, w: kernels.linear_cross_entropy(x, w, targets, backend=backend),
@@ -388,17 +235,6 @@ def test_cross_entropy_rows_pass_opcheck(target):
     for row_scale, gradients in ((None, False), (None, True), (scale, True)):
         args = (x, weight, targets, row_scale, -100, 1e-4, gradients, target[1])
         torch.library.opcheck(torch.ops.nanostack.linear_cross_entropy_rows.default, args)
-
-
-@on_every_target
-def test_flop_counter_sees_attention_forward_and_backward(target):
-    q, k, v = attention_inputs(2, 24, 24, 4, 2, 32, target)
-    with FlopCounterMode(display=False) as counter:
-        out = kernels.flash_attention(q, k, v, backend=target[1])
-    assert counter.get_total_flops() == 4 * 2 * 4 * 24 * 24 * 32
-    with FlopCounterMode(display=False) as counter:
-        out.sum().backward()
-    assert counter.get_total_flops() == 10 * 2 * 4 * 24 * 24 * 32
 
 
 CROSS_ENTROPY_OPTIONS = [

@@ -1,4 +1,4 @@
-"""Runs test_kernels.py on the Triton kernels with no GPU: in a process of its own, as Triton reads TRITON_INTERPRET once."""
+"""The numbers of the Triton kernels with no GPU: in a process of its own, as Triton reads TRITON_INTERPRET once."""
 
 import os
 import re
@@ -11,13 +11,14 @@ import pytest
 import kernels.dispatch
 
 TESTS = Path(__file__).parent
+FILES = (TESTS / "test_kernels.py", TESTS / "test_kernels_attention.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not kernels.dispatch.HAS_TRITON, reason="needs triton")
 def test_triton_kernels_pass_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / "test_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, FILES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # more threads only get into the way
     result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)

@@ -49,11 +49,15 @@ def written(model: Llama, prompts: dict[str, list[int]], how: Sampling, cached: 
     return [one.ids[one.n_prompt :] for one in samples]
 
 
+@pytest.fixture
+def all_in_torch(monkeypatch):
+    """As a single token is: C, which takes many, has a rounding of its own."""
+    monkeypatch.setattr(dispatch, "_backend", "torch")
+
+
 @on_every_shape
 @torch.no_grad()
-def test_logits_with_the_cache_are_those_without_at_every_position(config, monkeypatch):
-    """In torch both times, as a single token is: C, which takes many, has a rounding of its own."""
-    monkeypatch.setattr(dispatch, "_backend", "torch")
+def test_logits_with_the_cache_are_those_without_at_every_position(config, all_in_torch):
     model, x = model_of(config), tokens(3, config.seq_len)
     whole = model(x)
     for n_prompt in (1, 2, 7, config.seq_len):
@@ -91,7 +95,7 @@ def test_what_the_cache_cannot_serve_is_refused():
 
 
 @on_every_shape
-def test_window_that_is_full_goes_on_with_its_last_half_with_and_without_the_cache(config):
+def test_window_that_is_full_goes_on_with_its_last_half_with_and_without_the_cache(config, all_in_torch):
     """Beyond seq_len too, every logit is that of the model on the tokens of the window alone."""
     model, n = model_of(config), 3 * config.seq_len
     seen = []

@@ -1,0 +1,230 @@
+"""Attention as the model calls it, alone or with rotary before it: in Triton (flash_attention.py), in C (cpu.c), or torch's."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import cpu
+from .dispatch import require, require_floating, require_like, require_number, unit_stride, use_c, use_triton, wide
+from .flash_attention import MAX_D_HEAD, document_bounds, flash_attention_op
+from .rotary import check as check_rotary
+from .rotary import rotary
+
+# The C functions as operations of torch's: the FLOP counter and selective checkpointing must see them. Registered by hand, as a
+# custom_op takes 0.1 ms more a call, and small models on a CPU do not have that.
+_library = torch.library.Library("nanostack", "FRAGMENT")
+_library.define(
+    "flash_attention_c(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, bool causal, float scale)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "flash_attention_backward_c(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, "
+    "Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale) -> ()"
+)
+_library.impl("flash_attention_c", lambda q, k, v, *more: cpu.attention(*unit_stride(q, k, v), *more), "CPU")
+_library.impl(
+    "flash_attention_backward_c", lambda dout, q, k, v, *more: cpu.attention_backward(*unit_stride(dout, q, k, v), *more), "CPU"
+)
+
+
+class _AttentionC(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, cu_seqlens, causal, scale):
+        return torch.ops.nanostack.flash_attention_c(q, k, v, None, None, cu_seqlens, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, cu_seqlens, ctx.causal, ctx.scale = inputs
+        _save(ctx, (q, k, v, None, None, cu_seqlens), output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _):
+        gradients = [x.new_empty(x.shape) for x in ctx.saved_tensors[:3]]
+        torch.ops.nanostack.flash_attention_backward_c(dout, *ctx.saved_tensors, *gradients, ctx.causal, ctx.scale)
+        return *gradients, None, None, None
+
+
+class _RotaryAttentionC(torch.autograd.Function):
+    """Of q, k and v in one tensor, whose gradient is one tensor, too. What is saved is that, not what was turned."""
+
+    @staticmethod
+    def forward(qkv, heads, cos, sin, cu_seqlens, scale):
+        return torch.ops.nanostack.flash_attention_c(*qkv.split(heads, 2), cos, sin, cu_seqlens, True, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, ctx.heads, cos, sin, cu_seqlens, ctx.scale = inputs
+        _save(ctx, (qkv, cos, sin, cu_seqlens), output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _):
+        qkv, *rest = ctx.saved_tensors
+        dqkv = qkv.new_empty(qkv.shape)
+        of_three = (x.split(ctx.heads, 2) for x in (qkv, dqkv))
+        torch.ops.nanostack.flash_attention_backward_c(dout, *next(of_three), *rest, *next(of_three), True, ctx.scale)
+        return dqkv, None, None, None, None, None
+
+
+def _save(ctx, tensors, output):
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal: bool, backward: bool = False) -> int:
+    """FLOPs the formula needs: what a benchmark divides by its seconds. The counter's convention is causal=False."""
+    return (10 if backward else 4) * batch * n_head * q_len * kv_len * d_head // (2 if causal else 1)
+
+
+def _count_flops(op, seq: int, head: int, backward: bool) -> None:
+    """Tell the FLOP counter about an attention op whose shapes hold lengths and heads in these dimensions."""
+
+    def formula(*shapes, out_shape=None, **kwargs) -> int:
+        q, k = shapes[1:3] if backward else shapes[:2]
+        return flops(q[0], q[seq], k[seq], q[head], q[3], causal=False, backward=backward)
+
+    if op not in flop_registry:
+        register_flop_formula(op)(formula)
+
+
+_count_flops(torch.ops.nanostack.flash_attention, 1, 2, backward=False)
+_count_flops(torch.ops.nanostack.flash_attention_backward, 1, 2, backward=True)
+_count_flops(torch.ops.nanostack.flash_attention_c, 1, 2, backward=False)
+_count_flops(torch.ops.nanostack.flash_attention_backward_c, 1, 2, backward=True)
+# torch 2.13 counts attention on every device but the CPU, where its own op would silently cost nothing.
+_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, backward=False)
+_count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale · q kᵀ) v for q (B, T, H, K) and k, v (B, T_kv, H_kv, K), H a multiple of H_kv → (B, T, H, K).
+
+    scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
+    documents of a batch of 1 (view (B, T) as (1, B·T) first). return_lse adds lse (B, H, T), natural log, fp32, no gradient.
+    Raises ValueError, which names the argument, for what does not fit together. The values of cu_seqlens are checked on the
+    CPU only; on a GPU, which nothing here waits for, values that do not rise from 0 to T make the result nan.
+    """
+    _check(q, k, v, causal, scale, cu_seqlens)
+    refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[-1]}" if q.shape[-1] > MAX_D_HEAD else None
+    on_triton = use_triton(backend, q, refusal)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if on_triton and q.numel():
+        if cu_seqlens is not None and not cu_seqlens.is_cuda:
+            _check_edges(cu_seqlens, q.shape[1])
+        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
+        out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
+        return (out, lse) if return_lse else out
+    if use_c(backend, q, k, v, torch_is_faster=_torch_is_faster(q)) and q.numel():
+        if cu_seqlens is not None:
+            _check_edges(cu_seqlens, q.shape[1])
+        out, lse = _AttentionC.apply(q, k, v, cu_seqlens, causal, scale)
+        return (out, lse) if return_lse else out
+    if cu_seqlens is not None:
+        return _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)
+    out = _reference(q, k, v, causal, scale)
+    return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
+
+
+def rotary_attention(
+    qkv: torch.Tensor,
+    n_kv_head: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """flash_attention, causal, of q, k, v side by side in qkv (B, T, H + 2·H_kv, K), q and k turned by rotary → (B, T, H, K).
+
+    cos and sin as rotary takes them. cu_seqlens (n_doc + 1,) int32 = [0, ..., B·T] counts documents through all rows. In C this
+    is one operation; elsewhere rotary and flash_attention, one after the other. Raises ValueError as they do.
+    """
+    require_floating("qkv", qkv)
+    require_number("n_kv_head", n_kv_head, whole=True)
+    enough = qkv.ndim == 4 and 0 < 2 * n_kv_head < qkv.shape[2]
+    require(enough, f"qkv has shape {tuple(qkv.shape)}; it must be (batch, seq, heads + 2 · {n_kv_head}, d_head)")
+    (B, T, _, K), heads = qkv.shape, (qkv.shape[2] - 2 * n_kv_head, n_kv_head, n_kv_head)
+    packed = (B, T) if cu_seqlens is None else (1, B * T)
+    if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
+        q, k, v = qkv.split(heads, 2)
+        check_rotary(q, k, cos, sin, 0)
+        _check(*(x.reshape(*packed, -1, K) for x in (q, k, v)), True, None, cu_seqlens)
+        if cu_seqlens is not None:
+            _check_edges(cu_seqlens, B * T)
+        tables = cos[:T].contiguous(), sin[:T].contiguous()
+        out, _ = _RotaryAttentionC.apply(qkv.reshape(*packed, -1, K), heads, *tables, cu_seqlens, K**-0.5)
+        return out.reshape(B, T, -1, K)
+    q, k, v = qkv.split(heads, 2)
+    q, k = rotary(q, k, cos, sin, backend=backend)
+    q, k, v = (x.reshape(*packed, -1, K) for x in (q, k, v))
+    return flash_attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend).reshape(B, T, -1, K)
+
+
+def _torch_is_faster(q: torch.Tensor) -> bool:
+    """Than C: for a single new token, and in bfloat16, for which torch uses the matrix instructions that processors have."""
+    return q.shape[1] == 1 or q.dtype != torch.float32
+
+
+def _check(q, k, v, causal, scale, cu_seqlens):
+    if scale is not None:
+        require_number("scale", scale)
+    require_floating("q", q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_like(name, x, "q", q)
+        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
+    require(q.shape[3] > 0, f"q has shape {tuple(q.shape)}; its heads are empty")
+    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
+    require(v.shape == k.shape, f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
+    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
+    require(k.shape[1] > 0, f"k has shape {tuple(k.shape)}; there is nothing to attend to")
+    require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
+    one_length = q.shape[1] == k.shape[1] or not (causal or cu_seqlens is not None)
+    require(one_length, f"{shapes}; causal attention and cu_seqlens need q and k of one length")
+    if cu_seqlens is None:
+        return
+    require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)
+    offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
+    require(offsets, f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
+    require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
+
+
+def _check_edges(cu_seqlens, seq_len):
+    rising = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == seq_len and bool((cu_seqlens.diff() >= 0).all())
+    require(rising, f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to {seq_len}, the length of q")
+
+
+def _reference(q, k, v, causal, scale):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def _reference_lse(q, k, causal, scale):
+    group = q.shape[2] // k.shape[2]
+    scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(k).repeat_interleave(group, 2)) * scale
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    return scores.logsumexp(-1)
+
+
+@torch.compiler.disable  # the shapes depend on the values of cu_seqlens
+def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
+    _check_edges(cu_seqlens, q.shape[1])
+    documents = [slice(start, end) for start, end in pairwise(cu_seqlens.tolist()) if start < end]
+    out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
+    if not return_lse:
+        return out
+    return out, torch.cat([_reference_lse(q[:, d], k[:, d], causal, scale) for d in documents], 2)

@@ -8,8 +8,9 @@ The others: plain torch eager; the same under torch.compile (on a GPU with atten
 with Liger's kernels where they are installed and there is a GPU. Each runs in a process of its own, in turns, several rounds,
 so that a slow minute hits all; the first round starts with empty compilation caches and tells the time to the first step.
 
-Reported: the median over rounds and steps, half the distance between the quartiles as a share of it, ours over theirs. MFU is
-nanostack/flops.py's. JSON and picture go to bench/results/.
+Reported: the median over rounds and steps, half the distance between the quartiles as a share of it; how many times as fast
+ours is, round by round (median, least, most), as a machine may be slow for minutes. On a shared one many short rounds are worth
+more than a few long ones. MFU is nanostack/flops.py's. JSON and picture go to bench/results/.
 """
 
 import itertools
@@ -255,8 +256,11 @@ def summarise(found: dict, config: Train, device: torch.device) -> dict:
             "first_step_warm": statistics.median([one["first_step"] for one in rounds[1:]] or [rounds[0]["first_step"]]),
             "rounds": rounds,
         }
+    ours = [statistics.median(one["seconds"]) for one in found[OURS]]
     for name, way in ways.items():
-        way["ours_over"] = None if name == OURS else ways[OURS]["tokens_per_s"] / way["tokens_per_s"]
+        theirs = [statistics.median(one["seconds"]) for one in found[name]]
+        way["ours_over_by_round"] = None if name == OURS else [b / a for a, b in zip(ours, theirs, strict=True)]
+        way["ours_over"] = None if name == OURS else statistics.median(way["ours_over_by_round"])
     shape = {"n_params": n_params(config.model), "seq_len": config.model.seq_len, "batch_tokens": config.batch_tokens}
     return shape | {"micro_batch": config.micro_batch, "ways": ways}
 
@@ -271,7 +275,9 @@ def cells(result: dict) -> list[list[str]]:
         shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
         row = [f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.1f}", f"{100 * way['spread']:.0f} %", *shares]
         row += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}", f"{way['first_step_warm']:.1f}"]
-        rows.append([PEERS.get(name, name), *row, f"{way['ours_over']:.2f}" if way["ours_over"] else ""])
+        by_round = way["ours_over_by_round"]
+        over = f"{way['ours_over']:.2f} ({min(by_round):.2f} to {max(by_round):.2f})" if by_round else ""
+        rows.append([PEERS.get(name, name), *row, over])
     return rows
 
 

@@ -33,9 +33,11 @@ def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
         assert [len(one["seconds"]) for one in way["rounds"]] == [3] and way["peak_bytes"] > 2**26
         assert 0.5 < way["first_step_cold"] < 60 and way["ms"] > 0
         assert way["tokens_per_s"] == pytest.approx(found["batch_tokens"] / way["ms"] * 1e3)
-        assert way["ours_over"] == (
-            None if name == "nanostack" else found["ways"]["nanostack"]["tokens_per_s"] / way["tokens_per_s"]
-        )
+        if name == "nanostack":
+            assert way["ours_over"] is way["ours_over_by_round"] is None
+        else:
+            assert way["ours_over_by_round"] == [way["ours_over"]]
+            assert way["ours_over"] == pytest.approx(way["ms"] / found["ways"]["nanostack"]["ms"])
     largest = load(TINY, ["--data.path", str(corpus)]).shapes()[-1]
     assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=384))
 

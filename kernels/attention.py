@@ -64,8 +64,8 @@ class _RotaryAttentionC(torch.autograd.Function):
     def backward(ctx, dout, _):
         qkv, *rest = ctx.saved_tensors
         dqkv = qkv.new_empty(qkv.shape)
-        of_three = (x.split(ctx.heads, 2) for x in (qkv, dqkv))
-        torch.ops.nanostack.flash_attention_backward_c(dout, *next(of_three), *rest, *next(of_three), True, ctx.scale)
+        inputs, gradients = (x.split(ctx.heads, 2) for x in (qkv, dqkv))
+        torch.ops.nanostack.flash_attention_backward_c(dout, *inputs, *rest, *gradients, True, ctx.scale)
         return dqkv, None, None, None, None, None
 
 
@@ -158,13 +158,13 @@ def rotary_attention(
     (B, T, _, K), heads = qkv.shape, (qkv.shape[2] - 2 * n_kv_head, n_kv_head, n_kv_head)
     packed = (B, T) if cu_seqlens is None else (1, B * T)
     if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
-        q, k, v = qkv.split(heads, 2)
-        check_rotary(q, k, cos, sin, 0)
-        _check(*(x.reshape(*packed, -1, K) for x in (q, k, v)), True, None, cu_seqlens)
+        check_rotary(*qkv.split(heads, 2)[:2], cos, sin, 0)
+        qkv = qkv.reshape(*packed, -1, K)
+        _check(*qkv.split(heads, 2), True, None, cu_seqlens)
         if cu_seqlens is not None:
             _check_edges(cu_seqlens, B * T)
         tables = cos[:T].contiguous(), sin[:T].contiguous()
-        out, _ = _RotaryAttentionC.apply(qkv.reshape(*packed, -1, K), heads, *tables, cu_seqlens, K**-0.5)
+        out, _ = _RotaryAttentionC.apply(qkv, heads, *tables, cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
     q, k = rotary(q, k, cos, sin, backend=backend)

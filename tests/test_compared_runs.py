@@ -8,10 +8,7 @@ from conftest import TINY, Trainer, python
 
 import train
 from bench.runs import collect
-from bench.speedup import (
-    curve,
-    speedup,
-)
+from bench.speedup import curve, speedup
 from nanostack.config import Stage, load
 from nanostack.metrics import read_run
 

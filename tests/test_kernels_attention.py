@@ -138,7 +138,7 @@ def test_attention_stays_inside_any_documents(lengths, causal, group, target, mo
 
 
 @on_every_target
-@pytest.mark.parametrize("edges", [None, [0, 1, 37, 50, 50, 74]], ids=str)
+@pytest.mark.parametrize("edges", [None, [0, 1, 37, 50, 50, 74], [0, 5, 30, 50, 50, 74]], ids=str)
 @pytest.mark.parametrize(("n_head", "n_kv_head", "d_head"), [(4, 2, 40), (1, 1, 64)])
 def test_rotary_attention_obeys_error_rule(n_head, n_kv_head, d_head, edges, target, monkeypatch):
     """Two rows of 37 tokens; a document that goes on from the first into the second keeps the positions of each."""

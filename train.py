@@ -51,10 +51,17 @@ class Run:
         config = self.config
         state_bytes = 16 * n_params(config.shapes()[-1]) / self.placement.shards
         parallel.check_room(self.placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
-        if self.placement.mesh is None:  # of several devices fit.py has an estimate only, which is not enough to refuse a run
-            free = parallel.free_bytes(self.placement.device)
-            slack = 1.5 if self.kernels == "c" else 1.0  # what runs in C takes less than what is traced
-            check_batch(config, config.shapes()[-1], self.placement.dtype, self.kernels == "triton", free, slack)
+        if self.placement.device.type == "cuda":
+            saved = (4 + 2 * getattr(torch, config.optim.moments).itemsize) * n_params(config.shapes()[-1])
+            what = "the copy of weights and moments that becomes a checkpoint"
+            parallel.on_rank_0(parallel.check_room, torch.device("cpu"), saved, what)
+        # What runs in C takes less than what is traced; of several devices fit.py has an estimate only.
+        slack = 1.5 if self.kernels == "c" or self.placement.mesh is not None else 1.0
+        free = parallel.free_bytes(self.placement.device)
+        shapes = (config.shapes()[-1], self.placement.dtype, self.kernels == "triton")
+        check_batch(config, *shapes, free, slack, self.placement.shards)
+        if config.cuda_graph and config.data.document_mask and self.kernels == "torch":
+            raise UserError("--cuda_graph: attention within documents waits for the device in torch, which has to serve here")
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
         self.data = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
         self.val = Tokens(config.data.path, "val", config.model.seq_len)
@@ -284,6 +291,8 @@ class Run:
 def choose_kernels(name: str, placement: parallel.Placement) -> str:
     """Set the backend of all kernels. Returns the one that will run: triton, c or torch."""
     reason = kernels.unavailable_reason(placement.device)
+    if reason is None and placement.device.type == "cuda" and not kernels.dispatch.launcher_compiler():
+        reason = "it needs a C compiler (gcc or clang, or the one that CC names)."
     if reason is None and placement.device.type == "cpu" and placement.dtype != torch.float32:
         reason = "Triton's interpreter is right in float32 only; add --dtype float32"
     if name == "triton" and reason:
@@ -292,7 +301,7 @@ def choose_kernels(name: str, placement: parallel.Placement) -> str:
         reason = kernels.cpu.unavailable_reason() if placement.device.type == "cpu" else "they are for the CPU."
         if reason:
             raise UserError(f"--kernels c: {reason}")
-    kernels.set_backend(name)
+    kernels.set_backend("torch" if name == "auto" and placement.device.type == "cuda" and reason else name)
     if name != "auto":
         return name
     if placement.device.type == "cuda":

@@ -29,7 +29,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.results import write_result  # noqa: E402
+from bench.results import place, write_result  # noqa: E402
 from nanostack import tokenizer  # noqa: E402
 from nanostack.config import load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens  # noqa: E402
@@ -95,6 +95,7 @@ def main(command: Command) -> dict:
     config = load(str(ROOT / "config/1b.py"), [])
     model, device = config.shapes()[-1], torch.device("cpu")
     seq_len = min(model.seq_len, Tokens(command.data, "train", 1).n_tokens - 1)
+    out = place("feeding", device_name(device), command.out)
     ways, size = encode_ways(command)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -130,7 +131,8 @@ def main(command: Command) -> dict:
     for name, way in result["encode"].items():
         shown.add_row(name, f"{way['mb_per_s']:.2f}", f"{way['speed_over_tiktoken']:.2f}")
     console.print(shown)
-    console.print(f"wrote {write_result(result, 'feeding', command.out, ('tiktoken',))}", soft_wrap=True)
+    write_result(result, out, ("tiktoken",))
+    console.print(f"wrote {out}", soft_wrap=True)
     return result
 
 

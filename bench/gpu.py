@@ -13,9 +13,9 @@
     1b-4096   if time is left: 1b at twice the context, two micro-batches a step
     large     if time is left: the tests at full size
 
-Text is prepared before the clock starts. Each part is a process with a time of its own: one that fails or is late costs only
-itself. What it printed and measured goes to bench/results/GPU-DATE/ as soon as it ends, and README.md there is the summary.
-Nothing comes from the network.
+The clock starts with the command. Each part is a process with a time of its own: one that fails or is late costs only itself,
+and what it had measured until then is kept. What it printed goes to bench/results/GPU-DATE/ as soon as it ends, and README.md
+there is the summary. Nothing comes from the network.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -48,7 +49,8 @@ from nanostack.fit import RESERVED, need, scratch_of  # noqa: E402
 from nanostack.metrics import device_name, git_commit, read_run, versions  # noqa: E402
 
 DATA = ROOT / "data" / "gpu"
-ALLOWED = 520  # seconds for all parts
+ALLOWED = 500  # seconds until the last part must end; it may take PATIENCE to do so
+PATIENCE = 30  # seconds that a part which is told to stop may take: a run saves first
 
 
 @dataclass(frozen=True)
@@ -72,29 +74,32 @@ class Part:
     name: str
     seconds: int
     arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()  # of what is asked or prepared before: "sequences", "text"
+    ends: bool = True  # else its limit ends it, as it should
 
 
-TESTS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_attention", "kernels_compiled", "data", "growth", "train")]
-STEP = ("--rounds", "1", "--steps", "10", "--warmup", "3", "--against", "compile", "--data.path", "{data}")
+BOTH = ("sequences", "text")
+TESTS = ("kernels", "kernels_attention", "kernels_compiled", "data", "fit", "growth", "train", "step")
+TESTS = [f"tests/test_{name}.py" for name in TESTS]
+# Two micro-batches: the gradients of the second are added in place, as in a real step.
+STEP = ("--rounds", "1", "--steps", "8", "--warmup", "2", "--accumulate", "2", "--against", "compile", "--data.path", "{data}")
 STEP += ("--model.vocab_size", "32000")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
-    Part("tests", 60, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
-    Part("1b", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--accumulate", "1",
-                    "--micro_batch", "{1b}")),
-    Part("kernels", 70, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("3b", 80, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--accumulate", "1",
-                    "--micro_batch", "{3b}")),
-    Part("growth", 30, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
+    Part("tests", 70, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
+    Part("1b", 75, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--micro_batch", "{1b}"), BOTH),
+    Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
+    Part("3b", 75, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--micro_batch", "{3b}"), BOTH),
+    Part("growth", 25, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
     Part("timeline", 20, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
-                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
+                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json"), BOTH),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
     Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
                       "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
                       "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
-                      "--eval_interval", "2621440", "--data.val_tokens", "262144")),
-    Part("1b-4096", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b-4096.json", *STEP, "--accumulate", "2",
-                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}")),
+                      "--eval_interval", "2621440", "--data.val_tokens", "262144"), ("text",), ends=False),
+    Part("1b-4096", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b-4096.json", *STEP,
+                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}"), BOTH),
     Part("large", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels_full_size.py")),
 )  # fmt: skip
 SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
@@ -116,13 +121,14 @@ REHEARSAL = {
 }  # fmt: skip
 
 
-def ask_gpu() -> tuple[str, dict[str, str]]:
-    """The device's name and {part: sequences in a micro-batch}: a power of two that leaves a third of the GPU to the peers,
-    which need more than we do. Run in a process of its own, whose memory on the GPU is gone when the parts begin.
-    """
-    name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")).split(",")[0]
+def name_of_device() -> str:
+    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")).split(",")[0]
+
+
+def sequences_that_fit() -> dict[str, str]:
+    """{part: sequences in a micro-batch}: a power of two that leaves a third of the GPU to the peers, which need more."""
     if not torch.cuda.is_available():
-        return name, {}
+        return {}
     found, room = {}, torch.cuda.mem_get_info()[0] - RESERVED
     for part, preset, seq_len in (("1b", "1b", 2048), ("3b", "3b", 2048), ("1b-4096", "1b", 4096)):
         config = load(str(ROOT / f"config/{preset}.py"), ["--model.seq_len", str(seq_len)])
@@ -130,7 +136,13 @@ def ask_gpu() -> tuple[str, dict[str, str]]:
         fixed = need(config, model, torch.bfloat16, on_triton=True)
         most = fixed.sequences(room, scratch_of(model, torch.bfloat16, on_triton=True))
         found[part] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
-    return name, found
+    return found
+
+
+def apart(function: Callable):
+    """What it returns, called in a process of its own, whose memory on the GPU is gone afterwards."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function).result()
 
 
 def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
@@ -145,7 +157,8 @@ def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
             [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 15)):
+            # SIGINT lets pytest tell what has failed so far, and a run save.
+            for number, patience in ((signal.SIGINT, seconds), (signal.SIGKILL, PATIENCE)):
                 try:
                     process.wait(max(1.0, patience))
                     break
@@ -157,6 +170,7 @@ def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     text = log.read_text(errors="replace")
+    late = late and (part.ends or process.returncode != 0)
     state = "late" if late else "passed" if process.returncode == 0 else f"failed (exit {process.returncode})"
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     return {"state": state, "seconds": round(time.monotonic() - began, 1), "last_line": last[:300]}
@@ -174,40 +188,51 @@ def finish_run(out: Path, work: Path) -> None:
 
 
 def main(command: Command) -> dict:
+    began = time.monotonic()
     console = Console(stderr=command.json, highlight=False, soft_wrap=True)
     cuda = torch.cuda.is_available()
     if not cuda and not command.rehearse:
         raise UserError("there is no GPU here; --rehearse runs the same parts at sizes of seconds")
-    wanted = [name for name in command.only.split(",") if name] or [part.name for part in PARTS]
+    wanted = [name.strip() for name in command.only.split(",") if name.strip()] or [part.name for part in PARTS]
     if unknown := set(wanted) - {part.name for part in PARTS}:
         raise UserError(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in PARTS)}")
     parts = [part for part in PARTS if part.name in wanted]
     if command.rehearse:
         parts = [replace(part, seconds=300, arguments=REHEARSAL[part.name]) for part in parts]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        device, sequences = pool.submit(ask_gpu).result()
+    device = apart(name_of_device)
     stem = "-".join([*device.lower().split(), date.today().isoformat()]) + ("-rehearsal" if command.rehearse else "")
     out = (command.out or ROOT / "bench/results" / stem).resolve()
     work = ROOT / "out" / "gpu"
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    prepare_text(console)
+    ready = {}  # what the parts need: a part that needs what could not be had is left out
+    for what, way in (("text", prepare_text), ("sequences", lambda: apart(sequences_that_fit))):
+        try:
+            console.print(f"preparing {what}")
+            ready[what] = way() or {}
+        except Exception as error:
+            console.print(f"  failed: {error}")
     about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
     about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
     shutil.rmtree(work / "run", ignore_errors=True)
     summary = {"about": about, "parts": {}}
     if command.only and (out / "summary.json").is_file():
         summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
-    places = {"out": str(out), "work": str(work), "data": str(DATA)} | sequences
-    began, allowed = time.monotonic(), ALLOWED if not command.rehearse else 3600
+    places = {"out": str(out), "work": str(work), "data": str(DATA)} | ready.get("sequences", {})
+    allowed = ALLOWED if not command.rehearse else 3600
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background: the parts are stopped by it
     for part in parts:
         left = allowed - (time.monotonic() - began)
         console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")
-        summary["parts"][part.name] = run_part(part, places, min(part.seconds, left)) if left > 5 else {"state": "no time left"}
-        if part.name == "run":
+        missing = [what for what in part.needs if what not in ready]
+        if missing or left < 5:
+            summary["parts"][part.name] = {"state": f"no {missing[0]}" if missing else "no time left"}
+        else:
+            summary["parts"][part.name] = run_part(part, places, min(part.seconds, left))
+        if part.name == "run" and "seconds" in summary["parts"]["run"]:
             try:
                 finish_run(out, work)
-            except (UserError, OSError) as error:
+            except Exception as error:  # whatever it is, the parts behind go on
                 summary["parts"]["run"]["state"] += f"; no curve: {error}"
         console.print(f"  {summary['parts'][part.name]['state']}")
         write(summary, out)
@@ -215,12 +240,12 @@ def main(command: Command) -> dict:
     return summary
 
 
-def prepare_text(console: Console) -> None:
-    """Text of this machine: the Python source that is installed beside us, and the standard library."""
+def prepare_text() -> None:
+    """Text of this machine: the standard library, and of the Python source that is installed beside us what takes seconds."""
     if (DATA / "manifest.json").is_file():
         return
-    console.print("preparing text")
     command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "site-packages", "--out", str(DATA), "--overwrite"]
+    command += ["--max_bytes", "60_000_000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"no text could be prepared: {done.stderr.strip().splitlines()[-1]}")

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.results import write_result  # noqa: E402
+from bench.results import place, write_result  # noqa: E402
 from nanostack import growth  # noqa: E402
 from nanostack.config import Optim, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
@@ -246,16 +246,16 @@ def main(command: Command) -> dict:
     for name, needed in left_out.items():
         console.print(f"{name} left out: it needs {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free")
     jobs = [(name, way) for name in command.shapes if name not in left_out for way in WAYS]
-    rows, out = [], None
+    if not jobs:
+        raise UserError("no shape is left to measure")
+    rows, out = [], place("growth", device_name(device), command.out)
     answer = {"what": "bench/growth.py", "device": device_name(device), "g": G, "samples": command.samples}
     answer |= {"left_out": left_out, "rows": rows}
     for job in track(jobs, "growing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         rows.append(measure(*job, device, command.samples))
         first = next(row for row in rows if row["shape"] == job[0])
         rows[-1]["times_in_place"] = rows[-1]["seconds"] / first["seconds"]
-        out = write_result(answer, "growth", command.out)
-    if out is None:
-        raise UserError("no shape is left to measure")
+        write_result(answer, out)
     console.print(table(answer))
     console.print(f"wrote {out}", soft_wrap=True)
     return answer

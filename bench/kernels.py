@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
 from bench.ops import OPS, OURS, SHAPES, Apart, dtype_on  # noqa: E402
-from bench.results import write_result  # noqa: E402
+from bench.results import place, write_result  # noqa: E402
 from kernels.timing import interleaved  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.metrics import device_name  # noqa: E402
@@ -234,13 +234,14 @@ def main(command: Command) -> dict:
         return {"what": "least work and time by data sheet", "device": "NVIDIA H200", "per_s": H200, "rows": rows}
     if device.type == "cpu":
         console.print("no GPU: float32, in C or torch; nothing here is about the Triton kernels")
+    out = place("kernels", device_name(device), command.out)
     rows: list[dict] = []
     answer = {"what": "bench/kernels.py", "device": device_name(device), "samples": command.samples}
     answer["dtype"] = str(dtype_on(device)).removeprefix("torch.")
     answer["rows"] = rows
     for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         rows += measure(op, shape, device, command.samples)
-        out = write_result(answer, "kernels", command.out, ("liger-kernel",))
+        write_result(answer, out, ("liger-kernel",))
     draw(rows, f"kernels on {answer['device']}, {answer['dtype']}, median of {command.samples}", out.with_suffix(".png"))
     show(rows, console)
     console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)

@@ -6,28 +6,41 @@ import os
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 
+from nanostack.errors import UserError
 from nanostack.metrics import git_commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(result: dict, stem: str, out: Path | None, packages: tuple[str, ...] = ()) -> Path:
-    """Add versions (those of `packages` too, where installed), commit and date to `result`; write it to `out`, or to
-    bench/results/ by the name of its device. A benchmark of minutes calls it after every part: what is measured is kept.
-    """
+def place(stem: str, device: str, out: Path | None) -> Path:
+    """Where a result goes: `out`, or bench/results/ by the name of the device. UserError, before anything is measured, for a
+    place where no JSON file can be."""
+    name = "-".join(device.split(",")[0].lower().replace("(r)", "").split())
+    out = out or RESULTS / f"{stem}-{name}.json"
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(f"--out is the name of a .json file, not {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: nothing can be written in {out.parent}: {error.strerror}") from error
+    return out
+
+
+def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> None:
+    """Add versions (those of `packages` too, where installed), commit and date to `result` and write it to `out`. A benchmark
+    of minutes calls it after every part: what is measured is kept."""
     found = versions()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     result |= {"versions": found, "git_commit": git_commit(), "date": date.today().isoformat()}
-    device = "-".join(result["device"].split(",")[0].lower().replace("(r)", "").split())
-    out = out or RESULTS / f"{stem}-{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, out)
-    return out
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:

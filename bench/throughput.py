@@ -6,7 +6,8 @@
 Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
 The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
 with Liger's kernels where they are installed and there is a GPU. Each runs in a process of its own, in turns, several rounds,
-so that a slow minute hits all; the first round starts with empty compilation caches and tells the time to the first step.
+so that a slow minute hits all; the first round starts with empty compilation caches (but the libraries read from the disk
+before) and tells the time to the first step. What was measured is kept after every turn.
 
 Reported: the median over rounds and steps, half the distance between the quartiles as a share of it; how many times as fast
 ours is, round by round (median, least, most), as a machine may be slow for minutes. On a shared one many short rounds are worth
@@ -37,7 +38,7 @@ from rich.table import Table  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.results import write_result  # noqa: E402
+from bench.results import place, write_result  # noqa: E402
 from nanostack.config import Stage, Train, load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
@@ -85,8 +86,8 @@ def timed(config: Train, steps: int, accumulate: int) -> Train:
     return replace(config, model=model, stages=(stage,), log_interval=never, eval_interval=never, save_interval=never)
 
 
-def ours(config: Train, mark) -> None:
-    """Train with train.py's loop, calling `mark` after every step."""
+def ours(config: Train, mark) -> str:
+    """Train with train.py's loop, calling `mark` after every step. Returns what its kernels ran in."""
     import train
 
     with TemporaryDirectory() as folder:
@@ -99,14 +100,15 @@ def ours(config: Train, mark) -> None:
 
         run.train_step, run.save, run.log = marked, lambda: None, lambda *_: None
         run.train()
+    return run.kernels
 
 
-def theirs(name: str, config: Train, mark) -> None:
+def theirs(name: str, config: Train, mark) -> str:
     """Train as a user of plain torch or transformers does, calling `mark` after every step."""
     from bench.peers import HuggingFaceLlama, PlainLlama
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = dtype_of(config, device)
     torch.set_float32_matmul_precision("high")
     with device:
         model = HuggingFaceLlama(config.model, liger(device)) if name == "hf" else PlainLlama(config.model)
@@ -136,6 +138,11 @@ def theirs(name: str, config: Train, mark) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             mark()
+    return "torch"
+
+
+def dtype_of(config: Train, device: torch.device) -> torch.dtype:
+    return compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def liger(device: torch.device) -> bool:
@@ -165,10 +172,7 @@ def work(command: Command, config: Train) -> dict:
             first.append(time.time() - BEGAN)
 
     first: list[float] = []
-    if command.worker == OURS:
-        ours(config, mark)
-    else:
-        theirs(command.worker, config, mark)
+    kernels = ours(config, mark) if command.worker == OURS else theirs(command.worker, config, mark)
     if cuda:
         torch.cuda.synchronize()
         seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
@@ -178,7 +182,7 @@ def work(command: Command, config: Train) -> dict:
 
         seconds = [b - a for a, b in itertools.pairwise(marks)]
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds[command.warmup - 1 :], "first_step": first[0], "peak_bytes": peak}
+    return {"seconds": seconds[command.warmup - 1 :], "first_step": first[0], "peak_bytes": peak, "kernels": kernels}
 
 
 def main(command: Command) -> dict:
@@ -187,36 +191,43 @@ def main(command: Command) -> dict:
     path = command.config or str(ROOT / "config" / ("1b.py" if cuda else "quickstart_scratch.py"))
     if min(command.rounds, command.steps, command.warmup, command.accumulate) < 1:
         raise UserError("rounds, steps, warmup and accumulate must be at least 1")
-    against = [name for name in command.against.split(",") if name]
+    against = [name.strip() for name in command.against.split(",") if name.strip()]
     if unknown := [name for name in against if name not in PEERS]:
         raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
     config = timed(load(path, list(command.overrides)), command.warmup + command.steps, command.accumulate)
-    if config.data.document_mask and against:
-        raise UserError('the others see whole rows, so --data.document_mask goes with --against "" only')
     if command.worker:
         return work(command, config)
+    if config.data.document_mask and against:
+        raise UserError('the others see whole rows, so --data.document_mask goes with --against "" only')
+    if config.parallel.activation_checkpointing != "none" and against:
+        told = f"the others keep all activations, the config recomputes ({config.parallel.activation_checkpointing})"
+        raise UserError(f'{told}: add --parallel.activation_checkpointing none, or --against ""')
+    out = place(f"throughput-{Path(path).stem}", device_name(device), command.out)
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
     found, failed = {name: [] for name in [OURS, *against]}, {}
+    asked = {"config": Path(path).name, "overrides": command.overrides, "dtype": str(dtype_of(config, device))[6:]}
+    asked |= {"rounds": command.rounds, "steps": command.steps, "warmup": command.warmup, "liger": liger(device)}
+    asked |= {"device": device_name(device)}
+    subprocess.run([sys.executable, "-c", "import train, bench.peers, torch._inductor.compile_fx"], cwd=ROOT)
     with TemporaryDirectory() as caches:
         turns = [(i, name) for i in range(command.rounds) for name in rotated_by(list(found), i)]
         for number, name in track(turns, "rounds", console=console):
-            if name not in failed:
-                try:
-                    found[name].append(in_process(name, path, command, Path(caches), number))
-                except UserError as error:  # a peer that fails costs its own numbers only
-                    if name == OURS:
-                        raise
-                    failed[name] = str(error)
-                    console.print(f"left out: {error}", soft_wrap=True)
-    found = {name: rounds for name, rounds in found.items() if name not in failed}
-    result = summarise(found, config, device) | {"config": Path(path).name, "overrides": command.overrides}
-    result |= {"liger": liger(device), "rounds": command.rounds, "steps": command.steps, "failed": failed}
-    result |= {"device": device_name(device)}
+            if name in failed:
+                continue
+            try:
+                found[name].append(in_process(name, path, command, Path(caches), number))
+            except UserError as error:  # a peer that fails costs its own numbers only
+                if name == OURS:
+                    raise
+                failed[name] = str(error)
+                console.print(f"{name} is left out: {error}", soft_wrap=True)
+            measured = {name: rounds for name, rounds in found.items() if rounds and name not in failed}
+            result = asked | summarise(measured, config, device) | {"failed": failed}
+            write_result(result, out, ("transformers", "liger-kernel"))
+    draw(result, out.with_suffix(".png"))
     console.print(table(result))
     console.print(MFU)
-    out = write_result(result, f"throughput-{Path(path).stem}", command.out, ("transformers", "liger-kernel"))
-    console.print(f"wrote {out}", soft_wrap=True)
-    draw(result, out.with_suffix(".png"))
+    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
     return result
 
 
@@ -231,6 +242,8 @@ def in_process(name: str, path: str, command: Command, caches: Path, number: int
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
     environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    if done.returncode == 2:  # a mistake in what was asked, which it tells in its last line
+        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise UserError(f"{name}, round {number + 1}, ended with exit code {done.returncode}:\n{said}")
@@ -239,7 +252,7 @@ def in_process(name: str, path: str, command: Command, caches: Path, number: int
 
 def summarise(found: dict, config: Train, device: torch.device) -> dict:
     ways = {}
-    peak = peak_flops(device, torch.bfloat16)
+    peak = peak_flops(device, dtype_of(config, device))
     for name, rounds in found.items():
         seconds = [second for one in rounds for second in one["seconds"]]
         median = statistics.median(seconds)
@@ -259,7 +272,8 @@ def summarise(found: dict, config: Train, device: torch.device) -> dict:
     ours = [statistics.median(one["seconds"]) for one in found[OURS]]
     for name, way in ways.items():
         theirs = [statistics.median(one["seconds"]) for one in found[name]]
-        way["ours_over_by_round"] = None if name == OURS else [b / a for a, b in zip(ours, theirs, strict=True)]
+        both = zip(ours, theirs, strict=False)  # a turn may be to come
+        way["ours_over_by_round"] = None if name == OURS else [b / a for a, b in both]
         way["ours_over"] = None if name == OURS else statistics.median(way["ours_over_by_round"])
     shape = {"n_params": n_params(config.model), "seq_len": config.model.seq_len, "batch_tokens": config.batch_tokens}
     return shape | {"micro_batch": config.micro_batch, "ways": ways}

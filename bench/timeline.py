@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.results import write_result  # noqa: E402
+from bench.results import place, write_result  # noqa: E402
 from bench.throughput import ours, timed  # noqa: E402
+from kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.flops import MFU, mfu, n_params  # noqa: E402
@@ -111,7 +112,7 @@ class Machine:
 H200 = Machine("H200", 989e12, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
 
 
-def estimated(model: LlamaConfig, rows: int, parts: int, gpu: Machine = H200) -> dict[str, float]:
+def estimated(model: LlamaConfig, rows: int, parts: int, moment_bytes: int = 4, gpu: Machine = H200) -> dict[str, float]:
     """{kind: milliseconds of a step} of `parts` micro-batches of `rows` tokens, in bf16 over fp32 masters, nothing recomputed.
 
     Bytes are those of docs/kernels.md: every operation reads and writes what it must once.
@@ -124,10 +125,13 @@ def estimated(model: LlamaConfig, rows: int, parts: int, gpu: Machine = H200) ->
         "RMSNorm": s * n * d * ((2 + 4) + (3 + 4)),  # alone and fused with the addition; forward, backward
         "rotary": 2 * 2 * s * n * (model.n_head + model.n_kv_head) * model.d_head,
         "SwiGLU": s * n * f * (3 + 5),
-        "other elementwise": s * n * d * 3,  # the second addition to the residual stream
+        "other elementwise": s * n * d * (3 + 3),  # the second addition to the residual stream, the sum of its gradients
     }
     moved = {name: model.n_layer * size for name, size in layer.items()}
-    moved["cross entropy"] = (8 + 3 * s) * n * v
+    # logits and their gradients; of the head: the bf16 copy, and its gradient zeroed, added to by every chunk, scaled, added
+    chunks = -(-n // max(CHUNK_ROWS, CHUNK_BYTES // (4 * v)))
+    moved["cross entropy"] = (8 + 3 * s) * n * v + (6 + 4 + 8 * chunks + 8 + 12) * v * d
+    moved["other elementwise"] += (4 + 12) * v * d  # the embedding's gradient: zeroed, added
     moved["copies, fills"] = s * n * heads * model.d_head * 2 * model.n_layer  # gradients of q, k, v put side by side
     flops = {
         "matrix products": 6 * n * (in_blocks + v * d),
@@ -139,7 +143,7 @@ def estimated(model: LlamaConfig, rows: int, parts: int, gpu: Machine = H200) ->
     found["matrix products"] += parts * 8 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
     found |= {name: parts * size / (gpu.bytes * gpu.bandwidth) * 1e3 for name, size in moved.items()}
     # once a step: weight, two moments and gradient read, three written; the norm; gradients zeroed; bf16 copies made
-    found["optimizer, clipping"] = (28 + 4 + 4) * weights / (gpu.bytes * gpu.bandwidth) * 1e3
+    found["optimizer, clipping"] = (12 + 4 * moment_bytes + 4 + 4) * weights / (gpu.bytes * gpu.bandwidth) * 1e3
     found["copies, fills"] += 6 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
     return found
 
@@ -152,17 +156,20 @@ def main(command: Command) -> dict:
     path = command.config or str(ROOT / "config" / ("1b.py" if large else "quickstart_scratch.py"))
     config = load(path, list(command.overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
+    where = H200.name if command.estimate else device_name(device)
+    out = place(stem, where, command.out)
     if command.estimate:
+        if config.dtype == "float32" or config.parallel.activation_checkpointing != "none" or config.compile:
+            raise UserError("the estimate is of bfloat16 with nothing recomputed and nothing compiled; leave these options out")
         model = config.shapes()[-1]
         model = replace(model, vocab_size=model.vocab_size or 32000)
         rows = config.micro_batch * model.seq_len
         parts = min(command.accumulate, max(1, config.batch_tokens // rows))
-        tokens, where = rows * parts, H200.name
-        found = estimated(model, rows, parts)
+        tokens, found = rows * parts, estimated(model, rows, parts, getattr(torch, config.optim.moments).itemsize)
     else:
         config = timed(config, 2 * command.steps + 1, command.accumulate)
-        model, tokens, where = config.model, config.batch_tokens, device_name(device)
-        found = measured(config, command.steps)
+        model, tokens, found = config.model, config.batch_tokens, measured(config, command.steps)
     whole = sum(found.values())
     result = {"config": Path(path).name, "device": where, "estimate": command.estimate, "tokens": tokens, "ms": whole}
     result |= {"by_kind": dict(sorted(found.items(), key=lambda pair: -pair[1]))}
@@ -180,8 +187,8 @@ def main(command: Command) -> dict:
         console.print(
             f"it would be {100 * result['mfu_full']:.0f} % MFU full, {100 * result['mfu_causal']:.0f} % causal. {MFU}"
         )
-    stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
-    console.print(f"wrote {write_result(result, stem, command.out)}", soft_wrap=True)
+    write_result(result, out)
+    console.print(f"wrote {out}", soft_wrap=True)
     return result
 
 

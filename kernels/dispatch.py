@@ -7,6 +7,7 @@ choice reads only Python values and tensor metadata, so torch.compile makes it o
 
 import contextlib
 import os
+import shutil
 from types import SimpleNamespace
 
 import torch
@@ -64,6 +65,11 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     if device.type == "cpu" and INTERPRETED:
         return None
     return f"Triton needs a CUDA device, not {device.type} (with TRITON_INTERPRET=1 the kernels are interpreted on the CPU)."
+
+
+def launcher_compiler() -> str | None:
+    """The C compiler with which Triton, ours and torch.compile's, builds what launches a kernel on CUDA."""
+    return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None) -> bool:

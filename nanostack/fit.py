@@ -6,6 +6,7 @@ and what each sequence adds; both are exact but for what libraries take for them
 On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
 """
 
+import contextlib
 import itertools
 import math
 import weakref
@@ -176,7 +177,7 @@ def scratch_of(model: LlamaConfig, dtype: torch.dtype, on_triton: bool) -> Calla
 
 
 def check_batch(
-    config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, free: float, slack: float = 1.0
+    config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, free: float, slack: float = 1.0, count: int = 1
 ) -> None:
     """Raise `UserError`, which says what would fit, where the config's micro-batch needs more than `slack` times `free` bytes.
 
@@ -184,17 +185,17 @@ def check_batch(
     """
     room = slack * free
     per_token = 4 * (model.n_layer * (16 * model.d_model + 8 * model.d_ff) + 2 * model.vocab_size)
-    states = 18 * n_params(model)
+    states = 18 * n_params(model)  # of several devices not divided: a bound
     if states + config.micro_batch * model.seq_len * per_token < room / 2:
         return
     scratch = scratch_of(model, dtype, on_triton)
-    wanted = need(config, model, dtype, on_triton).peak(config.micro_batch, scratch(config.micro_batch))
+    wanted = need(config, model, dtype, on_triton, count).peak(config.micro_batch, scratch(config.micro_batch))
     if wanted <= room:
         return
     most = {}
     for how in ("none", "selective", "full"):
         one = replace(config, parallel=replace(config.parallel, activation_checkpointing=how))
-        most[how] = need(one, model, dtype, on_triton).sequences(room, scratch)
+        most[how] = need(one, model, dtype, on_triton, count).sequences(room, scratch)
     said = ", ".join(f"{size} with --parallel.activation_checkpointing {how}" for how, size in most.items() if size)
     raise UserError(
         f"micro_batch {config.micro_batch} needs about {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "
@@ -238,12 +239,11 @@ def main(command: Command) -> dict:
 
 def capacity(gpu: str) -> float:
     """Bytes of a GPU by name, or of a number of GiB."""
-    if gpu in GPUS:
-        return GPUS[gpu] * GIB
-    try:
-        return float(gpu) * GIB
-    except ValueError:
-        raise UserError(f"gpu is one of {', '.join(GPUS)}, or a number of GiB, not {gpu!r}") from None
+    with contextlib.suppress(ValueError):
+        gib = GPUS.get(gpu.lower()) or float(gpu)
+        if 0 < gib < 2**20:
+            return gib * GIB
+    raise UserError(f"gpu is one of {', '.join(GPUS)}, or a number of GiB, not {gpu!r}")
 
 
 if __name__ == "__main__":

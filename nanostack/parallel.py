@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kernels import dispatch
 from nanostack.config import Parallel
 from nanostack.errors import UserError
 from nanostack.model import Llama, LlamaConfig
@@ -141,9 +142,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sync_gradients(model: Llama, now: bool) -> None:
-    """Whether the next backward reduces gradients over the mesh or only adds to this rank's."""
+    """Whether the next backward sums gradients over the replicas too. Every backward sums them over the shards: whole ones,
+    kept from one micro-batch to the next, would be 4 bytes per parameter on every device."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_all_reduce(now)
 
 
 def reshard(model: Llama) -> None:
@@ -187,6 +189,8 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
         raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if compile:
+        _check_compiler(device)
     if cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
@@ -203,6 +207,23 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     compute = compute_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     return Placement(device, compute, mesh, parallel.activation_checkpointing, compile)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise `UserError` where torch.compile would find no compiler at the first step."""
+    if device.type == "cuda":
+        missing = None if dispatch.HAS_TRITON and dispatch.launcher_compiler() else "triton and a C compiler (gcc or clang)"
+    else:
+        from torch._inductor import cpp_builder
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        missing = None
+        try:
+            cpp_builder.get_cpp_compiler()
+        except InvalidCxxCompiler:
+            missing = "a C++ compiler"
+    if missing:
+        raise UserError(f"--compile: torch.compile needs {missing}, which this machine has not; install that, or leave it out")
 
 
 def _keep_freed_memory() -> None:

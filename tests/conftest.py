@@ -144,6 +144,16 @@ def records(out: Path) -> list[dict]:
     return found
 
 
+def take_weights(plain, ours) -> None:
+    """Give bench/peers.py's PlainLlama the weights of a Llama of ours."""
+    pairs = [(ours.embed, plain.embed), (ours.norm, plain.norm), (ours.head, plain.head)]
+    for mine, other in zip(ours.blocks, plain.blocks, strict=True):
+        pairs += [(mine.attn.qkv, other.qkv), (mine.attn.out, other.out), (mine.mlp.gate_up, other.gate_up)]
+        pairs += [(mine.mlp.down, other.down), (mine.attn_norm, other.attn_norm), (mine.mlp_norm, other.mlp_norm)]
+    for a, b in pairs:
+        b.load_state_dict({"weight": a.weight})
+
+
 def peak_bytes(work) -> int:
     """Most bytes that `work()` holds at a time on the CPU, from every allocation and free that the profiler sees."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -81,7 +81,22 @@ def main(out: str, shard: int, how: Growth) -> None:
     contexts = {id(m._get_fsdp_state()._state_ctx) for m in state.model.modules() if isinstance(m, FSDPModule)}
     assert len(contexts) == 1
     checkpoint.save(state, f"{out}/trained.pt")
+    accumulate(state)
     parallel.leave()
+
+
+def accumulate(state: State) -> None:
+    """Gradients of two micro-batches add up, and between them no rank holds whole ones."""
+    gradients(state)
+    once = [p.grad.to_local().clone() for p in state.model.parameters()]
+    state.optimizer.zero_grad()
+    for now in (False, True):
+        parallel.sync_gradients(state.model, now)
+        gradients(state)
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in state.model.modules() if isinstance(m, FSDPModule)]
+        assert not [p for group in groups for p in group.fsdp_params if p.unsharded_accumulated_grad is not None]
+    for p, gradient in zip(state.model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad.to_local(), 2 * gradient)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,28 @@ def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, h
     assert found.peak(config.micro_batch, scratch) == pytest.approx(peak_bytes(steps), rel=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_predicted_peak_is_what_a_gpu_allocates_within_five_per_cent(how):
+    """Two steps of two micro-batches in bf16 with Triton's kernels; cuBLAS's workspace, which is in RESERVED, left out."""
+    shape = replace(SHAPE, n_layer=8, n_head=16, n_kv_head=16, d_model=1024, d_ff=2816, vocab_size=32000, seq_len=1024)
+    config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how))
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    torch.zeros(64, 64, device=device, dtype=dtype) @ torch.zeros(64, 64, device=device, dtype=dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    state = State.create(shape, config.optim, Placement(device, dtype, None, how), 0)
+    tokens = torch.randint(shape.vocab_size, (config.micro_batch, shape.seq_len + 1), device=device)
+    for _ in range(2):
+        for _ in range(2):
+            loss = state.model(tokens[:, :-1], tokens[:, 1:]) / 2
+            loss.backward()
+        guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
+    scratch = scratch_of(shape, dtype, on_triton=True)(config.micro_batch)
+    predicted = need(config, shape, dtype, on_triton=True).peak(config.micro_batch, scratch)
+    assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.05)
+
+
 def test_states_of_a_config_are_counted_to_the_byte():
     found = need(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
     n = n_params(SHAPE)
@@ -79,12 +101,23 @@ def test_command_tells_every_option_and_refuses_what_there_is_not():
     assert len(options) == 6 and all(option["micro_batch"] > 16 for option in options)
     by = {(option["activation_checkpointing"], option["moments"]): option["micro_batch"] for option in options}
     assert by["none", "float32"] < by["selective", "float32"] < by["full", "float32"] <= by["full", "bfloat16"]
-    for wrong, said in ((["--gpu", "abacus"], "gpu is one of h200"), (["--count", "0"], "count must be at least 1")):
+    gpus = [(["--gpu", gpu], "gpu is one of h200") for gpu in ("abacus", "nan", "inf", "0")]
+    for wrong, said in (*gpus, (["--count", "0"], "count must be at least 1")):
         refused = python(*command, *wrong)
         assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
-    assert capacity("12.5") == 12.5 * 2**30
+    assert capacity("12.5") == 12.5 * 2**30 and capacity("H200") == capacity("h200")
     with pytest.raises(ValueError, match="there is no config file"):
         load("config/none.py", [])
+
+
+def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_it_is_refused():
+    alone, four = (need(CONFIG, SHAPE, torch.bfloat16, True, count) for count in (1, 4))
+    for name in ("weights, fp32", "moments, float32", "gradients, fp32"):
+        assert four.fixed[name] == -(-alone.fixed[name] // 4)
+    peak = four.peak(8, scratch_of(SHAPE, torch.bfloat16, True)(8))
+    check_batch(CONFIG, SHAPE, torch.bfloat16, True, peak, count=4)
+    with pytest.raises(UserError, match="micro_batch 8 needs about"):
+        check_batch(CONFIG, SHAPE, torch.bfloat16, True, peak - 1, count=4)
 
 
 @pytest.mark.parametrize("how", ["none", "full"])

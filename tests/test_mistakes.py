@@ -142,6 +142,13 @@ def test_options_that_cannot_be(run, overrides, message):
     assert not (run.folder / "new").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there torch.compile needs another compiler")
+def test_compile_without_a_compiler_is_refused_before_anything_is_deleted(run):
+    before = everything(run.folder / "done")
+    message = run.refused("done", "--overwrite", "--compile", env={"CXX": "/nowhere/g++"})
+    assert "torch.compile needs a C++ compiler" in message and everything(run.folder / "done") == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
 def test_triton_where_it_cannot_run_says_why(run):
     assert "needs a CUDA device" in run.refused("new", "--kernels", "triton")

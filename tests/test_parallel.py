@@ -24,7 +24,8 @@ MESHES = {"data_parallel": ("--parallel.shard", "1"), "fully_sharded": ("--paral
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_give_the_losses_of_one_growth_included(trainer, mesh):
-    one, two = trainer.good("one"), trainer.good("two", *MESHES[mesh], processes=2)
+    small = ("--micro_batch", "2")  # so that both add up gradients of several in a step
+    one, two = trainer.good("one", *small), trainer.good("two", *small, *MESHES[mesh], processes=2)
     a, b = records(one), records(two)
     for name in ("loss", "val_loss", "val_bits_per_byte", "grad_norm"):
         expected = [r[name] and pytest.approx(r[name], rel=1e-5) for r in a]

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_same_state, peak_bytes, records
+from conftest import TINY, assert_same_state, peak_bytes, records, take_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import train
+from bench.peers import PlainLlama
 from nanostack import checkpoint
 from nanostack.config import Optim, load
+from nanostack.data import Prefetcher
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step, make_optimizer
 from nanostack.parallel import Placement, initialise
@@ -160,6 +162,14 @@ OPTIONS = {
         "bfloat16",
     ),
 }
+ON_A_GPU = (
+    OPTIONS
+    | {  # where the default is Triton
+        "torch kernels": ("--kernels", "torch"),
+        "graph": ("--cuda_graph",),
+        "graph and all": ("--cuda_graph", *OPTIONS["all"][1:]),
+    }
+)
 
 
 @pytest.mark.slow
@@ -167,9 +177,50 @@ OPTIONS = {
 def test_losses_over_a_hundred_steps_are_the_plain_ones_within_bfloat16_noise(corpus, tmp_path, option, plain):
     """50 steps, stacked ×2, 50 steps. Two runs in bfloat16 that differ in rounding only drift apart by this much: the bound is
     1 % of the loss at any step, 0.3 % in the mean."""
-    changes = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), *PLAIN, *OPTIONS[option]]
-    train.Run(load(TINY, changes)).train()
-    found = [r["loss"] for r in records(tmp_path / "run") if r["loss"]]
+    assert_alike(losses(corpus, tmp_path / "run", *PLAIN, *OPTIONS[option]), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ON_A_GPU)
+def test_losses_on_a_gpu_are_the_plain_ones_with_every_option(corpus, tmp_path, option, plain):
+    """The graph is captured anew after growth."""
+    assert_alike(losses(corpus, tmp_path / "run", *PLAIN, *ON_A_GPU[option]), plain)
+
+
+@pytest.mark.slow
+def test_losses_over_a_hundred_steps_are_those_of_plain_torch_under_autocast(corpus, tmp_path):
+    """Another program, bench/peers.py's model in a loop of a few lines: fp32 weights that autocast casts, torch's AdamW."""
+    options = ["--stages.0.tokens", "25600", "--stages.0.lr", "2e-3", "--stages.0.warmup_tokens", "0", "--dtype", "bfloat16"]
+    config = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), *options])
+    run = train.Run(replace(config, stages=config.stages[:1]))
+    plain = PlainLlama(run.config.model).to(run.placement.device)
+    take_weights(plain, run.state.model)
+    optimizer = make_optimizer(plain, config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-3
+    found = []
+    with Prefetcher(run.data, [(i, i + 4) for i in range(0, 800, 4)], device=run.placement.device) as batches:
+        for _ in range(100):
+            step = []
+            for _ in range(2):
+                with torch.autocast(run.placement.device.type, torch.bfloat16):
+                    loss = plain(*next(batches)) / 2
+                loss.backward()
+                step.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(sum(step))
+    run.train()
+    assert_alike([r["loss"] for r in records(tmp_path / "run") if r["loss"]], found)
+
+
+def losses(corpus, out, *changes) -> list[float]:
+    train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(out), *changes])).train()
+    return [r["loss"] for r in records(out) if r["loss"]]
+
+
+def assert_alike(found, plain) -> None:
     assert len(found) == len(plain) == 100
     apart = [abs(a - b) / b for a, b in zip(found, plain, strict=True)]
     assert max(apart) < 1e-2 and sum(apart) / len(apart) < 3e-3, (max(apart), sum(apart) / len(apart))
@@ -179,6 +230,6 @@ def test_losses_over_a_hundred_steps_are_the_plain_ones_within_bfloat16_noise(co
 def plain(corpus, tmp_path_factory) -> list[float]:
     """Losses of the plain path: fp32 masters, no option."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(out), *PLAIN])).train()
+    found = losses(corpus, out, *PLAIN)
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["dtype"] == "bfloat16"
-    return [r["loss"] for r in records(out) if r["loss"]]
+    return found

@@ -37,11 +37,13 @@ which flatters growth a little; so is the best base. FLOPs are those of the base
 counts; the column beside it counts matrix products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1
 at the loss that the model from scratch has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥
 means that the arm's first point is below already. **Minus base** is the loss of an arm at the largest budget minus that of the
-base that never grew: below zero, growth paid. **Seconds** in the pictures are tokens at the median pace of all runs of a study
+base that never grew: below zero, growth paid. Rates are chosen by the seeds and validation tokens that are then reported, for
+all arms alike. **Seconds** in the pictures are tokens at the median pace of all runs of a study
 with as many FLOPs per token: they were made beside other work, and paused for it, over many hours.
 
 The text of the CPU studies is Python's standard library:
-`python -m nanostack.prepare stdlib --out data/stdlib512 --tokenizer bpe:512`.
+`python -m nanostack.prepare stdlib --out data/stdlib512 --tokenizer bpe:512`. GPU sizes, which have not run yet, take more:
+`python -m nanostack.prepare site-packages --out data/site-packages512 --tokenizer bpe:512`.
 """
 
 
@@ -79,7 +81,7 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
     """One study: what was asked, table, picture, verdict, what it was run with."""
     model, runs = results["model"], results["runs"]
     ends = [run["evaluations"][-1] for run in runs.values()]
-    epochs, hours = max(end["epoch"] for end in ends), sum(end["seconds"] for end in ends) / 3600
+    epochs, hours = max(end["epoch"] for end in ends), results["seconds"] / 3600
     shape = f"{model['n_layer']} layers × {model['d_model']}, {n_params(LlamaConfig(**model)) / 1e6:.2f}M parameters"
     devices = ", ".join(sorted({f"{run['device']}, {run['dtype']}" for run in runs.values()}))
     commits = ", ".join(sorted({(run["git_commit"] or "unknown")[:7] for run in runs.values()}))
@@ -93,7 +95,8 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
 {pays(summary)}
 {timing(name, summary, results, docs)}
 Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
-{len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, {hours:.1f} hours of training in all;
+{len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, some of them shared with other studies,
+{hours:.1f} hours of training as they ran;
 {devices}; torch {summary["versions"]["torch"]}; commits {commits}; {results["processes"]} runs side by side.
 
 {sweeps(results, summary)}
@@ -180,8 +183,10 @@ def scaling(summaries: dict[str, dict]) -> str:
         return ""
     size = {name: n_params(LlamaConfig(**one["model"])) for name, one in summaries.items()}
     order = sorted(summaries, key=size.get)
-    grown = [arm for arm, one in summaries[order[0]]["arms"].items() if one["grows"]]
-    head = ["target, parameters", "largest budget", *(summaries[order[0]]["arms"][arm]["label"] for arm in grown), "minus base"]
+    first = summaries[order[0]]["arms"]
+    common = [arm for arm in first if all(arm in one["arms"] and one["arms"][arm]["losses"][-1] for one in summaries.values())]
+    grown = [arm for arm in common if first[arm]["grows"]]
+    head = ["target, parameters", "largest budget", *(first[arm]["label"] for arm in grown), "minus base"]
     lines = []
     for name in order:
         one, arms = summaries[name], summaries[name]["arms"]
@@ -189,11 +194,11 @@ def scaling(summaries: dict[str, dict]) -> str:
         gains = [percent(arms[arm], "flops", len(one["seeds"])) for arm in grown]
         lines.append([f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", *gains, ", ".join(minus)])
     text = f"\n### Over the sizes\n\n{markdown(head, lines)}\n\n"
-    for arm in summaries[order[0]]["arms"]:
+    for arm in common:
         budgets = [summaries[name]["budgets"][-1] for name in order]
         losses = [summaries[name]["arms"][arm]["losses"][-1]["mean"] for name in order]
         b, log_a = numpy.polyfit(numpy.log(budgets), numpy.log(losses), 1)
-        text += f"- {summaries[order[0]]['arms'][arm]['label']}: L = {math.exp(log_a):.3g} · C^{b:.4f}\n"
+        text += f"- {first[arm]['label']}: L = {math.exp(log_a):.3g} · C^{b:.4f}\n"
     return text
 
 

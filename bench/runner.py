@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import threading
@@ -46,6 +47,17 @@ DIVERGED = {"val_loss": None, "val_bits_per_byte": None}
 
 def execute(config: Train) -> dict:
     """Run or finish one run in this process. Returns its evaluations and what the report needs of its header."""
+    result = attempt(config)
+    if result is None:
+        shutil.rmtree(config.out)
+        result = attempt(config)
+    if result is None:
+        raise UserError(f"{config.out}: metrics.jsonl does not reach the end of the run")
+    return result
+
+
+def attempt(config: Train) -> dict | None:
+    """What `execute` returns; None where the records of a finished run are torn, as a machine leaves them that went down."""
     import train
 
     if not torch.cuda.is_available():
@@ -55,14 +67,22 @@ def execute(config: Train) -> dict:
     diverged = False
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train.Run(replace(config, resume=True)).train()
+            run = train.Run(replace(config, resume=True))
+            run.train()
+        except UnicodeDecodeError:
+            return None
         except train.Diverged as error:
             diverged = True
             print(f"error: {error}")
-    header, records = read_run(out)
+    try:
+        header, records = read_run(out)
+    except UserError:
+        return None
     steps = [record for record in records if record["lr"] is not None]
     if not diverged and (not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens):
-        raise KeyboardInterrupt
+        if run.stop.agreed():
+            raise KeyboardInterrupt
+        return None
     evaluated = [record for record in records if record["val_loss"] is not None or record is records[-1]]
     evaluations = [{name: record[name] for name in EVALUATION} for record in evaluated]
     if diverged:
@@ -82,8 +102,11 @@ class Runner:
         differ = [k for k, v in about.items() if k in self.results and self.results[k] != v and k != "question"]
         if differ:
             raise UserError(f"{path} has results of another study, size or text ({', '.join(differ)} differ): move it away")
-        self.results |= about | {"model": asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
-        self.results["batch_tokens"] = plan.size.batch_tokens
+        about |= {"model": asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
+        about["batch_tokens"] = plan.size.batch_tokens
+        if any(self.results.get(k) != v for k, v in about.items() if k != "question"):
+            self.results.pop("arms", None)  # an edited study is not finished any more
+        self.results |= about
         self.runs = {}  # of all studies in the folder
         for file in sorted(path.parent.glob("study-*.json")):
             self.runs |= read_results(file)["runs"]
@@ -133,7 +156,8 @@ class Runner:
                         spent += job.flops
                         progress.advance(task, job.flops)
                         left = timedelta(seconds=round((time.monotonic() - began) * (total - spent) / spent))
-                        said = f"{n_jobs - len(names):>3} of {n_jobs}, {left} left: {job.name} {self.loss(job):.4f}"
+                        said = f"{n_jobs - len(names):>3} of {n_jobs} of this sweep, {left} left: "
+                        said += f"{job.name} {self.loss(job):.4f}"
                         progress.console.print(said, highlight=False, soft_wrap=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -174,25 +198,50 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def run(study: Study, name: str, data: Path, out: Path, results: Path, jobs: int, console: Console) -> list[Path]:
-    """Tune every arm and run every seed, target by target. Returns the result files. UserError for a study that cannot be."""
+def run(study: Study, name: str, data: Path | None, out: Path, results: Path, jobs: int, console: Console) -> list[Path]:
+    """Tune every arm and run every seed, target by target. Returns the result files. UserError for a study that cannot be.
+
+    Without `data` the text is what the size asks for, in data/TEXT512.
+    """
     if name not in study.sizes:
         raise UserError(f"study {study.name} has sizes {', '.join(study.sizes)}, not {name}")
     out.mkdir(parents=True, exist_ok=True)
     targets = study.sizes[name]
+    if data is None:
+        text = targets[0].text
+        data = Path(f"data/{text}512").resolve()
+        if not data.is_dir():
+            raise UserError(
+                f"there is no data/{text}512: python -m nanostack.prepare {text} --out data/{text}512 --tokenizer bpe:512"
+            )
     stem = f"study-{study.name}-{name}"
     files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
     if len(set(files)) < len(files):
         raise UserError(f"study {study.name}: two targets of one d_model would share a result file")
     plans = [Plan(study, size, data, out) for size in targets]
-    with open(out / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is running a study in {out}") from error
+    flat, grown = (sum(bool(arm.jumps) is grows for arm in study.arms.values()) for grows in (False, True))
+    if flat < 2 or not grown:
+        raise UserError(f"study {study.name} needs the target from scratch, its base never grown, and an arm that grows")
+    if (most := max(plan.epochs() for plan in plans)) > 2:
+        console.print(f"caution: the shallowest arm reads the text {most:.1f} times; more text would be fairer to it")
+    results.mkdir(parents=True, exist_ok=True)
+    with locked(out), locked(results):
         for plan, path in zip(plans, files, strict=True):
             run_target(plan, Runner(plan, name, path, jobs, console))
     return files
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep others from running a study there: they would write over each other's results."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another process is running a study in {folder}") from error
+    finally:
+        os.close(handle)
 
 
 def run_target(plan: Plan, runner: Runner) -> None:

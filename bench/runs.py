@@ -37,6 +37,8 @@ def collect(folders: tuple[Path, ...]) -> dict:
         depths = [first["model"]["n_layer"]] if not first["grown_from"] else [*first["grown_from"], first["model"]["n_layer"]]
         label = f"{' → '.join(map(str, depths))} layers"
         label += f", {first['op'] or 'wider'} at {first['at']:.0%} of the FLOPs" if first["grown_from"] else ""
+        if any(label == other["label"] for other in arms.values()):
+            label += f" ({Path(names[0]).name})"
         arm = {"label": label, "grows": bool(first["grown_from"]), "n_layer": depths[0]}
         arm |= {"model": first["model"], "seeds": seeds}
         arms[names[0]] = arm
@@ -77,6 +79,15 @@ def _recipes(runs: dict) -> list[list[str]]:
 def finished(folder: Path) -> dict:
     """What there is to know of a run. UserError unless it is whole, and its learning rate has decayed."""
     header, records = read_run(folder)
+    try:
+        return described(folder, header, records)
+    except (LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}/metrics.jsonl lacks what this version of train.py writes ({why}): train it anew") from error
+
+
+def described(folder: Path, header: dict, records: list[dict]) -> dict:
+    """`finished`, of records that are as they should be."""
     if "config" not in header or not all("loss" in record and "val_loss" in record for record in records):
         raise UserError(f"{folder} was not written by this version of train.py: train it anew")
     config = header["config"]

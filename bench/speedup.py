@@ -1,6 +1,6 @@
 """What growth saves: FLOPs(scratch) / FLOPs(grown, base included) − 1 at equal validation loss.
 
-    python bench/speedup.py config/study/operators.py --data data/stdlib512  run a study (bench/study.py), or what is left of it
+    python bench/speedup.py config/study/operators.py                        run a study (bench/study.py), or go on with it
     python bench/speedup.py out/quickstart/scratch out/quickstart/grown ...  compare finished runs
     python bench/speedup.py --report                                         write docs/study.md anew from the results
 
@@ -40,8 +40,8 @@ class Command:
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """A study file, or folders of finished runs."""
-    data: Path = Path("data/stdlib")
-    """Prepared text of a study."""
+    data: Path | None = None
+    """Prepared text of a study; data/stdlib512 or data/site-packages512, as its size asks for, unless given."""
     size: str | None = None
     """Of a study: cpu, gpu, ...; what this machine is, unless given."""
     jobs: int | None = None
@@ -162,7 +162,8 @@ def at_median_pace(results: dict) -> dict:
         | {"evaluations": [e | {"seconds": (e["tokens"] - run["begins"]) * median[kinds[name]]} for e in run["evaluations"]]}
         for name, run in runs.items()
     }
-    return results | {"runs": paced, "median_pace": True}
+    spent = sum(run["evaluations"][-1]["seconds"] for run in runs.values())
+    return results | {"runs": paced, "median_pace": True, "seconds": spent}
 
 
 def grown_after(results: dict, name: str | None) -> int:
@@ -238,7 +239,7 @@ def summarise(results: dict) -> dict:
             if known and any(one["at_least"] for one in gains):  # a mean of bounds has no interval
                 known["half_width"] = None
             found[f"speedup_{count}"] = known and known | {"at_least": any(one["at_least"] for one in gains)}
-            found[f"reached_{count}"] = sum(one is not None for one in gains)
+            found[f"reached_{count}"] = [one["gain"] for one in gains if one is not None]
         answer[name] = found
     verdicts = []
     for i, budget in enumerate(budgets):
@@ -266,7 +267,8 @@ def percent(arm: dict, count: str, n_seeds: int) -> str:
     """The speedup of an arm of a summary."""
     gain, reached = arm[f"speedup_{count}"], arm[f"reached_{count}"]
     if gain is None:
-        return f"{reached} of {n_seeds} seeds reach it" if reached else "not reached"
+        told = ", ".join(f"{100 * one:+.0f}" for one in reached)
+        return f"{len(reached)} of {n_seeds} seeds reach it: {told} %" if reached else "not reached"
     spread = "" if gain["half_width"] is None else f" ± {100 * gain['half_width']:.0f}"
     return f"{'≥ ' if gain['at_least'] else ''}{100 * gain['mean']:+.0f}{spread} %"
 
@@ -319,6 +321,13 @@ def table(summary: dict) -> Table:
 
 
 def main(command: Command) -> dict:
+    try:
+        return answer(command)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
+
+
+def answer(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 170)
     if command.report:
         from bench.report import write_report
@@ -332,11 +341,8 @@ def main(command: Command) -> dict:
 
     results = collect(command.paths)
     stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "compared"
-    try:
-        summary = show(results, stem, console)
-        stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{stem}.json and .png cannot be written: {error.strerror}") from error
+    summary = show(results, stem, console)
+    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -365,7 +371,7 @@ def run_study(command: Command, console: Console) -> dict:
         study = runpy.run_path(str(path)).get("study")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} is not a valid study: {type(error).__name__}: {error}") from error
     if not isinstance(study, Study):
         raise UserError(f"{path} has no variable `study` of type bench.study.Study")
@@ -374,7 +380,8 @@ def run_study(command: Command, console: Console) -> dict:
     jobs = (4 if cuda else os.cpu_count()) if command.jobs is None else command.jobs  # small models leave most of a GPU idle
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
-    files = runner.run(study, size, command.data.resolve(), command.out.resolve() / size, command.results, jobs, console)
+    data = command.data and command.data.resolve()
+    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console)
     summaries = {}
     for file in files:
         console.print(f"results are in {file}", soft_wrap=True)

@@ -10,6 +10,7 @@ the sweep of learning rates, for every budget and for every study that asks for 
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,9 @@ class Jump:
     restart: bool = True  # warm up again from 0; else the rate goes on
     rewarm: bool = False  # where the rate goes on: warm up that of the new layers alone
 
+    def __post_init__(self):
+        _check("a Jump", at=_number(self.at) and 0 < self.at < 1, growth=isinstance(self.growth, Growth))
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -40,6 +44,14 @@ class Arm:
     label: str
     n_layer: int  # to begin with
     jumps: tuple[Jump, ...] = ()
+
+    def __post_init__(self):
+        _check(
+            f"arm {self.label!r}",
+            label=isinstance(self.label, str),
+            n_layer=_count(self.n_layer),
+            jumps=_tuple(self.jumps, lambda jump: isinstance(jump, Jump)),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,42 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     decay: float = 0.2  # of a budget's FLOPs
     val_tokens: int = 65536
+    text: str = "stdlib"  # source of nanostack.prepare, large enough for these budgets
+
+    def __post_init__(self):
+        _check(
+            "a Size",
+            model=isinstance(self.model, LlamaConfig),
+            budgets=_tuple(self.budgets, _positive),
+            **{name: _count(getattr(self, name)) for name in ("batch_tokens", "micro_batch", "val_tokens")},
+            warmup_tokens=isinstance(self.warmup_tokens, int) and self.warmup_tokens >= 0,
+            dtype=self.dtype in ("float32", "bfloat16"),
+            lrs=_tuple(self.lrs, _positive),
+            seeds=_tuple(self.seeds, lambda seed: isinstance(seed, int)) and len(set(self.seeds)) == len(self.seeds),
+            decay=_number(self.decay) and 0 < self.decay < 1,
+        )
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(value) -> bool:
+    return _number(value) and value > 0
+
+
+def _count(value) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _tuple(values, each) -> bool:
+    return isinstance(values, tuple) and all(map(each, values))
+
+
+def _check(what: str, **right: bool) -> None:
+    """Raise `UserError` that names the field of a study file which is not what it should be."""
+    if wrong := [name for name, fine in right.items() if not fine]:
+        raise UserError(f"{what} has no valid {', '.join(wrong)}; see bench/study.py (a tuple of one is written with a comma)")
 
 
 CPU = Size(  # two cores, an hour a study
@@ -73,6 +121,7 @@ GPU = Size(  # up to 7e15 FLOPs and 430 runs a study: 6 minutes and the starts, 
     micro_batch=16,
     warmup_tokens=409_600,
     dtype="bfloat16",
+    text="site-packages",
 )
 
 
@@ -90,6 +139,15 @@ class Study:
     arms: dict[str, Arm]  # "scratch" among them, and every base without jumps
     sizes: dict[str, tuple[Size, ...]]  # "cpu", "gpu", ...: one target, or several to compare
     means: str = ""  # for a user, written when the results were in; the report shows it
+
+    def __post_init__(self):
+        _check(
+            f"study {self.name!r}",
+            name=isinstance(self.name, str) and re.fullmatch(r"\w+", self.name),
+            arms=isinstance(self.arms, dict) and all(isinstance(arm, Arm) for arm in self.arms.values()),
+            sizes=isinstance(self.sizes, dict)
+            and all(_tuple(of, lambda s: isinstance(s, Size)) and of for of in self.sizes.values()),
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +197,12 @@ class Plan:
                 raise UserError(f"study {study.name}: arm {name} begins with {arm.n_layer} layers, which no arm keeps for good")
             if not self.budgets(name):
                 raise UserError(f"study {study.name}: arm {name} has no room to train between its last growth and any budget")
+
+    def epochs(self) -> float:
+        """How often the shallowest arm reads the text at the largest budget."""
+        shallowest = replace(self.model, n_layer=min(arm.n_layer for arm in self.study.arms.values()))
+        read = self.size.budgets[-1] / flops_per_token(shallowest)
+        return read / load_manifest(self.data)["splits"]["train"]["tokens"]
 
     def base_of(self, arm: Arm) -> str | None:
         """Name of the arm that never grows and begins as this one."""

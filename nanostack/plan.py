@@ -108,13 +108,14 @@ def advise(command: Command) -> dict:
 
 
 def config_text(advice: dict) -> str:
-    """A file for config/ that follows the advice, with the paper's learning rates and batch."""
+    """A file for config/ that follows the advice, with the paper's learning rates and batch. After growth the rate is not
+    warmed up again and old layers keep their moments, unlike the paper's: the best of twelve ways in docs/study.md."""
     base = advice["base"]
     batch = 2_097_152 // base["seq_len"] * base["seq_len"]
     stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]
     lr = 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
     shape = ", ".join(f"{name}={base[name]!r}" for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff"))
-    first, second = (f"tokens={tokens:_}, warmup_tokens={min(3000 * batch, tokens * 3 // 5):_}" for tokens in stages)
+    warmup = min(3000 * batch, stages[0] * 3 // 5)
     return f"""from nanostack.config import Data, Stage, Train, grow
 from nanostack.model import LlamaConfig
 
@@ -122,8 +123,11 @@ config = Train(
     data=Data("data/YOURS"),
     model=LlamaConfig({shape}, vocab_size={base["vocab_size"]}, seq_len={base["seq_len"]}),
     stages=(
-        Stage({first}, lr=1e-3, schedule="constant"),
-        grow("stack", g={advice["g"]}, {second}, lr={lr:.1e}, min_lr={lr / 10:.1e}),
+        Stage(tokens={stages[0]:_}, warmup_tokens={warmup:_}, lr=1e-3, schedule="constant"),
+        grow(
+            "stack", g={advice["g"]}, moments_old="keep", moments_new="zero",
+            tokens={stages[1]:_}, lr={lr:.1e}, min_lr={lr / 10:.1e},
+        ),
     ),
     batch_tokens={batch:_},
     micro_batch=8,

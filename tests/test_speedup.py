@@ -156,7 +156,7 @@ def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
     curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.0, 1.9, 1.8]] * 2, "grown": [[2.5, 1.9, 2.1], [2.5, 1.9, 1.8]]}
     summary = summarise(synthetic(curves))
     assert summary["arms"]["grown"]["speedup_flops"] is None
-    assert rows(summary)[1][2][5] == "1 of 2 seeds reach it"
+    assert rows(summary)[1][2][5] == "1 of 2 seeds reach it: +124 %"  # at 2^(5/6) of 4
     assert summary["pays_from"] is None and "does not pay" in pays(summary)
     bound = summary["arms"]["base"]["speedup_flops"]
     assert bound["at_least"] and bound["half_width"] is None, "a mean of bounds has no interval"

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, python
 from rich.console import Console
 
-from bench.runner import Runner, tune
+from bench.runner import Runner, execute, tune
 from bench.speedup import path_of, read_results, summarise
 from bench.study import Arm, Plan, Size, Study
 from nanostack.errors import UserError
@@ -91,6 +92,12 @@ BAD = {
         "grows to 4 layers"
     ),
     STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e7,)"): "no room to train",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e9)"): "a Size has no valid budgets",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(-2e9, 2e9)"): "a Size has no valid budgets",
+    STUDY_WITH.format(arms='"scratch": Arm("4", "4")', budgets="(2e9,)"): "arm '4' has no valid n_layer",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4, (JUMP))', budgets="(2e9,)"): "arm '4' has no valid jumps",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e9,)"): "its base never grown, and an arm that grows",
+    "raise SystemExit": "is not a valid study: SystemExit",
 }
 
 
@@ -195,3 +202,22 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
     assert shared == found["runs"], "what one study has run, another ran again"
     refused = subprocess.run([*command[:2], *command[2:-5], "--size", "gpu", *command[-5:]], **options)
     assert refused.returncode == 2 and "has sizes cpu, not gpu" in refused.stderr
+
+
+@pytest.mark.slow
+def test_run_whose_records_are_torn_is_made_anew_and_an_edited_study_is_unfinished(corpus, tmp_path):
+    """As a machine leaves them that went down: the checkpoint is whole, the end of metrics.jsonl is not."""
+    plan = Plan(FLAT, FLAT.sizes["cpu"][0], corpus, tmp_path / "out")
+    first = plan.jobs("scratch", 0, 8e-3, 0.0, 2e9)[0].config
+    whole = execute(first)
+    metrics = tmp_path / "out" / Path(first.out).name / "metrics.jsonl"
+    for damage in (lambda text: text[:-50], lambda text: b"", lambda text: b"\xff" + text[1:]):
+        metrics.write_bytes(damage(metrics.read_bytes()))
+        again = execute(first)
+        losses = [[e["val_loss"] for e in one["evaluations"]] for one in (whole, again)]
+        assert losses[0] == losses[1]
+    path = tmp_path / "study-flat-cpu.json"
+    path.write_text(json.dumps(Runner(plan, "cpu", path, 1, Console(quiet=True)).results | {"arms": {}}))
+    assert "arms" in Runner(plan, "cpu", path, 1, Console(quiet=True)).results
+    wider = Plan(FLAT, replace(plan.size, budgets=(2e9, 4e9)), corpus, tmp_path / "out")
+    assert "arms" not in Runner(wider, "cpu", path, 1, Console(quiet=True)).results

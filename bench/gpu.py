@@ -116,7 +116,7 @@ REHEARSAL = {
             "--stages.1.warmup_tokens", "0", "--data.val_tokens", "4096", "--log_interval", "4096"),
     "3b": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/3b.json", *SMALL),
     "1b-4096": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/1b-4096.json", *SMALL,
-                "--model.seq_len", "512"),
+                "--model.seq_len", "512", "--micro_batch", "8"),
     "large": SHORT,
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def unavailable_reason() -> str | None:
     if compiler() is None:
         return "there is no C compiler (cc)."
     try:
-        _load(torch.float32)
-        _load(torch.bfloat16)
+        with ThreadPoolExecutor(2) as pool:  # two runs of the compiler, where there is none in the cache
+            list(pool.map(_load, (torch.float32, torch.bfloat16)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         said = said.decode(errors="replace") if isinstance(said, bytes) else said

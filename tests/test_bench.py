@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from conftest import ROOT, TINY, take_weights
 
 from bench import gpu
-from bench.throughput import timed
+from bench.throughput import Command, timed
 from nanostack.config import load
+from nanostack.errors import split
 from nanostack.flops import n_params
+from nanostack.parallel import micro_steps
 
 
 def bench(name, *arguments):
@@ -146,6 +148,22 @@ def test_all_parts_together_stay_within_nine_minutes():
     asked_for = gpu.PARTS[: names.index("run") + 1]  # the others have what is left
     assert sum(part.seconds for part in asked_for) <= gpu.ALLOWED
     assert gpu.REHEARSAL.keys() == set(names)
+
+
+def test_steps_of_every_part_are_whole_micro_batches(corpus):
+    places = {"out": "out", "work": "out", "data": corpus, "1b": 16, "3b": 16, "1b-4096": 8}
+    known = {field.name for field in fields(Command)}
+    counts = {}
+    for arguments in (*(part.arguments for part in gpu.PARTS), *gpu.REHEARSAL.values()):
+        script, *words = (argument.format(**places) for argument in arguments)
+        if script == "bench/throughput.py":
+            mine, others = split(known, words)
+            parts = int(mine[mine.index("--accumulate") + 1]) if "--accumulate" in mine else Command.accumulate
+            config = timed(load(str(ROOT / mine[0]), others), 3, parts)
+            counts[mine[mine.index("--out") + 1], mine[0]] = micro_steps(
+                config.batch_tokens, config.micro_batch, config.model.seq_len
+            )
+    assert len(counts) == 6 and {counts[key] for key in counts if "quickstart" not in key[1]} == {2}, counts
 
 
 def test_gpu_runs_every_file_that_has_a_gpu_test():

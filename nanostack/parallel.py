@@ -194,8 +194,10 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
     if cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
-        # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. Read when first needed.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. Not by the variables,
+            # which torch may have read when it was imported.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:

@@ -266,7 +266,7 @@ def summarise(found: dict, config: Train, device: torch.device) -> dict:
             "mfu_causal": mfu(config.model, speed, peak, causal=True),
             "peak_bytes": max(one["peak_bytes"] for one in rounds),
             "first_step_cold": rounds[0]["first_step"],
-            "first_step_warm": statistics.median([one["first_step"] for one in rounds[1:]] or [rounds[0]["first_step"]]),
+            "first_step_warm": statistics.median([one["first_step"] for one in rounds[1:]]) if rounds[1:] else None,
             "rounds": rounds,
         }
     ours = [statistics.median(one["seconds"]) for one in found[OURS]]
@@ -288,7 +288,8 @@ def cells(result: dict) -> list[list[str]]:
     for name, way in result["ways"].items():
         shares = [f"{100 * way[key]:.1f} %" if way[key] else "-" for key in ("mfu_full", "mfu_causal")]
         row = [f"{way['tokens_per_s']:,.0f}", f"{way['ms']:.1f}", f"{100 * way['spread']:.0f} %", *shares]
-        row += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}", f"{way['first_step_warm']:.1f}"]
+        row += [f"{way['peak_bytes'] / 2**30:.2f}", f"{way['first_step_cold']:.1f}"]
+        row += ["-" if way["first_step_warm"] is None else f"{way['first_step_warm']:.1f}"]
         by_round = way["ours_over_by_round"]
         over = f"{way['ours_over']:.2f} ({min(by_round):.2f} to {max(by_round):.2f})" if by_round else ""
         rows.append([PEERS.get(name, name), *row, over])

@@ -1,6 +1,7 @@
 """How a benchmark's result is kept, a JSON file in bench/results/ that says with what and when it was made; and shown."""
 
 import contextlib
+import functools
 import json
 import os
 from datetime import date
@@ -17,6 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def place(stem: str, device: str, out: Path | None) -> Path:
     """Where a result goes: `out`, or bench/results/ by the name of the device. UserError, before anything is measured, for a
     place where no JSON file can be."""
+    commit()
     name = "-".join(device.split(",")[0].lower().replace("(r)", "").split())
     out = out or RESULTS / f"{stem}-{name}.json"
     if out.suffix != ".json" or out.is_dir():
@@ -30,6 +32,12 @@ def place(stem: str, device: str, out: Path | None) -> Path:
     return out
 
 
+@functools.cache
+def commit() -> str | None:
+    """As it is before the first result is written, which makes the tree differ from it."""
+    return git_commit()
+
+
 def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> None:
     """Add versions (those of `packages` too, where installed), commit and date to `result` and write it to `out`. A benchmark
     of minutes calls it after every part: what is measured is kept."""
@@ -37,7 +45,7 @@ def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> Non
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    result |= {"versions": found, "git_commit": git_commit(), "date": date.today().isoformat()}
+    result |= {"versions": found, "git_commit": commit(), "date": date.today().isoformat()}
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, out)

@@ -145,6 +145,11 @@ def apart(function: Callable):
         return pool.submit(function).result()
 
 
+def heed_sigint() -> None:
+    """What a shell starts in the background ignores it, and so would the parts, which are stopped by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
     """Run it to its end or its limit. What it prints goes to {out}/NAME.txt."""
     arguments = [argument.format(**places) for argument in part.arguments]
@@ -153,9 +158,8 @@ def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
     for old in (".json", ".png", ".jsonl"):
         log.with_suffix(old).unlink(missing_ok=True)
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": heed_sigint}
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, **options)
         try:
             # SIGINT lets pytest tell what has failed so far, and a run save.
             for number, patience in ((signal.SIGINT, seconds), (signal.SIGKILL, PATIENCE)):
@@ -220,7 +224,6 @@ def main(command: Command) -> dict:
         summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
     places = {"out": str(out), "work": str(work), "data": str(DATA)} | ready.get("sequences", {})
     allowed = ALLOWED if not command.rehearse else 3600
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background: the parts are stopped by it
     for part in parts:
         left = allowed - (time.monotonic() - began)
         console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")

@@ -59,7 +59,7 @@ class Run:
         slack = 1.5 if self.kernels == "c" or self.placement.mesh is not None else 1.0
         free = parallel.free_bytes(self.placement.device)
         shapes = (config.shapes()[-1], self.placement.dtype, self.kernels == "triton")
-        check_batch(config, *shapes, free, slack, self.placement.shards)
+        parallel.on_rank_0(check_batch, config, *shapes, free, slack, self.placement.shards)  # the others have as much
         if config.cuda_graph and config.data.document_mask and self.kernels == "torch":
             raise UserError("--cuda_graph: attention within documents waits for the device in torch, which has to serve here")
         self.micro_steps = parallel.micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)

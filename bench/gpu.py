@@ -28,12 +28,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
+from string import Formatter
 
 import torch
 from rich.console import Console
@@ -74,12 +72,10 @@ class Part:
     name: str
     seconds: int
     arguments: tuple[str, ...]
-    needs: tuple[str, ...] = ()  # of what is asked or prepared before: "sequences", "text"
     ends: bool = True  # else its limit ends it, as it should
 
 
-BOTH = ("sequences", "text")
-TESTS = ("kernels", "kernels_attention", "kernels_compiled", "data", "fit", "growth", "train", "step")
+TESTS = ("kernels", "kernels_attention", "kernels_compiled", "data", "fit", "parallel", "growth", "train", "step")
 TESTS = [f"tests/test_{name}.py" for name in TESTS]
 # Two micro-batches: the gradients of the second are added in place, as in a real step.
 STEP = ("--rounds", "1", "--steps", "8", "--warmup", "2", "--accumulate", "2", "--against", "compile", "--data.path", "{data}")
@@ -87,19 +83,19 @@ STEP += ("--model.vocab_size", "32000")
 RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
 PARTS = (
     Part("tests", 70, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
-    Part("1b", 75, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--micro_batch", "{1b}"), BOTH),
+    Part("1b", 75, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--micro_batch", "{1b}")),
     Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("3b", 75, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--micro_batch", "{3b}"), BOTH),
+    Part("3b", 75, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--micro_batch", "{3b}")),
     Part("growth", 25, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
     Part("timeline", 20, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
-                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json"), BOTH),
+                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
     # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
     Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
                       "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
                       "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
-                      "--eval_interval", "2621440", "--data.val_tokens", "262144"), ("text",), ends=False),
+                      "--eval_interval", "2621440", "--data.val_tokens", "262144"), ends=False),
     Part("1b-4096", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b-4096.json", *STEP,
-                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}"), BOTH),
+                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}")),
     Part("large", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels_full_size.py")),
 )  # fmt: skip
 SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
@@ -137,12 +133,6 @@ def sequences_that_fit() -> dict[str, str]:
         most = fixed.sequences(room, scratch_of(model, torch.bfloat16, on_triton=True))
         found[part] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
     return found
-
-
-def apart(function: Callable):
-    """What it returns, called in a process of its own, whose memory on the GPU is gone afterwards."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function).result()
 
 
 def heed_sigint() -> None:
@@ -203,18 +193,18 @@ def main(command: Command) -> dict:
     parts = [part for part in PARTS if part.name in wanted]
     if command.rehearse:
         parts = [replace(part, seconds=300, arguments=REHEARSAL[part.name]) for part in parts]
-    device = apart(name_of_device)
+    device = growth.alone(name_of_device)
     stem = "-".join([*device.lower().split(), date.today().isoformat()]) + ("-rehearsal" if command.rehearse else "")
     out = (command.out or ROOT / "bench/results" / stem).resolve()
     work = ROOT / "out" / "gpu"
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    ready = {}  # what the parts need: a part that needs what could not be had is left out
-    for what, way in (("text", prepare_text), ("sequences", lambda: apart(sequences_that_fit))):
+    places = {"out": str(out), "work": str(work)}
+    for what, way in (("text", prepare_text), ("sequences that fit", lambda: growth.alone(sequences_that_fit))):
+        console.print(f"preparing {what}")
         try:
-            console.print(f"preparing {what}")
-            ready[what] = way() or {}
-        except Exception as error:
+            places |= way()
+        except Exception as error:  # costs the parts that name it
             console.print(f"  failed: {error}")
     about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
     about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
@@ -222,14 +212,14 @@ def main(command: Command) -> dict:
     summary = {"about": about, "parts": {}}
     if command.only and (out / "summary.json").is_file():
         summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
-    places = {"out": str(out), "work": str(work), "data": str(DATA)} | ready.get("sequences", {})
     allowed = ALLOWED if not command.rehearse else 3600
     for part in parts:
         left = allowed - (time.monotonic() - began)
         console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")
-        missing = [what for what in part.needs if what not in ready]
+        missing = {name for argument in part.arguments for _, name, *_ in Formatter().parse(argument) if name} - places.keys()
         if missing or left < 5:
-            summary["parts"][part.name] = {"state": f"no {missing[0]}" if missing else "no time left"}
+            state = f"{', '.join(sorted(missing))} could not be prepared" if missing else "no time left"
+            summary["parts"][part.name] = {"state": state}
         else:
             summary["parts"][part.name] = run_part(part, places, min(part.seconds, left))
         if part.name == "run" and "seconds" in summary["parts"]["run"]:
@@ -243,15 +233,16 @@ def main(command: Command) -> dict:
     return summary
 
 
-def prepare_text() -> None:
-    """Text of this machine: the standard library, and of the Python source that is installed beside us what takes seconds."""
+def prepare_text() -> dict[str, str]:
+    """{"data": folder} of the standard library, and of the Python source that is installed beside us what takes seconds."""
     if (DATA / "manifest.json").is_file():
-        return
+        return {"data": str(DATA)}
     command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "site-packages", "--out", str(DATA), "--overwrite"]
     command += ["--max_bytes", "60_000_000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"no text could be prepared: {done.stderr.strip().splitlines()[-1]}")
+    return {"data": str(DATA)}
 
 
 def driver() -> str | None:

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -197,14 +198,14 @@ def host_traffic(trace: profile) -> int:
     return sum(event["args"]["bytes"] for event in copies)
 
 
-def alone(*job) -> dict:
-    """`sample` in a fresh process."""
+def alone(function: Callable, *arguments):
+    """What it returns, called in a fresh process, whose memory is gone afterwards."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(sample, *job).result()
+        return pool.submit(function, *arguments).result()
 
 
 def measure(name: str, way: str, device: torch.device, samples: int) -> dict:
-    found = [alone(name, way, device.type) for _ in range(samples)]
+    found = [alone(sample, name, way, device.type) for _ in range(samples)]
     seconds = sorted(one["seconds"] for one in found)
     best = {key: statistics.median(one[key] for one in found) for key in ("peak", "copy_rate")}
     first, median = found[0], statistics.median(seconds)

@@ -69,8 +69,6 @@ def attempt(config: Train) -> dict | None:
         try:
             run = train.Run(replace(config, resume=True))
             run.train()
-        except UnicodeDecodeError:
-            return None
         except train.Diverged as error:
             diverged = True
             print(f"error: {error}")

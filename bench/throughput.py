@@ -108,7 +108,7 @@ def theirs(name: str, config: Train, mark) -> str:
     from bench.peers import HuggingFaceLlama, PlainLlama
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype_of(config, device)
+    dtype = compute_dtype(device, config.dtype)
     torch.set_float32_matmul_precision("high")
     with device:
         model = HuggingFaceLlama(config.model, liger(device)) if name == "hf" else PlainLlama(config.model)
@@ -139,10 +139,6 @@ def theirs(name: str, config: Train, mark) -> str:
             optimizer.zero_grad(set_to_none=True)
             mark()
     return "torch"
-
-
-def dtype_of(config: Train, device: torch.device) -> torch.dtype:
-    return compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def liger(device: torch.device) -> bool:
@@ -205,7 +201,7 @@ def main(command: Command) -> dict:
     out = place(f"throughput-{Path(path).stem}", device_name(device), command.out)
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
     found, failed = {name: [] for name in [OURS, *against]}, {}
-    asked = {"config": Path(path).name, "overrides": command.overrides, "dtype": str(dtype_of(config, device))[6:]}
+    asked = {"config": Path(path).name, "overrides": command.overrides, "dtype": str(compute_dtype(device, config.dtype))[6:]}
     asked |= {"rounds": command.rounds, "steps": command.steps, "warmup": command.warmup, "liger": liger(device)}
     asked |= {"device": device_name(device)}
     subprocess.run([sys.executable, "-c", "import train, bench.peers, torch._inductor.compile_fx"], cwd=ROOT)
@@ -252,7 +248,7 @@ def in_process(name: str, path: str, command: Command, caches: Path, number: int
 
 def summarise(found: dict, config: Train, device: torch.device) -> dict:
     ways = {}
-    peak = peak_flops(device, dtype_of(config, device))
+    peak = peak_flops(device, compute_dtype(device, config.dtype))
     for name, rounds in found.items():
         seconds = [second for one in rounds for second in one["seconds"]]
         median = statistics.median(seconds)

@@ -95,7 +95,7 @@ class Metrics:
         if not self._writes:
             return 0.0
         lines, records, seconds = [], [], 0.0
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
                 position = (record["stage"], record["samples"]) if lines else (0, 0)

@@ -207,8 +207,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    compute = compute_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    return Placement(device, compute, mesh, parallel.activation_checkpointing, compile)
+    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile)
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -257,8 +256,10 @@ def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     return replicate, shard
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware."""
+def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The dtype that a config names; "auto" is bfloat16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

@@ -184,3 +184,18 @@ def test_mesh_takes_what_is_left(replicate, shard, world, shape):
 def test_mesh_that_does_not_fit_is_refused(replicate, shard, world):
     with pytest.raises(ValueError, match="number of processes"):
         mesh_shape(Parallel(replicate, shard), world)
+
+
+@pytest.mark.gpu
+def test_segments_of_a_run_can_grow():
+    program = """if True:
+        import torch
+        from nanostack import parallel
+        from nanostack.config import Parallel
+        parallel.start(Parallel(), "auto", compile=False)
+        x = torch.zeros(2**22, device="cuda")
+        print([segment["is_expandable"] for segment in torch.cuda.memory._snapshot()["segments"]])
+    """
+    environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "[True]", done.stdout + done.stderr

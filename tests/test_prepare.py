@@ -21,8 +21,8 @@ import pytest
 import tyro
 import zstandard
 
+from nanostack import encoding, tokenizer
 from nanostack import prepare as module
-from nanostack import tokenizer
 from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError
 from nanostack.prepare import Args, prepare
@@ -257,13 +257,13 @@ def test_a_damaged_source_is_named_and_nothing_is_written(tmp_path, texts, name,
 def test_a_killed_worker_ends_the_run_with_an_error(tmp_path, texts, monkeypatch):
     """As the system does when memory runs out; in the middle of sending its result, too."""
     monkeypatch.setattr(module, "BATCH", 30_000)
-    monkeypatch.setattr(module, "_start_worker", lambda encoder, started: killed(start(encoder, started), started))
+    monkeypatch.setattr(encoding, "_start_worker", lambda encoder, started: killed(start(encoder, started), started))
     with pytest.raises(UserError, match="a worker process was killed"):
         run(tmp_path / "out", texts, workers=2)
     assert not list(tmp_path.glob("out*"))
 
 
-start = module._start_worker
+start = encoding._start_worker
 
 
 def killed(pipe, started):

@@ -16,7 +16,6 @@ study = Study(
     arms={
         **CONTROLS,
         "base1": Arm("1 layer, never grown", 1),
-        "base4": Arm("4 layers, never grown", 4),
         "g2": Arm("4 → 8 layers", 4, (jump(AT, 2),)),
         "g4": Arm("2 → 8 layers", 2, (jump(AT, 4),)),
         "g8": Arm("1 → 8 layers", 1, (jump(AT, 8),)),

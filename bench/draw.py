@@ -40,7 +40,7 @@ def draw_curves(results: dict, summary: dict, path: Path) -> None:
     panels[0].set(
         xscale="log", xlabel="FLOPs (6·N per token), base included; growth dotted", ylabel="validation loss, nats per token"
     )
-    pace = "at the median pace of each depth" if results.get("median_pace") else "as they ran"
+    pace = "at the pace of each depth's fastest tenth" if results.get("best_pace") else "as they ran"
     panels[1].set(xscale="log", xlabel=f"seconds of training, base included; {pace}")
     top = max(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
     low = min(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.draw import draw_curves
 from bench.results import markdown
-from bench.speedup import ROOT, at_median_pace, pays, percent, plus_minus, read_results, rows, summarise
+from bench.speedup import ROOT, at_best_pace, pays, percent, plus_minus, read_results, rows, summarise
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
@@ -30,16 +30,21 @@ This page is written by `python bench/speedup.py --report` from the result files
 config/study/.
 
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
-(warm-up, stable, decay). The learning rate of every arm is tuned by the same sweep; an optimum at its edge widens it. What was
-tried, at which budgets and with how many seeds, is folded away below each table. The arms of a seed share the order of the
-text, the base model and the validation tokens. The best of several grown arms is chosen by the seeds that it is judged by,
-which flatters growth a little; so is the best base. FLOPs are those of the base and of all growth, 6·N per token as the paper
-counts; the column beside it counts matrix products and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1
-at the loss that the model from scratch has at the largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥
-means that the arm's first point is below already. **Minus base** is the loss of an arm at the largest budget minus that of the
-base that never grew: below zero, growth paid. Rates are chosen by the seeds and validation tokens that are then reported, for
-all arms alike. **Seconds** in the pictures are tokens at the median pace of all runs of a study
-with as many FLOPs per token: they were made beside other work, and paused for it, over many hours.
+(warm-up, stable, decay). The learning rate of every arm is tuned at every budget by the same sweep: a grid with the first seed,
+widened where its best is at an edge, then its two best with all seeds, so a rate that the first seed puts third is not tried
+with the others. What was tried is folded away below each table. Rates are chosen by the seeds and validation tokens that are
+then reported, for all arms alike. The arms of a seed share the order of the text, the base model and the validation tokens.
+
+FLOPs are those of the base and of all growth, 6·N per token as the paper counts; the column beside it counts matrix products
+and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1 at the loss that the model from scratch has at the
+largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥ means that the arm's first point is below already.
+**Minus base** is the loss of an arm at the largest budget minus that of the best base there, the best smaller model that never
+grew. The last row is what decides: the best grown arm against the base that is hardest on it. Growth **pays** where it is below
+every base by more than the interval, and does not where it is above one. Against the target itself growth is judged by the
+speedup. The best of several grown arms is chosen by the seeds that it is judged by, which flatters growth a little.
+
+**Seconds** in the pictures are tokens at the pace of the fastest tenth of the runs of a study with as many FLOPs per token:
+they were made beside other work, and paused for it, over many hours.
 
 The text of the CPU studies is Python's standard library:
 `python -m nanostack.prepare stdlib --out data/stdlib512 --tokenizer bpe:512`. GPU sizes, which have not run yet, take more:
@@ -51,7 +56,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     """Write the page and its pictures. Returns the summaries by result file."""
     files = sorted(results.glob("study-*.json"), key=place)
     found = {path.stem.removeprefix("study-"): read_results(path) for path in files}
-    finished = {name: at_median_pace(one) for name, one in found.items() if "arms" in one}
+    finished = {name: at_best_pace(one) for name, one in found.items() if "arms" in one}
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
     docs.mkdir(parents=True, exist_ok=True)
@@ -59,10 +64,10 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     for name, summary in summaries.items():
         draw_curves(finished[name], summary, docs / f"study-{name}.png")
         text += section(name, summary, finished[name], docs)
-        last_of_study = [other for other in finished if finished[other]["study"] == summary["study"]][-1]
-        if name == last_of_study:
-            of_study = {n: s for n, s in summaries.items() if s["study"] == summary["study"]}
-            text += scaling(of_study) + (meaning(summary["study"]) if results.resolve() == OURS else "")
+        of_study = {n: s for n, s in summaries.items() if s["study"] == summary["study"]}
+        of_size = {n: s for n, s in of_study.items() if s["size"] == summary["size"]}
+        text += scaling(of_size) if name == list(of_size)[-1] else ""
+        text += meaning(summary["study"]) if name == list(of_study)[-1] and results.resolve() == OURS else ""
     waiting = sorted(set(found) - set(finished))
     if waiting:
         text += f"\nNot finished yet, and not reported: {', '.join(waiting)}.\n"
@@ -186,13 +191,15 @@ def scaling(summaries: dict[str, dict]) -> str:
     first = summaries[order[0]]["arms"]
     common = [arm for arm in first if all(arm in one["arms"] and one["arms"][arm]["losses"][-1] for one in summaries.values())]
     grown = [arm for arm in common if first[arm]["grows"]]
-    head = ["target, parameters", "largest budget", *(first[arm]["label"] for arm in grown), "minus base"]
+    head = ["target, parameters", "largest budget", "seeds", *(first[arm]["label"] for arm in grown), "minus base"]
     lines = []
     for name in order:
         one, arms = summaries[name], summaries[name]["arms"]
         minus = [plus_minus(difference) if (difference := arms[arm]["minus_base"][-1]) else "-" for arm in grown]
         gains = [percent(arms[arm], "flops", len(one["seeds"])) for arm in grown]
-        lines.append([f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", *gains, ", ".join(minus)])
+        lines.append(
+            [f"{size[name] / 1e6:.2f}M", f"{one['budgets'][-1]:.3g}", str(len(one["seeds"])), *gains, ", ".join(minus)]
+        )
     text = f"\n### Over the sizes\n\n{markdown(head, lines)}\n\n"
     for arm in common:
         budgets = [summaries[name]["budgets"][-1] for name in order]

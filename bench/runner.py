@@ -129,6 +129,7 @@ class Runner:
         if not waiting:
             return
         self.ran = True
+        self.results.pop("arms", None)  # what an edited study had found before is not what it will find
         names, n_jobs, total = {job.name for job in waiting}, len(waiting), sum(job.flops for job in waiting)
         spent, began = 0.0, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())

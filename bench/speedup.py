@@ -145,10 +145,12 @@ def path_of(results: dict, name: str) -> list[dict]:
     return before + [e | {"seconds": e["seconds"] + seconds} for e in run["evaluations"]]
 
 
-def at_median_pace(results: dict) -> dict:
-    """Results of a study in which a run's seconds are its tokens at the median pace of all runs with as many FLOPs per token.
+def at_best_pace(results: dict) -> dict:
+    """Results of a study in which a run's seconds are its tokens at the pace of the fastest tenth of all runs with as many
+    FLOPs per token.
 
-    A study runs for hours beside other work, and is paused: seconds of a single run say when it ran rather than how fast.
+    A study runs for hours beside other work, and is paused: seconds of a single run say when it ran rather than how fast,
+    and the median says how busy the machine was.
     """
     runs, kinds, paces = results["runs"], {}, {}
     for name, run in runs.items():
@@ -156,14 +158,14 @@ def at_median_pace(results: dict) -> dict:
         end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
         kinds[name] = round((end["flops"] - flops) / max(tokens, 1))  # none where a run that it needs has diverged
         paces.setdefault(kinds[name], []).append(end["seconds"] / max(tokens, 1))
-    median = {kind: statistics.median(found) for kind, found in paces.items()}
+    best = {kind: sorted(found)[len(found) // 10] for kind, found in paces.items()}
     paced = {
         name: run
-        | {"evaluations": [e | {"seconds": (e["tokens"] - run["begins"]) * median[kinds[name]]} for e in run["evaluations"]]}
+        | {"evaluations": [e | {"seconds": (e["tokens"] - run["begins"]) * best[kinds[name]]} for e in run["evaluations"]]}
         for name, run in runs.items()
     }
     spent = sum(run["evaluations"][-1]["seconds"] for run in runs.values())
-    return results | {"runs": paced, "median_pace": True, "seconds": spent}
+    return results | {"runs": paced, "best_pace": True, "seconds": spent}
 
 
 def grown_after(results: dict, name: str | None) -> int:
@@ -179,7 +181,7 @@ def grown_after(results: dict, name: str | None) -> int:
 def gain(results: dict, arm: str, seed: str, count: str) -> dict | None:
     """Speedup of an arm at the last loss of scratch, as a fraction, and whether it may be more; None if it is not reached.
 
-    Scratch itself must have come down to that loss for good. Where the arm's first decayed point is below already, its
+    Scratch itself must have come down to that loss, and for good. Where the arm's first decayed point is below already, its
     undecayed curve after growth gives a bound.
     """
 
@@ -188,7 +190,7 @@ def gain(results: dict, arm: str, seed: str, count: str) -> dict | None:
 
     target = points("scratch")[-1][1]
     own, needed = crossing(points("scratch"), target), crossing(points(arm), target)
-    if own is None or needed is None:
+    if own is None or needed is None or (own.at_most and len(points("scratch")) > 1):
         return None
     at_least = needed.at_most and arm != "scratch"
     if at_least:
@@ -202,7 +204,9 @@ def summarise(results: dict) -> dict:
     """What a study has found: per arm losses, speedups by both counts, and the difference to the best base that never grew.
 
     Lists go by budget, with None where an arm has no point; all other numbers are means over seeds with their interval.
-    A base is an arm that never grows and has fewer parameters than scratch, the target.
+    A base is an arm that never grows and has fewer parameters than scratch, the target. The verdict of a budget is that of the
+    best grown arm against the base that is hardest on it: growth pays where it is below every base beyond its interval, and
+    does not where it is above one.
     """
     arms, seeds, budgets = results["arms"], list(results["arms"]["scratch"]["seeds"]), results["budgets"]
     losses = {
@@ -242,15 +246,19 @@ def summarise(results: dict) -> dict:
             found[f"reached_{count}"] = [one["gain"] for one in gains if one is not None]
         answer[name] = found
     verdicts = []
-    for i, budget in enumerate(budgets):
+    for budget in budgets:
         grown = best([name for name, arm in arms.items() if arm["grows"]], budget)
-        difference = answer[grown]["minus_base"][i] if grown else None
-        verdicts.append(difference and {"grown": grown, "base": bases[i], "pays": decided(difference)} | difference)
+        against = [
+            {"grown": grown, "base": base, "pays": decided(difference)} | difference
+            for base in flat
+            if grown and (difference := over_seeds(budget, grown, base))
+        ]
+        verdicts.append(max(against, key=lambda one: (HARD.index(one["pays"]), one["mean"]), default=None))
     pays_from = None
     for budget, verdict in reversed(list(zip(budgets, verdicts, strict=True))):
-        if verdict and not verdict["pays"]:
+        if not (verdict and verdict["pays"]):
             break
-        pays_from = budget if verdict else pays_from
+        pays_from = budget
     about = ("study", "question", "size", "budgets", "model", "device", "date", "git_commit", "versions", "manifest_sha256")
     found = {"seeds": seeds, "arms": answer, "bases": bases, "verdicts": verdicts, "pays_from": pays_from}
     return {key: results[key] for key in about} | found
@@ -274,10 +282,11 @@ def percent(arm: dict, count: str, n_seeds: int) -> str:
 
 
 PAYS = {True: "pays", False: "does not pay", None: "not decided"}
+HARD = (True, None, False)  # verdicts, the hardest last
 
 
 def pays(summary: dict) -> str:
-    """What a critic looks for: at which budgets the best grown model beats the best that never grew."""
+    """What a critic looks for: at which budgets the best grown model beats every smaller one that never grew."""
     said = []
     for budget, one in zip(summary["budgets"], summary["verdicts"], strict=True):
         if one is not None:
@@ -286,7 +295,9 @@ def pays(summary: dict) -> str:
     if not said:
         return "No base that never grew stands beside a grown model of the same FLOPs here: whether growth pays is not known."
     least = summary["pays_from"]
-    end = f"It pays from {least:.3g} FLOPs on." if least else "From which budget on it pays is not seen here."
+    end = (
+        f"It pays from {least:.3g} FLOPs on, as far as was run." if least else "From which budget on it pays is not seen here."
+    )
     return f"Growth {'; '.join(said)}. {end}"
 
 
@@ -302,7 +313,7 @@ def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
         rates = ", ".join("-" if lr is None else f"{lr:g}" for lr in arm["lrs"])
         found.append([arm["label"], rates, *losses, *gains, shown])
     verdicts = ["-" if one is None else f"{PAYS[one['pays']]}: {plus_minus(one)}" for one in summary["verdicts"]]
-    found.append(["the best grown minus the best base", "", *verdicts, "", "", ""])
+    found.append(["the best grown minus the base hardest to beat", "", *verdicts, "", "", ""])
     return head, found
 
 
@@ -385,7 +396,7 @@ def run_study(command: Command, console: Console) -> dict:
     summaries = {}
     for file in files:
         console.print(f"results are in {file}", soft_wrap=True)
-        summaries[file.stem] = show(at_median_pace(json.loads(file.read_text())), file.with_suffix(""), console)
+        summaries[file.stem] = show(at_best_pace(json.loads(file.read_text())), file.with_suffix(""), console)
     return summaries[files[0].stem] if len(files) == 1 else summaries
 
 

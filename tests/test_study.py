@@ -193,6 +193,14 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
     edited = subprocess.run(command, **options)
     assert edited.returncode == 0 and list(json.loads(edited.stdout)["arms"]) == ["scratch", "base", "stack"], edited.stderr
     assert json.loads(results.read_text())["runs"].items() < found["runs"].items(), "a finished study without an arm"
+    (tmp_path / "toy.py").write_text(STUDY.replace("seeds=(0, 1)", "seeds=(0, 1, 2)"))
+    process = subprocess.Popen(command, **options, start_new_session=True)
+    while len(json.loads(results.read_text())["runs"]) < len(found["runs"]) - 1:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "arms" not in json.loads(results.read_text()), "two seeds are no answer to a study of three"
     (tmp_path / "toy.py").write_text(STUDY)
     assert subprocess.run(command, **options).returncode == 0
     (tmp_path / "toy.py").write_text(STUDY.replace('"toy"', '"other"'))

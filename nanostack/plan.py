@@ -2,7 +2,7 @@
 
 The paper ("Stacking Your Transformers", arXiv 2405.15319) fits the base's tokens d to the target's parameters N and its compute
 C = 6·N·D:  log10 d = 0.88·log10 N + 163.27 / log10 C − 5.74,  on 410M to 3B parameters and C = 8e19 to 1.2e21 FLOPs, and fixes
-the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), so d is never more than a fifth of the budget.
+the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), so d is never more than a fifth of the tokens.
 What growth saves is the paper's speedup, an assumption about your run and no promise.
 """
 
@@ -16,7 +16,7 @@ from nanostack.model import LlamaConfig
 
 FITTED_PARAMS = (0.37e9, 3e9)  # the paper's 410M has 0.374B in all
 FITTED_FLOPS = (8e19, 1.2e21)
-MOST_OF_BUDGET = 0.2
+MOST_OF_TOKENS = 0.2
 FACTOR = 4
 
 
@@ -83,7 +83,7 @@ def advise(command: Command) -> dict:
     target = shape_for(command.params, command.vocab_size, command.seq_len)
     base = replace(target, n_layer=target.n_layer // FACTOR)
     formula = growth_tokens(command.params, command.tokens)
-    d_tokens = min(formula, MOST_OF_BUDGET * command.tokens)
+    d_tokens = min(formula, MOST_OF_TOKENS * command.tokens)
     flops = command.tokens * flops_per_token(target)
     base_flops = d_tokens * flops_per_token(base)
     grown_flops = max(flops / (1 + command.speedup), base_flops)
@@ -108,8 +108,8 @@ def advise(command: Command) -> dict:
 
 
 def config_text(advice: dict) -> str:
-    """A file for config/ that follows the advice, with the paper's learning rates and batch. After growth the rate is not
-    warmed up again and old layers keep their moments, unlike the paper's: the best of twelve ways in docs/study.md."""
+    """A file for config/ that follows the advice, with the paper's learning rates and batch. Unlike the paper's, the rate is
+    not warmed up again after growth and old layers keep their moments: the best, by little, of twelve ways in docs/study.md."""
     base = advice["base"]
     batch = 2_097_152 // base["seq_len"] * base["seq_len"]
     stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]
@@ -149,7 +149,7 @@ def main(command: Command) -> dict:
     )
     print(f"grow at   {d_tokens} tokens (the formula says {formula})")
     if advice["capped"]:
-        print(f"          capped at {MOST_OF_BUDGET:.0%} of the budget, as the formula breaks at small ones: try a pilot")
+        print(f"          capped at {MOST_OF_TOKENS:.0%} of the tokens, as the formula breaks at small ones: try a pilot")
     if not advice["in_range"]:
         print("          outside the range that the formula was fitted on (0.4B to 3B parameters, 8e19 to 1.2e21 FLOPs)")
     print(f"scratch   {advice['flops']:.3g} FLOPs, {advice['hours']:,.0f} h {machine}")

@@ -25,7 +25,7 @@ def test_advice_is_capped_and_says_so_where_the_formula_breaks():
     advice = json.loads(run("--params", "124e6", "--tokens", "2.5e9", "--json").stdout)
     assert advice["d_tokens"] == 0.2 * 2.5e9 and advice["capped"] and not advice["in_range"] and advice["g"] == 4
     said = run("--params", "124e6", "--tokens", "2.5e9").stdout
-    assert "capped at 20% of the budget" in said and "outside the range" in said
+    assert "capped at 20% of the tokens" in said and "outside the range" in said
 
 
 def test_flops_include_the_base_and_the_saving_is_the_assumed_one():

@@ -37,10 +37,9 @@ there, the 4-layer one with every seed but not beyond doubt; at half of that bud
 more steeply than those of the bases, so a larger budget should favour growth over the bases; from the target they gain no
 ground: stack leads by 0.11, 0.07 and 0.08 nats.
 
-Limits: 0.27M parameters, 4.5M tokens of Python, three seeds. This study is older than the others: rates
-were tuned at the smallest budget with the first seed. For the target and for 2 layers that is no flaw: the later studies tuned
-them at every budget with the two best rates on all seeds, and took the same. Their code differs too: the same run ends up to
-0.008 nats elsewhere in the later studies, so numbers of one study are not to be compared with those of another any finer than
-that.
+Limits: 0.27M parameters, 4.5M tokens of Python, three seeds. This study is older than the others: rates were tuned at the
+smallest budget with the first seed. For the target and for 2 layers that is no flaw: the later studies tuned them at every
+budget with the two best rates on all seeds, and took the same. Their code differs too: the same run ends up to 0.008 nats
+elsewhere in the later studies, so numbers of one study are not to be compared with those of another any finer than that.
 """,
 )

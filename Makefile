@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: quickstart test gpu lint format clean
+.PHONY: quickstart test gpu dry-gpu lint format clean
 
 quickstart: $(READY)
 	$(RUN) bench/quickstart.py $(ARGS)
@@ -22,6 +22,14 @@ test: $(READY)
 
 gpu: $(READY)
 	$(RUN) bench/gpu.py $(ARGS)
+
+# What gpu tests launch, compiled for these architectures with no GPU; with another Triton, unpacked beside: make dry-gpu TRITON=3.6.0
+ARCH ?= sm_90,sm_80
+dry-gpu: $(READY)
+ifdef TRITON
+	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+endif
+	PYTHONPATH=$(if $(TRITON),out/triton-$(TRITON)) $(RUN) -m pytest -q -n 2 --dry-gpu=$(ARCH) $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -18,6 +18,7 @@ from torch.library import triton_op
 from .configs import lookup
 from .dispatch import (
     launch,
+    refuse_second_derivative,
     tl,
     triton,
     unit_stride,
@@ -311,6 +312,7 @@ def _autograd(ctx, dout, _):
 
 
 flash_attention_op.register_autograd(_autograd, setup_context=_save)
+flash_attention_backward_op.register_autograd(refuse_second_derivative)
 
 
 def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -22,7 +22,19 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cpu
 from .configs import ANY, lookup
-from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, use_c, use_triton, wide
+from .dispatch import (
+    launch,
+    once_differentiable,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    tl,
+    triton,
+    use_c,
+    use_triton,
+    wide,
+)
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 8·V·D bytes for the 6·V·D FLOPs of each of its rows
@@ -176,9 +188,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss.sum() * ctx.factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        x, weight, targets = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dloss):
+        x, weight, targets = saved
         if ctx.factor is None:
             _, dx, dweight = rows_op(x, weight.to(x.dtype), targets, dloss, *ctx.options)
             return dx, dweight.to(weight.dtype), None, None, None, None, None, None
@@ -213,7 +225,7 @@ def linear_cross_entropy(
     rounded once for the matrix products, and its gradient comes back in float32. A target outside the vocabulary gives nan;
     any other misfit raises ValueError, which names the argument.
     """
-    require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    require(reduction in REDUCTIONS, lambda: f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     require_floating("x", x)
     require_floating("weight", weight)
     require_like("weight", weight, "x", x, dtype=False)
@@ -221,14 +233,16 @@ def linear_cross_entropy(
     require(x.ndim > 0, "x has no dimensions; it must be (..., width)")
     require(
         weight.ndim == 2 and weight.shape[1] == x.shape[-1],
-        f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, {x.shape[-1]}) for x of shape {tuple(x.shape)}",
+        lambda: (
+            f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
+        ),
     )
     require(
         targets.shape == x.shape[:-1],
-        f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
+        lambda: f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
     )
-    require(targets.dtype == torch.int64, f"targets is {targets.dtype}; it must be torch.int64")
-    require(weight.numel() > 0, f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
+    require(targets.dtype == torch.int64, lambda: f"targets is {targets.dtype}; it must be torch.int64")
+    require(weight.numel() > 0, lambda: f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
     require_number("ignore_index", ignore_index, whole=True)
     require_number("z_loss", z_loss)
     way = "triton" if use_triton(backend, x) else "c" if use_c(backend, x) else "torch"

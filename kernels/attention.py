@@ -13,7 +13,6 @@ from .dispatch import (
     require_floating,
     require_like,
     require_number,
-    unit_stride,
     use_c,
     use_triton,
     wide,
@@ -33,10 +32,8 @@ _library.define(
     "flash_attention_backward_c(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, "
     "Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale) -> ()"
 )
-_library.impl("flash_attention_c", lambda q, k, v, *more: cpu.attention(*unit_stride(q, k, v), *more), "CPU")
-_library.impl(
-    "flash_attention_backward_c", lambda dout, q, k, v, *more: cpu.attention_backward(*unit_stride(dout, q, k, v), *more), "CPU"
-)
+_library.impl("flash_attention_c", cpu.attention, "CPU")
+_library.impl("flash_attention_backward_c", cpu.attention_backward, "CPU")
 
 
 class _AttentionC(torch.autograd.Function):
@@ -173,8 +170,7 @@ def rotary_attention(
         _check(*qkv.split(heads, 2), True, None, cu_seqlens)
         if cu_seqlens is not None:
             _check_edges(cu_seqlens, B * T)
-        tables = cos[:T].contiguous(), sin[:T].contiguous()
-        out, _ = _RotaryAttentionC.apply(qkv, heads, *tables, cu_seqlens, K**-0.5)
+        out, _ = _RotaryAttentionC.apply(qkv, heads, cos[:T], sin[:T], cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
     q, k = rotary(q, k, cos, sin, backend=backend)

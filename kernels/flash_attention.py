@@ -320,6 +320,7 @@ def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
 
     Where cu_seqlens does not rise from 0 to seq_len all documents are empty, and attention to nothing is nan.
     """
+    cu_seqlens = cu_seqlens.contiguous()
     position = torch.arange(seq_len, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
     sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len) & (cu_seqlens.diff() >= 0).all()

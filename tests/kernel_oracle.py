@@ -39,7 +39,7 @@ few_examples = settings(
 
 def randn(*shape, target, seed=0, scale=1.0, grad=True):
     device, _, dtype = target
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
     return x.to(device, dtype).requires_grad_(grad)
 
 

@@ -180,6 +180,36 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(target):
         assert all(map(torch.equal, before, inputs)), name
 
 
+def between_others(x):
+    """The same values, with others between any two of them in memory."""
+    return torch.stack((x, torch.full_like(x, 77)), -1)[..., 0]
+
+
+def repeated(dim):
+    """One slice of `x` seen again and again, with stride 0."""
+    return lambda x: x.narrow(dim, 0, 1).expand_as(x) if x.is_floating_point() and x.ndim else x
+
+
+LAYOUTS = {"between others": between_others, "rows repeated": repeated(0), "elements repeated": repeated(-1)}
+LAYOUTS["sign to be turned"] = lambda x: torch._neg_view(-x)
+
+
+@on_every_target
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(layout, target):
+    """Of any input, integers too, and of the gradients that come back."""
+    for name, (function, inputs) in all_operations(target, batch=2, seq=7).items():
+        runs = []
+        for view in (LAYOUTS[layout], lambda x: LAYOUTS[layout](x).clone(memory_format=torch.contiguous_format).resolve_neg()):
+            given = [view(x.detach()).requires_grad_(x.requires_grad) for x in inputs]
+            outputs = function(*given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            upstream = [view(randn(*out.shape, target=target, seed=5, grad=False).to(out.dtype)) for out in outputs]
+            runs.append([*outputs, *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], upstream)])
+        # Loosely, as torch's matrix products sum in another order: what was read elsewhere is 77, nan, or of the other sign.
+        torch.testing.assert_close(*runs, rtol=0.1, atol=0.1, msg=lambda found, name=name: f"{name}: {found}")
+
+
 @on_every_target
 def test_second_derivatives_are_refused(target):
     """In a loss where other terms do have them: a missing term would be a wrong number. Rotary's own, in Triton, are right."""

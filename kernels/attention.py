@@ -17,7 +17,7 @@ from .dispatch import (
     use_triton,
     wide,
 )
-from .flash_attention import MAX_D_HEAD, document_bounds, flash_attention_op
+from .flash_attention import LN_2, MAX_D_HEAD, document_bounds, flash_attention_op
 from .rotary import check as check_rotary
 from .rotary import require_heads, rotary
 
@@ -133,7 +133,7 @@ def flash_attention(
             _check_edges(cu_seqlens, q.shape[1])
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
-        return (out, lse) if return_lse else out
+        return (out, lse * LN_2) if return_lse else out
     if use_c(backend, q, k, v, torch_is_faster=_torch_is_faster(q)) and q.numel():
         if cu_seqlens is not None:
             _check_edges(cu_seqlens, q.shape[1])
@@ -215,6 +215,8 @@ def _check_edges(cu_seqlens, seq_len):
 
 def _reference(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if causal and scale <= 0:  # torch's CPU kernel scales its mask, too: -inf · 0 is nan, and -inf · -1 hides nothing
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # torch.compile's symbolic bool is no bool to torch
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)

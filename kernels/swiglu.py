@@ -56,8 +56,8 @@ def swiglu_backward_kernel(
     up = tl.load(gate_ptrs + d_ff, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * stride_dy_row + column, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = dy * gate * sigmoid
+    dgate = dy * (up * (sigmoid * (1 + gate * (1 - sigmoid))))  # no product overflows before the sigmoid makes it small
+    dup = dy * (gate * sigmoid)
     tl.store(dgate_ptrs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
     tl.store(dgate_ptrs + d_ff, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
@@ -137,5 +137,5 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up = gate_up.new_empty(gate_up.shape)
         dgate, dup = dgate_up.chunk(2, dim=-1)
         dup.copy_(F.silu(gate).mul_(dy))
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        dgate.copy_(torch.ops.aten.silu_backward(up, gate).mul_(dy))
         return dgate_up, None

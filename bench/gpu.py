@@ -75,7 +75,18 @@ class Part:
     ends: bool = True  # else its limit ends it, as it should
 
 
-TESTS = ("kernels", "kernels_attention", "kernels_compiled", "data", "fit", "parallel", "growth", "train", "step")
+TESTS = (
+    "kernels",
+    "kernels_attention",
+    "kernels_extremes",
+    "kernels_compiled",
+    "data",
+    "fit",
+    "parallel",
+    "growth",
+    "train",
+    "step",
+)
 TESTS = [f"tests/test_{name}.py" for name in TESTS]
 # Two micro-batches: the gradients of the second are added in place, as in a real step.
 STEP = ("--rounds", "1", "--steps", "8", "--warmup", "2", "--accumulate", "2", "--against", "compile", "--data.path", "{data}")

@@ -171,7 +171,9 @@ def test_gpu_runs_every_file_that_has_a_gpu_test():
     with_gpu = {name for name, text in files.items() if "@pytest.mark.gpu" in text or "pytestmark = pytest.mark.gpu" in text}
     arguments = [argument for part in gpu.PARTS for argument in part.arguments]
     named = {argument.removeprefix("tests/") for argument in arguments if argument.startswith("tests/")}
-    assert named == with_gpu | {"test_kernels.py", "test_kernels_attention.py"}, "their targets are marked one by one"
+    assert named == with_gpu | {"test_kernels.py", "test_kernels_attention.py", "test_kernels_extremes.py"}, (
+        "their targets are marked one by one"
+    )
 
 
 @pytest.mark.slow

@@ -126,7 +126,8 @@ def test_attention_of_any_scale(scale, causal, target):
     ours = results(lambda *t: kernels.flash_attention(*t, causal, scale, return_lse=True, backend=target[1]), inputs)
     exact = results(lambda *t: exact_attention(*t, causal, scale), [in_double(x) for x in inputs])
     for mine, truth in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine.double(), truth, rtol=0, atol=2e-5 if target[2] == torch.float32 else 0.12)
+        loose = {"rtol": 0, "atol": 2e-5} if target[2] == torch.float32 else {"rtol": 0.02, "atol": 0.12}
+        torch.testing.assert_close(mine.double(), truth, **loose)
 
 
 def attention_inputs_of(score, last, target):

@@ -12,6 +12,12 @@ TESTS = {
 }
 
 
+def avoids(params: dict, backend: str) -> bool:
+    return bool(
+        params.get("has_bias") or params.get("softcap") or params.get("z_loss") or params.get("impl") == "torch_compile"
+    )
+
+
 def install(ours, checkout) -> None:
     import cut_cross_entropy
 

@@ -35,6 +35,11 @@ TESTS = {
 }
 
 
+def avoids(params: dict, backend: str) -> bool:
+    most = {"V": 32000, "D": 1200, "T": 512} if backend == "triton" else {"V": 32000, "D": 1200}
+    return bool(params.get("compile") or any(params.get(name, 0) > size for name, size in most.items()))
+
+
 def install(ours, checkout) -> None:
     for package in ("fla", "fla.modules", "fla.ops", "fla.ops.attn"):
         module(package, checkout / package.replace(".", "/"), __version__="")
@@ -50,7 +55,7 @@ def install(ours, checkout) -> None:
         both = ours.add_rms_norm(x, residual, weight, eps)
         return both if prenorm else both[0]
 
-    def rms_norm_linear(x, norm_weight, norm_bias, linear_weight, linear_bias, **options):
+    def layer_norm_linear(x, norm_weight, norm_bias, linear_weight, linear_bias, is_rms_norm, **options):
         return F.linear(rms_norm(x, norm_weight, norm_bias, **options), linear_weight, linear_bias)
 
     def rotate(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, chunk_indices=None):
@@ -79,7 +84,7 @@ def install(ours, checkout) -> None:
     def torch_loss(logit_scale=1.0, logit_softcapping=None, reduction="mean"):
         return lambda logits, target: F.cross_entropy(logits.float() * logit_scale, target, reduction=reduction)
 
-    layernorm.rms_norm, layernorm.rms_norm_linear, rotary.rotary_embedding = rms_norm, rms_norm_linear, rotate
+    layernorm.rms_norm, layernorm.layer_norm_linear, rotary.rotary_embedding = rms_norm, layer_norm_linear, rotate
     activations.swiglu = swiglu
     activations.swiglu_linear = lambda gate, up, weight, bias: F.linear(swiglu(gate, up), weight, bias)
     fused_linear_cross_entropy.fused_linear_cross_entropy_loss = cross_entropy

@@ -30,6 +30,16 @@ TESTS = {
 }
 
 
+LARGEST = {"torch": 1024, "c": 1024, "triton": 256}  # sequences
+
+
+def avoids(params: dict, backend: str) -> bool:
+    asked = (params.get(name) for name in ("dropout_p", "local", "alibi", "softcap", "paged_kv_block_size", "compiled"))
+    lengths = [params[name] for name in ("seqlen_q", "seqlen_k", "seqlen") if name in params]
+    unequal = params.get("causal") and len(set(lengths)) > 1
+    return any(asked) or bool(unequal) or max(lengths, default=0) > LARGEST[backend]
+
+
 def install(ours, checkout) -> None:
     module("flash_attn_2_cuda")
     import flash_attn

@@ -33,6 +33,11 @@ TESTS = {
 }
 
 
+def avoids(params: dict, backend: str) -> bool:
+    refused = any(params.get(name) for name in ("bias", "has_ce_weight", "ce_weight"))
+    return refused or (backend == "triton" and max(params.get("seq_len", 0), params.get("T", 0)) > 128)
+
+
 def install(ours, checkout) -> None:
     def rms_norm(x, weight, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
         return ours.norm(x, weight, eps, offset)

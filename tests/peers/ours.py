@@ -111,15 +111,27 @@ def module(name: str, path: Path | None = None, **members) -> types.ModuleType:
     return made
 
 
-def members_of(path: Path, *names: str, **known) -> dict:
-    """Functions, classes and constants of a peer's file that cannot be imported whole, evaluated by themselves."""
+def named(path: Path, names: tuple[str, ...]) -> list[ast.stmt]:
+    """Functions, classes and constants of these names at the top of a file."""
     tree = ast.parse(path.read_text())
-    future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-    wanted = [node for node in tree.body if getattr(node, "name", None) in names]
-    wanted += [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", None) in names]
-    wanted.sort(key=lambda node: node.lineno)
-    namespace = {"torch": torch, "F": torch.nn.functional, "nn": torch.nn, "Tensor": torch.Tensor, "__name__": path.stem}
-    namespace |= {name: getattr(typing, name) for name in ("Optional", "Union", "Literal", "Callable", "Any")}
-    namespace |= known
-    exec(compile(ast.Module(future + wanted, []), str(path), "exec"), namespace)
+    name_of = lambda node: getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else getattr(node, "name", None)  # noqa: E731
+    found = [node for node in tree.body if name_of(node) in names]
+    missing = set(names) - set(map(name_of, found))
+    if missing:
+        raise LookupError(f"{path} has no {', '.join(sorted(missing))}; this adapter is for another commit")
+    return found
+
+
+def members_of(path: Path, *names: str, **known) -> dict:
+    """Members of a peer's file that cannot be imported whole, evaluated by themselves."""
+    namespace = {"torch": torch, "nn": torch.nn, "Tensor": torch.Tensor, "F": torch.nn.functional, "__name__": path.stem}
+    namespace |= {name: getattr(typing, name) for name in ("Optional", "Union", "Literal", "Callable", "Any")} | known
+    exec(compile(ast.Module(named(path, names), []), str(path), "exec"), namespace)
     return {name: namespace[name] for name in names}
+
+
+def cut(path: Path, names: tuple[str, ...], imports: str, out: Path) -> Path:
+    """Write a test file that has these members of a peer's file only, below `imports`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"{imports}\n{ast.unparse(ast.Module(named(path, names), []))}\n")
+    return out

@@ -2,7 +2,8 @@
 
 An adapter is a module with REPOSITORY, PATHS (folders of the checkout that its files import from), TESTS ({file: names of the
 test functions that are about an operation of ours}), CUDA (whether its files ask for a GPU) and install(ours, checkout), which
-puts the operations of `ours` where the peer's would be imported from.
+puts the operations of `ours` where the peer's would be imported from. It may have CUT ({file: (names, imports)}), for files
+that cannot be imported whole, and avoids(params, backend): whether a case's parameters tell that it is refused or too large.
 """
 
 import contextlib
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ours import Ours, cut
 from torch.overrides import TorchFunctionMode
 
-from ours import Ours
-
-TRIES = 20  # candidates for each case that shall run: most are refused where a test crosses many options
+TRIES = 4  # candidates for each case that shall run, as some are refused
+REST = 5  # of each test's other cases
 MEMORY = 12 << 30  # bytes of address space: some cases are made for the memory of a GPU
 
 
@@ -55,8 +56,9 @@ def pretend_cuda() -> None:
 class Cases:
     """pytest's plugin: takes the tests that are about our operations, a seeded sample of their cases, and counts what comes."""
 
-    def __init__(self, ours: Ours, tests: dict, job: dict):
-        self.ours, self.tests, self.job = ours, tests, job
+    def __init__(self, ours: Ours, adapter: types.ModuleType, job: dict):
+        self.ours, self.tests, self.job = ours, adapter.TESTS, job
+        self.avoids = getattr(adapter, "avoids", None)
         self.run, self.failures, self.left_out, self.other_tests = Counter(), [], 0, 0
         self.counts = {"passed": 0, "failed": 0, "refused": Counter(), "skipped": Counter()}
 
@@ -67,14 +69,24 @@ class Cases:
             return []
 
     def pytest_collection_modifyitems(self, items):
+        """Keep a seeded sample: TRIES for each case that shall run, and a few of those that are refused or too large."""
         random.Random(self.job["seed"]).shuffle(items)
-        tried, kept = Counter(), []
+        items.sort(key=self.avoided)  # stable
+        seen, kept = Counter(), []
         for item in items:
-            tried[item.path, item.originalname] += 1
-            if tried[item.path, item.originalname] <= TRIES * self.job["cases"]:
+            kind = item.path, item.originalname, self.avoided(item)
+            seen[kind] += 1
+            if seen[kind] <= (REST if self.avoided(item) else TRIES * self.job["cases"]):
                 kept.append(item)
         self.left_out = len(items) - len(kept)
-        items[:] = sorted(kept, key=lambda item: str(item.path))
+        items[:] = kept
+
+    def avoided(self, item) -> bool:
+        """Whether the parameters alone tell that the case is refused, or too large for this backend on a CPU."""
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        dtypes = {value for name, value in params.items() if name in ("dtype", "input_dtype", "x_dtype")}
+        wrong = {"c": torch.float16, "triton": torch.bfloat16}.get(self.ours.backend)
+        return wrong in dtypes or bool(self.avoids and self.avoids(params, self.ours.backend))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
@@ -135,6 +147,7 @@ def main(job: dict) -> None:
     checkout = Path(job["checkout"]).resolve()
     spec = importlib.util.spec_from_file_location("nanostack_adapter", here / f"{job['adapter']}.py")
     adapter = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = adapter
     spec.loader.exec_module(adapter)
     sys.path[:] = [str(checkout / path) for path in adapter.PATHS] + [p for p in sys.path if Path(p) != here]
     torch.set_num_threads(1)
@@ -144,10 +157,12 @@ def main(job: dict) -> None:
         pretend_cuda()
     ours = Ours(job["backend"])
     adapter.install(ours, checkout)
-    cases = Cases(ours, adapter.TESTS, job)
+    cases = Cases(ours, adapter, job)
     options = ["-q", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-c", "/dev/null", "-W", "ignore"]
-    files = [str(checkout / file) for file in adapter.TESTS]
-    status = int(pytest.main([*files, "--rootdir", str(checkout), "--tb=short", *options], plugins=[cases]))
+    cuts = getattr(adapter, "CUT", {})
+    whole = {file: checkout / file for file in adapter.TESTS}
+    files = [cut(path, *cuts[file], Path(job["out"]).parent / file) if file in cuts else path for file, path in whole.items()]
+    status = int(pytest.main([*map(str, files), "--rootdir", str(checkout), "--tb=short", *options], plugins=[cases]))
     found = cases.counts | {"failures": cases.failures, "left_out": cases.left_out, "other_tests": cases.other_tests}
     Path(job["out"]).write_text(json.dumps(found | {"status": status}))
 

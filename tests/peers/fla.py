@@ -36,8 +36,12 @@ TESTS = {
 
 
 def avoids(params: dict, backend: str) -> bool:
-    most = {"V": 32000, "D": 1200, "T": 512} if backend == "triton" else {"V": 32000, "D": 1200}
-    return bool(params.get("compile") or any(params.get(name, 0) > size for name, size in most.items()))
+    most = {"V": 0, "D": 128, "T": 512} if backend == "triton" else {"V": 32000, "D": 1200}
+    return bool(
+        params.get("compile")
+        or (params.get("V") and params["T"] > 512)
+        or any(params.get(name, 0) > size for name, size in most.items())
+    )
 
 
 def install(ours, checkout) -> None:

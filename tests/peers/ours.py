@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import math
 import sys
 import types
 import typing
@@ -54,7 +55,7 @@ class Ours:
     def norm(self, x, weight, eps, offset=0.0):
         """rms_norm where the peer allows no weight, or one that is counted from `offset`."""
         if weight is None:
-            weight = torch.ones(x.shape[-1], device=x.device)
+            return self.rms_norm(x, torch.ones(x.shape[-1]), eps)
         return self.rms_norm(x, weight.float() + offset if offset else weight, eps)
 
     def rotate(self, x, cos, sin, interleaved=False, offsets=0, cu_seqlens=None):
@@ -124,7 +125,14 @@ def named(path: Path, names: tuple[str, ...]) -> list[ast.stmt]:
 
 def members_of(path: Path, *names: str, **known) -> dict:
     """Members of a peer's file that cannot be imported whole, evaluated by themselves."""
-    namespace = {"torch": torch, "nn": torch.nn, "Tensor": torch.Tensor, "F": torch.nn.functional, "__name__": path.stem}
+    namespace = {
+        "math": math,
+        "torch": torch,
+        "nn": torch.nn,
+        "Tensor": torch.Tensor,
+        "F": torch.nn.functional,
+        "__name__": path.stem,
+    }
     namespace |= {name: getattr(typing, name) for name in ("Optional", "Union", "Literal", "Callable", "Any")} | known
     exec(compile(ast.Module(named(path, names), []), str(path), "exec"), namespace)
     return {name: namespace[name] for name in names}

@@ -92,7 +92,8 @@ def main(options: Options) -> dict:
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(row(entry), flush=True)
-            print(*(f"  {line}" for line in counts.get("failures", [])), sep="\n", end="", flush=True)
+            for line in counts.get("failures", []):
+                print(f"  {line}", flush=True)
     broken = [f"{name}: {entry['broken']}" for name, entry in results.items() if "broken" in entry]
     if broken:
         raise UserError(f"no test could be run with {'; '.join(broken)}")

@@ -40,6 +40,8 @@ def install(ours, checkout) -> None:
         "deprecated": lambda *args, **options: lambda thing: thing,
     }
     module("torchtune.utils", package / "utils", **said)
+    module("torchao")
+    module("torchtune.training.seed", set_seed=torch.manual_seed)
     module("tests")
     names = ("assert_expected", "fixed_init_tensor", "fixed_init_model", "gpu_test", "mps_ignored_test")
     module("tests.test_utils", **members_of(checkout / "tests/test_utils.py", *names, pytest=pytest))

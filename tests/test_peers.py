@@ -38,6 +38,7 @@ def test_missing_things_are_named_in_one_line(tmp_path, monkeypatch):
     for options, said in (
         (Options(), "give the folder that holds checkouts"),
         (Options(peers=tmp_path / "nowhere"), "give the folder that holds checkouts"),
+        (Options(table=tmp_path / "nowhere"), "--out writes such a file"),
         (Options(peers=tmp_path, only=("nothing",)), "choose from"),
         (Options(peers=tmp_path, backend=("cuda",)), "choose from torch, c, triton"),
         (Options(peers=tmp_path, only=("liger",)), "git clone https://github.com/linkedin/Liger-Kernel"),

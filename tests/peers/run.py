@@ -55,8 +55,10 @@ def commit_of(checkout: Path) -> str:
     written = checkout / "COMMIT"
     if written.exists():
         return written.read_text().strip()[:9]
+    if not (checkout / ".git").exists():
+        return "unknown"
     done = subprocess.run(["git", "-C", checkout, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()
 
 
 def run(options: Options, adapter: str, checkout: Path, backend: str) -> dict:
@@ -77,6 +79,8 @@ def run(options: Options, adapter: str, checkout: Path, backend: str) -> dict:
 
 def main(options: Options) -> dict:
     if options.table is not None:
+        if not options.table.is_file():
+            raise UserError(f"--table {options.table} is not there; --out writes such a file")
         print(table(json.loads(options.table.read_text())))
         return {}
     known = adapters()
@@ -91,9 +95,8 @@ def main(options: Options) -> dict:
             results[f"{adapter} {backend}"] = entry
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
-            print(row(entry), flush=True)
-            for line in counts.get("failures", []):
-                print(f"  {line}", flush=True)
+            if not options.json:
+                print(row(entry), *(f"  {line}" for line in counts.get("failures", [])), sep="\n", flush=True)
     broken = [f"{name}: {entry['broken']}" for name, entry in results.items() if "broken" in entry]
     if broken:
         raise UserError(f"no test could be run with {'; '.join(broken)}")

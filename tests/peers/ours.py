@@ -114,9 +114,11 @@ def module(name: str, path: Path | None = None, **members) -> types.ModuleType:
 
 def named(path: Path, names: tuple[str, ...]) -> list[ast.stmt]:
     """Functions, classes and constants of these names at the top of a file."""
-    tree = ast.parse(path.read_text())
-    name_of = lambda node: getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else getattr(node, "name", None)  # noqa: E731
-    found = [node for node in tree.body if name_of(node) in names]
+
+    def name_of(node):
+        return getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else getattr(node, "name", None)
+
+    found = [node for node in ast.parse(path.read_text()).body if name_of(node) in names]
     missing = set(names) - set(map(name_of, found))
     if missing:
         raise LookupError(f"{path} has no {', '.join(sorted(missing))}; this adapter is for another commit")

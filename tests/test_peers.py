@@ -74,3 +74,7 @@ def test_an_adapter_runs_the_peers_test_on_our_kernel(tmp_path):
 
 def test_there_is_an_adapter_for_each_peer():
     assert len(adapters()) == 7
+
+
+def test_the_page_shows_the_recorded_counts():
+    assert table(json.loads((ROOT / "bench/results/peers.json").read_text())) in (ROOT / "docs/kernels.md").read_text()

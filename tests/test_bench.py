@@ -4,14 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, take_weights
 
 from bench import gpu
+from bench.ids import fed
 from bench.throughput import Command, timed
+from nanostack import data
 from nanostack.config import load
+from nanostack.data import Tokens
 from nanostack.errors import split
 from nanostack.flops import n_params
 from nanostack.parallel import micro_steps
@@ -24,8 +29,8 @@ def bench(name, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in seconds on a CPU only")
-def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
-    options = ("--data.path", corpus, "--rounds", 1, "--steps", 3, "--warmup", 1, "--out", tmp_path / "found.json", "--json")
+def test_throughput_times_every_way_on_the_same_batches_with_no_text_prepared(tmp_path):
+    options = ("--rounds", 1, "--steps", 3, "--warmup", 1, "--out", tmp_path / "found.json", "--json")
     done = bench("throughput", TINY, "--against", "eager,hf", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -40,8 +45,8 @@ def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
         else:
             assert way["ours_over_by_round"] == [way["ours_over"]]
             assert way["ours_over"] == pytest.approx(way["ms"] / found["ways"]["nanostack"]["ms"])
-    largest = load(TINY, ["--data.path", str(corpus)]).shapes()[-1]
-    assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=384))
+    largest = load(TINY, []).shapes()[-1]
+    assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=32000)) and found["random_ids"]
 
 
 def test_peers_compute_the_model_that_is_timed():
@@ -67,10 +72,30 @@ def test_peers_compute_the_model_that_is_timed():
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
-def test_throughput_times_a_few_micro_batches_of_a_large_step(corpus):
-    config = timed(load(str(ROOT / "config/1b.py"), ["--data.path", str(corpus)]), steps=7, accumulate=2)
-    assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
-    assert config.model.n_layer == 24, "the grown model"
+def test_throughput_times_a_few_micro_batches_of_a_large_step():
+    with timed(load(str(ROOT / "config/1b.py"), []), (), steps=7, accumulate=2) as config:
+        assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
+        assert config.model.n_layer == 24 and config.model.vocab_size == 32000, "the grown model, with the paper's vocabulary"
+        data.verify(config.data.path)
+        ids = Tokens(config.data.path, "train", config.model.seq_len)
+        assert ids.n_blocks == 7 * 2 * 16, "each is read once"
+    assert not Path(config.data.path).exists()
+
+
+def test_ids_of_its_own_are_as_frequent_as_words_and_the_text_that_is_named_is_taken(corpus, tmp_path):
+    config = load(str(ROOT / "config/quickstart.py"), [])
+    with fed(config, (), 4096, 25) as found:
+        ids = Tokens(found.data.path, "train", 256).batch(0, 400)
+        manifest = data.load_manifest(found.data.path)
+    assert manifest["tokenizer"]["n_vocab"] == 1024, "what data/stdlib has"
+    counts = np.bincount(ids.ravel(), minlength=1024) / ids.size
+    for rank in (1, 10):
+        assert counts[rank - 1] == pytest.approx(np.log1p(1 / rank) / np.log(1024), rel=0.1)
+    assert counts[manifest["tokenizer"]["eot"]] == pytest.approx(1 / 500, rel=0.3)
+    for words in (["--data.path", str(corpus)], [f"--data.path={corpus}"]):
+        config = load(TINY, words)
+        with fed(config, words, 4096, 25) as found:
+            assert found is config
 
 
 @pytest.mark.parametrize(
@@ -81,9 +106,9 @@ def test_throughput_times_a_few_micro_batches_of_a_large_step(corpus):
         ("throughput", ("config/none.py",), "there is no config file config/none.py"),
         ("throughput", (TINY, "--data.pth", "x"), "--data.pth"),
         ("throughput", (TINY, "--data.path", "nowhere"), "nowhere"),
-        ("throughput", (TINY, "--data.path", "{data}", "--out", "tests"), "--out is the name of a .json file, not tests"),
-        ("throughput", (TINY, "--data.path", "{data}", "--out", "/proc/a.json"), "nothing can be written in /proc"),
-        ("throughput", ("config/7b.py", "--data.path", "{data}"), "the others keep all activations"),
+        ("throughput", (TINY, "--out", "tests"), "--out is the name of a .json file, not tests"),
+        ("throughput", (TINY, "--out", "/proc/a.json"), "nothing can be written in /proc"),
+        ("throughput", ("config/7b.py",), "the others keep all activations"),
         ("timeline", ("--estimate", "--dtype", "float32"), "the estimate is of bfloat16"),
         ("feeding", ("--rounds", "0"), "rounds must be at least 1"),
         ("feeding", ("--data", "nowhere"), "nowhere"),
@@ -159,10 +184,9 @@ def test_steps_of_every_part_are_whole_micro_batches(corpus):
         if script == "bench/throughput.py":
             mine, others = split(known, words)
             parts = int(mine[mine.index("--accumulate") + 1]) if "--accumulate" in mine else Command.accumulate
-            config = timed(load(str(ROOT / mine[0]), others), 3, parts)
-            counts[mine[mine.index("--out") + 1], mine[0]] = micro_steps(
-                config.batch_tokens, config.micro_batch, config.model.seq_len
-            )
+            with timed(load(str(ROOT / mine[0]), others), others, 3, parts) as config:
+                steps = micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
+            counts[mine[mine.index("--out") + 1], mine[0]] = steps
     assert len(counts) == 6 and {counts[key] for key in counts if "quickstart" not in key[1]} == {2}, counts
 
 

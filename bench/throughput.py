@@ -39,6 +39,7 @@ from rich.table import Table  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
+from bench import anchors  # noqa: E402
 from bench.ids import fed, names_text  # noqa: E402
 from bench.results import place, write_result  # noqa: E402
 from nanostack.config import Stage, Train, load  # noqa: E402
@@ -196,8 +197,7 @@ def work(command: Command, config: Train) -> dict:
 
 
 def main(command: Command) -> dict:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = command.config or default_config()
     if min(command.rounds, command.steps, command.warmup, command.accumulate) < 1:
         raise UserError("rounds, steps, warmup and accumulate must be at least 1")
@@ -237,10 +237,14 @@ def compare(command: Command, path: str, against: list[str], config: Train, devi
                 console.print(f"{name} is left out: {error}", soft_wrap=True)
             measured = {name: rounds for name, rounds in found.items() if rounds and name not in failed}
             result = asked | summarise(measured, config, device) | {"failed": failed}
+            speeds = {name: way["tokens_per_s"] for name, way in result["ways"].items()}
+            result["anchors"] = anchors.beside(path, command.overrides, config.model, speeds)
             write_result(result, out, ("transformers", "liger-kernel"))
     draw(result, out.with_suffix(".png"))
     console.print(table(result))
     console.print(MFU)
+    for sentence in anchors.sentences(result["anchors"], device.type == "cuda"):
+        console.print(sentence)
     console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
     return result
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, take_weights
 
-from bench import gpu
+from bench import anchors, gpu
 from bench.ids import fed
 from bench.throughput import Command, timed
 from nanostack import data
@@ -96,6 +96,24 @@ def test_ids_of_its_own_are_as_frequent_as_words_and_the_text_that_is_named_is_t
         config = load(TINY, words)
         with fed(config, words, 4096, 25) as found:
             assert found is config
+
+
+def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_only():
+    """29.4M parameters count, windows of 1024 in six layers and 2048 in two: 39.8 % of 989.5 TFLOP/s is the published MFU."""
+    (anchor,) = anchors.ANCHORS["50m"]
+    flops = 6 * (8 * 12 * 512**2 + 8192 * 512 + 4 * 32 * 4) + 12 * 512 * (6 * 1024 + 2 * 2048)
+    assert flops * anchor.tokens_per_s / anchor.peak == pytest.approx(anchor.mfu, abs=1e-3)
+    path = str(ROOT / "config/50m.py")
+    model = load(path, []).model
+    assert (model.n_layer, model.d_model, model.d_head, model.vocab_size, model.seq_len) == (8, 512, 128, 8192, 2048)
+    (found,) = anchors.beside(path, (), model, {"nanostack": 1e6})
+    ours = 6 * (8 * (4 * 512**2 + 3 * 512 * 1408) + 8192 * 512) + 12 * 8 * 512 * 2048
+    assert found["ours"] == {"nanostack": pytest.approx(ours * 1e6 / 989.5e12)} and f"{ours / 1e6:.0f}" in found["differences"]
+    (said,) = anchors.sentences([found], on_gpu=True)
+    assert "not measured here: 1,645,7" in said and f"nanostack {100 * ours * 1e6 / 989.5e12:.1f} %" in said
+    assert anchors.beside(path, ("--model.seq_len", "1024"), model, {}) == anchors.beside("config/3b.py", (), model, {}) == []
+    (other,) = anchors.beside("config/1b.py", (), model, {})
+    assert other["name"] == "OLMo-core" and other["mfu"] == 0.52
 
 
 @pytest.mark.parametrize(

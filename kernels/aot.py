@@ -3,9 +3,12 @@
     python -m kernels.aot [--arch 80 90] [--kernel attention_forward] [--json]
 
 For each row of kernels/configs.py and each way its kernel is called (causal, with documents, ...) it prints registers, stack
-bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a stack is larger
-than its row allows, where shared memory exceeds the architecture's, where a matrix kernel does not use the architecture's
-matrix instructions, a TMA row no TMA, or a memory-bound kernel does not load 16 bytes at a time.
+bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a kernel does not
+compile, where a stack is larger than its row allows, where shared memory exceeds the architecture's, where a matrix kernel does
+not use the architecture's matrix instructions, a TMA row no TMA, or a memory-bound kernel does not load 16 bytes at a time.
+
+Sizes are as large as a row serves, and 16 divides them, as it does strides; calls that say so differ. What a real call of an
+operation launches, the dry GPU tells (dry.py).
 """
 
 import argparse
@@ -27,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .configs import ANY, FP32, TABLE, Config, rows_for, rows_of
+from .configs import ANY, FP32, TABLE, Config, fitting, rows_for, rows_of
 from .dispatch import HAS_TRITON, INTERPRETED, triton
 from .flash_attention import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
 from .linear_cross_entropy import cross_entropy_kernel
@@ -37,6 +40,7 @@ from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MATRIX = {9: r"\bHGMMA", 10: r"\bUTC\w*MMA"}  # by major version; HMMA elsewhere
+DTYPES = ("bf16", "fp16", "fp32")
 TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
     ("lse_ptr", "delta_ptr", "dweight_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "loss_ptr", "row_scale_ptr", "logits_ptr"),
     "*fp32",
@@ -44,11 +48,23 @@ TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
 
 
 @dataclass(frozen=True)
+class Call:
+    """A way to call a kernel: its constexpr arguments by name, None for a pointer that is not given, 1 for a size that is 1, as
+    Triton makes that a constant."""
+
+    constants: dict
+    strides_of_16: bool = True  # divisible by 16 elements, and sizes with them
+    share: float = 1.0  # of the head width that a row serves at most
+    dtypes: tuple[str, ...] = DTYPES
+    pointers: bool = False  # of tensors that TMA cannot read: where a row has TMA, that of 80 serves them
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A kernel and the ways it is called: constexpr arguments by name; None for a pointer that is not given."""
+    """A kernel and the ways it is called, by name."""
 
     function: object
-    calls: dict[str, dict]
+    calls: dict[str, Call]
     matrix: bool = False
 
 
@@ -58,7 +74,7 @@ class Case:
     size: int
     call: str
     arch: int
-    dtype: str  # "bf16" or "fp32"
+    dtype: str  # one of DTYPES
     config: Config
 
 
@@ -78,32 +94,47 @@ class Report:
 
 
 def _kernels() -> dict[str, Kernel]:
+    causal, full = {"CAUSAL": True, "bounds_ptr": None}, {"CAUSAL": False, "bounds_ptr": None}
     attention = {
-        "causal": {"CAUSAL": True, "bounds_ptr": None},
-        "full": {"CAUSAL": False, "bounds_ptr": None},
-        "causal, documents": {"CAUSAL": True},
-        "documents": {"CAUSAL": False},
-        "causal, pointers": {"CAUSAL": True, "bounds_ptr": None, "TMA": False},  # of tensors that TMA cannot read
+        "causal": Call(causal),
+        "full": Call(full, dtypes=("bf16", "fp32")),
+        "causal, documents": Call({"CAUSAL": True}, dtypes=("bf16", "fp32")),
+        "documents": Call({"CAUSAL": False}, dtypes=("bf16", "fp32")),
+        "causal, pointers": Call(causal, strides_of_16=False, dtypes=("bf16",), pointers=True),
+        "one token": Call(causal | {"q_len": 1, "kv_len": 1}, dtypes=("bf16", "fp16")),
+        "one query": Call(full | {"q_len": 1}, dtypes=("bf16",)),
+        "causal, narrow": Call(causal, share=5 / 8, dtypes=("bf16", "fp32")),  # a head width that is no power of two
+        "documents, narrow": Call({"CAUSAL": True}, share=5 / 8, dtypes=("bf16",)),
     }
-    norm_alone = {"residual_ptr": None, "residual_out_ptr": None}
+    odd = Call({}, strides_of_16=False, dtypes=("bf16",))
+    norm_alone = Call({"residual_ptr": None, "residual_out_ptr": None})
     return {
         "attention_forward": Kernel(attention_forward_kernel, attention, matrix=True),
         "attention_dq": Kernel(attention_dq_kernel, attention, matrix=True),
         "attention_dk_dv": Kernel(attention_dk_dv_kernel, attention, matrix=True),
-        "rms_norm_forward": Kernel(rms_norm_forward_kernel, {"alone": norm_alone, "with residual": {}}),
-        "rms_norm_backward": Kernel(rms_norm_backward_kernel, {"alone": {"dresidual_ptr": None}, "with residual": {}}),
-        "rotary": Kernel(rotary_kernel, {"": {"INVERSE": False}}),
-        "swiglu_forward": Kernel(swiglu_forward_kernel, {"": {}}),
-        "swiglu_backward": Kernel(swiglu_backward_kernel, {"": {}}),
+        "rms_norm_forward": Kernel(
+            rms_norm_forward_kernel, {"alone": norm_alone, "with residual": Call({}), "odd strides": odd}
+        ),
+        "rms_norm_backward": Kernel(
+            rms_norm_backward_kernel,
+            {"alone": Call({"dresidual_ptr": None}), "with residual": Call({}), "odd strides": odd},
+        ),
+        "rotary": Kernel(rotary_kernel, {"": Call({"INVERSE": False}), "one token": Call({"INVERSE": False, "seq_len": 1})}),
+        "swiglu_forward": Kernel(swiglu_forward_kernel, {"": Call({}), "odd strides": odd}),
+        "swiglu_backward": Kernel(swiglu_backward_kernel, {"": Call({}), "odd strides": odd}),
         "cross_entropy": Kernel(
             cross_entropy_kernel,
-            {"loss": {"dlogits_ptr": None, "row_scale_ptr": None}, "loss and gradient": {"row_scale_ptr": None}},
+            {
+                "loss": Call({"dlogits_ptr": None, "row_scale_ptr": None}),
+                "loss and gradient": Call({"row_scale_ptr": None}),
+                "odd vocabulary": odd,
+            },
         ),
     }
 
 
-def calls_of(kernel: str) -> dict[str, dict]:
-    """The ways a kernel of the table is called, each with its constexpr arguments."""
+def calls_of(kernel: str) -> dict[str, Call]:
+    """The ways a kernel of the table is called."""
     return _kernels()[kernel].calls
 
 
@@ -114,23 +145,25 @@ def shared_memory(arch: int) -> int:
 
 def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
     """Every row that this architecture would use, in every way its kernel is called."""
-    for name, (dtype, rows_arch) in product(kernels, (("bf16", rows_of(arch // 10)), ("fp32", FP32))):
-        for size, config in rows_for(name, rows_arch).items():
-            for call in calls_of(name):
-                if call != "causal, pointers" or config.tiles["TMA"]:
-                    yield Case(name, size, call, arch, dtype, config)
+    for name, dtype in product(kernels, DTYPES):
+        for size, config in rows_for(name, FP32 if dtype == "fp32" else rows_of(arch // 10)).items():
+            for call, how in calls_of(name).items():
+                row = fitting(rows_for(name, 80), size) if how.pointers else config
+                if dtype in how.dtypes:
+                    yield Case(name, size, call, arch, dtype, row)
 
 
 def constants(case: Case) -> dict:
     """All constexpr arguments of this call but the launch options."""
+    call = calls_of(case.kernel)[case.call]
     size = {
-        "attention": {"D": case.size, "BLOCK_D": case.size, "SCALE": 0.125},
+        "attention": {"D": int(case.size * call.share), "BLOCK_D": case.size, "SCALE": 0.125},
         "rms": {"BLOCK_D": case.size, "EPS": 1e-5},
         "rotary": {"HALF": case.size, "BLOCK_HALF": case.size},
         "cross": {"IGNORE_INDEX": -100, "Z_LOSS": 1e-4},
     }.get(case.kernel.split("_")[0], {})
     pipelined = {"STAGES": case.config.num_stages} if case.kernel == "rms_norm_backward" else {}
-    return {**case.config.tiles, **size, **pipelined, **calls_of(case.kernel)[case.call]}
+    return {**case.config.tiles, **size, **pipelined, **call.constants}
 
 
 def compile_case(case: Case):
@@ -143,8 +176,13 @@ def compile_case(case: Case):
     tensor = f"*{case.dtype}"
     kinds = {n: TYPES.get(n, tensor if n.endswith("_ptr") else "i32") for n in names}
     signature = {n: "constexpr" if n in fixed else kind for n, kind in kinds.items()}
-    sizes = ("_ptr", "_len", "width", "d_ff", "vocab")
-    aligned = [i for i, n in enumerate(names) if n not in fixed and (n.endswith(sizes) or "stride" in n)]
+    sizes = ("_len", "width", "d_ff", "vocab", "stride")
+    by_16 = calls_of(case.kernel)[case.call].strides_of_16
+
+    def is_aligned(name: str) -> bool:
+        return name not in fixed and (name.endswith("_ptr") or (by_16 and any(size in name for size in sizes)))
+
+    aligned = [i for i, n in enumerate(names) if is_aligned(n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in fixed.items()}, attributes)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
@@ -153,44 +191,67 @@ def compile_case(case: Case):
 
 def inspect(case: Case) -> Report:
     """Compile one case and read its cubin."""
+    size = None if case.size == ANY else case.size
+    about = (case.kernel, size, case.call, case.arch, case.dtype)
     started = time.perf_counter()
-    compiled = compile_case(case)
+    try:
+        compiled = compile_case(case)
+    except Exception as error:  # whatever the compiler raises is a fault of the case
+        return Report(*about, 0, 0, 0, {}, round(time.perf_counter() - started, 2), [f"does not compile: {one_line(error)}"])
     seconds = time.perf_counter() - started
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage, sass = (_cuobjdump(option, cubin.name) for option in ("--dump-resource-usage", "--dump-sass"))
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    (registers, stack), sass = resources(compiled), _cuobjdump("--dump-sass", compiled)
     patterns = {"HGMMA": r"\bHGMMA", "HMMA": r"\bHMMA", "UTCMMA": r"\bUTC\w*MMA", "TMA": r"\bUTMALDG", "copy": r"\bLDGSTS"}
     patterns["load 16 B"] = r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128"
     found = {name: len(re.findall(pattern, sass)) for name, pattern in patterns.items()}
     shared = compiled.metadata.shared
-    faults = _faults(case, stack, shared, found, sass)
-    size = None if case.size == ANY else case.size
-    about = (case.kernel, size, case.call, case.arch, case.dtype)
+    faults = [*too_much(case.arch, case.config, stack, shared), *_lacking(case, found, sass)]
     return Report(*about, registers, stack, shared, found, round(seconds, 2), faults)
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def one_line(error: Exception) -> str:
+    """The end of what a compiler said: before it stand the places in the source."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {said[-1] if said else ''}"[:200]
+
+
+def resources(compiled) -> tuple[int, int]:
+    """Registers and stack bytes (spills) of a thread of a compiled kernel."""
+    usage = _cuobjdump("--dump-resource-usage", compiled)
+    return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+
+
+def _cuobjdump(option: str, compiled) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
 
 
-def _faults(case: Case, stack: int, shared: int, found: dict[str, int], sass: str) -> list[str]:
+def too_much(arch: int, config: Config, stack: int, shared: int) -> list[str]:
+    """What of it is more than the row allows, or the architecture has."""
     faults = []
-    if stack > case.config.stack:
-        faults.append(f"stack of {stack} bytes, {case.config.stack} allowed")
-    if shared > shared_memory(case.arch):
-        faults.append(f"{shared} bytes of shared memory, {shared_memory(case.arch)} there are")
+    if stack > config.stack:
+        faults.append(f"stack of {stack} bytes, {config.stack} allowed")
+    if shared > shared_memory(arch):
+        faults.append(f"{shared} bytes of shared memory, {shared_memory(arch)} there are")
+    return faults
+
+
+def _lacking(case: Case, found: dict[str, int], sass: str) -> list[str]:
+    """Instructions that the machine code should have and has not, and slow ones that it has."""
+    faults = []
     if case.dtype == "fp32" and _kernels()[case.kernel].matrix:
         return faults  # for checking: the matrix units would round
+    if calls_of(case.kernel)[case.call].pointers:
+        return faults  # nobody is served fast there
     matrix = MATRIX.get(case.arch // 10, r"\bHMMA")
     if _kernels()[case.kernel].matrix:
         if not re.search(matrix, sass):
             faults.append(f"no {matrix[2:]} instruction")
         if matrix != r"\bHMMA" and found["HMMA"]:
             faults.append("HMMA, the slow matrix path of this architecture")
-    elif not found["load 16 B"]:
+    elif not found["load 16 B"] and calls_of(case.kernel)[case.call].strides_of_16:
         faults.append("no load of 16 bytes at a time")
     if constants(case).get("TMA") and not found["TMA"]:
         faults.append("no UTMALDG instruction: TMA is not used")

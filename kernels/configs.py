@@ -9,7 +9,8 @@ No row has been measured yet: they were chosen from the machine code (no spills,
 what others report of such kernels.
 
 Rows of 90 are for 9.0; 10.x uses them too, though nobody chose them for it and some spill there. Rows of 80 are for all the
-rest, and for a kernel that has no others: they keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.0. Rows of FP32 are for
+rest, for a kernel that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6,
+8.9 and 12.0. Rows of FP32 are for
 float32 and for the interpreter, where a kernel has them: in attention small tiles of unlike height and width, which show more
 than fast ones would.
 """
@@ -18,9 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .dispatch import capability
+
 ANY = 1 << 62
 FP32 = 0
-SPILLED = 2200  # bytes: fp32 heads of 256 are too wide for the registers, and nobody waits for them
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(128, 64, 8, 2),
             256: attention(64, 32, 8, 2),
         },
-        FP32: {256: attention(32, 16, 4, 1, stack=SPILLED)},
+        FP32: {128: attention(32, 16, 4, 1), 256: attention(32, 16, 8, 1)},
     },
     "attention_dq": {
         90: {
@@ -75,7 +77,8 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2),
             256: attention(32, 32, 8, 2),
         },
-        FP32: {256: attention(32, 16, 4, 1, stack=SPILLED)},
+        # q and dout stay in the registers for products without matrix units: at 256 not even the smallest tile fits
+        FP32: {64: attention(32, 16, 4, 1), 128: attention(16, 16, 8, 1), 256: attention(16, 16, 8, 1, stack=256)},
     },
     "attention_dk_dv": {
         90: {
@@ -83,7 +86,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             64: attention(64, 128, 8, 3, TMA=True),
             # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width; 56 bytes by Triton 3.7, 88 by 3.6
             128: attention(64, 128, 8, 2, TMA=True, stack=88),
-            256: attention(32, 64, 8, 1, TMA=True, stack=144),  # with pointers, where TMA cannot read; with TMA it is 0
+            256: attention(32, 64, 8, 1, TMA=True),
         },
         80: {
             32: attention(64, 64, 4, 2, stack=48),  # by Triton 3.6, with documents; by 3.7 none
@@ -91,7 +94,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2),
             256: attention(32, 32, 8, 2),
         },
-        FP32: {256: attention(16, 32, 4, 1, stack=SPILLED)},
+        FP32: {128: attention(16, 32, 4, 1), 256: attention(16, 32, 8, 1)},
     },
     "rms_norm_forward": {
         80: {
@@ -137,9 +140,8 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
 
 def architecture(device: torch.device, dtype: torch.dtype) -> int:
     """Whose rows serve tensors of this dtype there."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return FP32
-    return rows_of(torch.cuda.get_device_capability(device)[0])
+    found = capability(device)
+    return FP32 if found is None or dtype == torch.float32 else rows_of(found[0])
 
 
 def rows_of(major: int) -> int:
@@ -154,5 +156,9 @@ def rows_for(kernel: str, arch: int) -> dict[int, Config]:
 
 def lookup(kernel: str, size: int, device: torch.device, dtype: torch.dtype) -> Config:
     """The row that serves this kernel for this size, which must not be larger than the largest there is."""
-    rows = rows_for(kernel, architecture(device, dtype))
+    return fitting(rows_for(kernel, architecture(device, dtype)), size)
+
+
+def fitting(rows: dict[int, Config], size: int) -> Config:
+    """The row of the smallest size that holds this one."""
     return next(config for limit, config in rows.items() if size <= limit)

@@ -29,6 +29,7 @@ BACKENDS = ("auto", "torch", "triton", "c")
 
 _backend = "auto"
 _traced: bool | None = None  # None: operations are run
+_dry = None  # the dry.DryGPU for which launches are compiled and not run
 
 
 def set_backend(name: str) -> None:
@@ -50,6 +51,24 @@ def traced(on_triton: bool):
         _traced = None
 
 
+@contextlib.contextmanager
+def dry_run(gpu):
+    """Within it CPU tensors stand for tensors on `gpu`, a dry.DryGPU, which compiles every launch and runs none."""
+    global _dry
+    _dry = gpu
+    try:
+        yield
+    finally:
+        _dry = None
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of the GPU on which tensors of `device` are; None where they are on none."""
+    if _dry is not None:
+        return divmod(_dry.arch, 10)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def unavailable_reason(device: torch.device | str) -> str | None:
     """One sentence on why the Triton kernels cannot run on `device`; None if they can."""
     device = torch.device(device)
@@ -58,9 +77,13 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is visible to torch."
-        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.hip:  # ROCm calls its devices cuda, and gfx9 reports major 9 as Hopper does
+            return "the kernels have no configurations for AMD's GPUs yet."
+        major, minor = capability(device)
         if major < 8:
             return f"the kernels need compute capability 8.0 or newer and {device} has {major}.{minor}."
+        return None
+    if _dry is not None:
         return None
     if device.type == "cpu" and INTERPRETED:
         return None
@@ -85,9 +108,10 @@ def use_triton(backend: str | None, x: torch.Tensor, refusal: str | None = None)
     if name in ("torch", "c"):
         return False
     # The interpreter multiplies the raw bits of bfloat16 in tl.dot, and truncates where hardware rounds: never silently wrong.
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if x.is_cuda else (torch.float32, torch.float16)
+    on_gpu = x.is_cuda or _dry is not None
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32, torch.float16)
     if name == "auto":
-        return refusal is None and x.is_cuda and x.dtype in dtypes and unavailable_reason(x.device) is None
+        return refusal is None and on_gpu and x.dtype in dtypes and unavailable_reason(x.device) is None
     reason = unavailable_reason(x.device)
     if reason is not None:
         raise ValueError(f'backend="triton" is impossible: {reason}')
@@ -141,14 +165,20 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; the interpreter gets 3, an odd number to catch bad strides."""
+    if _dry is not None:
+        return _dry.multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def launch(kernel, grid: tuple[int, ...], x: torch.Tensor, *arguments, **constants) -> None:
+def launch(kernel, grid: tuple[int, ...], config, x: torch.Tensor, *arguments, **constants) -> None:
     """Launch a kernel, whose first argument is `x`, on the device of `x`, whichever device is current.
 
+    `config` is its row of configs.py; `constants` are the kernel's other constexpr arguments and come before those of the row.
     The caller wraps the kernel (wrap_triton) by name: torch reads the source of an operation for the kernels it caches.
     """
+    constants = config.launch() | constants
+    if _dry is not None:
+        return _dry.launch(kernel, grid, config, x, *arguments, **constants)
     elsewhere = x.is_cuda and torch.cuda.is_initialized() and torch.cuda.current_device() != x.device.index
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         if constants.get("TMA"):

@@ -15,7 +15,7 @@ Bytes at s per element: forward s·B·K·(2·H·T + 2·H_kv·T_kv) + 4·B·H·T;
 import torch
 from torch.library import triton_op
 
-from .configs import lookup
+from .configs import Config, fitting, lookup, rows_for
 from .dispatch import (
     launch,
     tl,
@@ -206,7 +206,8 @@ def attention_dk_dv_kernel(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for head in range(kv_head * group, (kv_head + 1) * group):
+    # Not pipelined: of one token, the loop over rows folds away, and Triton cannot pipeline what makes a descriptor.
+    for head in tl.range(kv_head * group, (kv_head + 1) * group, num_stages=1):
         q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
         dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
         q_source = tile_source(q_head_ptr, stride_q_seq, q_len, D, BLOCK_M, BLOCK_D, TMA)
@@ -234,14 +235,21 @@ def attention_dk_dv_kernel(
     store_tile(dv_ptr + offset, n_kv_head * D, column, kv_len, dv, D, BLOCK_D)
 
 
-def launch_config(kernel: str, d_head: int, *tensors: torch.Tensor) -> dict[str, int]:
-    """Tiles, warps and stages; TMA only where it can read all the tensors: rows, heads and batches start on 16 bytes."""
+def block_d(d_head: int) -> int:
+    """Width of a tile: a power of two that holds a head, and what the matrix units take at least."""
+    return max(16, triton.next_power_of_2(d_head))
+
+
+def launch_config(kernel: str, *tensors: torch.Tensor) -> Config:
+    """The row for these tensors (batch, seq, head, d_head): one with TMA only where rows, heads and batches of them all start on
+    16 bytes, as TMA reads nothing else."""
     like = tensors[0]
-    config = lookup(kernel, d_head, like.device, like.dtype).launch()
+    d_head = like.shape[-1]
+    config = lookup(kernel, d_head, like.device, like.dtype)
     starts = [start for x in tensors for start in (x.storage_offset(), *x.stride()[:3])]
-    tma = config["TMA"] and all(start * like.element_size() % 16 == 0 for start in starts)
+    tma = all(start * like.element_size() % 16 == 0 for start in starts)
     tma = tma and all(x.stride(1) > 0 for x in tensors)  # an expanded tensor repeats one row, and no descriptor does
-    return config | {"BLOCK_D": max(16, triton.next_power_of_2(d_head)), "TMA": tma}
+    return config if tma or not config.tiles["TMA"] else fitting(rows_for(kernel, 80), d_head)
 
 
 @triton_op("nanostack::flash_attention", mutates_args=())
@@ -253,11 +261,11 @@ def flash_attention_op(
     kv_len, n_kv_head = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, n_head, q_len), dtype=torch.float32, device=q.device)
-    config = launch_config("attention_forward", d_head, q, k, v)
+    config = launch_config("attention_forward", q, k, v)
     launch(
-        wrap_triton(attention_forward_kernel), (batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),),
+        wrap_triton(attention_forward_kernel), (batch * n_head * triton.cdiv(q_len, config.tiles["BLOCK_M"]),), config,
         q, k, v, bounds, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], n_head, n_head // n_kv_head,
-        q_len, kv_len, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+        q_len, kv_len, SCALE=scale, CAUSAL=causal, D=d_head, BLOCK_D=block_d(d_head),
     )  # fmt: skip
     return out, lse
 
@@ -276,15 +284,15 @@ def flash_attention_backward_op(
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     sizes = (n_head, n_head // n_kv_head, q_len, kv_len)
     # dQ first: it leaves Δ to dK/dV.
-    config = launch_config("attention_dq", d_head, q, k, v, dout)
+    config = launch_config("attention_dq", q, k, v, dout)
     launch(
-        wrap_triton(attention_dq_kernel), (batch * n_head * triton.cdiv(q_len, config["BLOCK_M"]),),
-        *inputs, out.contiguous(), dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+        wrap_triton(attention_dq_kernel), (batch * n_head * triton.cdiv(q_len, config.tiles["BLOCK_M"]),), config,
+        *inputs, out.contiguous(), dq, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, BLOCK_D=block_d(d_head),
     )  # fmt: skip
-    config = launch_config("attention_dk_dv", d_head, q, k, v, dout)
+    config = launch_config("attention_dk_dv", q, k, v, dout)
     launch(
-        wrap_triton(attention_dk_dv_kernel), (batch * n_kv_head * triton.cdiv(kv_len, config["BLOCK_N"]),),
-        *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, **config,
+        wrap_triton(attention_dk_dv_kernel), (batch * n_kv_head * triton.cdiv(kv_len, config.tiles["BLOCK_N"]),), config,
+        *inputs, dk, dv, *strides, *sizes, SCALE=scale, CAUSAL=causal, D=d_head, BLOCK_D=block_d(d_head),
     )  # fmt: skip
     return dq, dk, dv
 

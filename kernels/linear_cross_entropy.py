@@ -72,8 +72,8 @@ def cross_entropy_kernel(
 def _rows_triton(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits):
     config = lookup("cross_entropy", ANY, logits.device, logits.dtype)
     launch(
-        cross_entropy_kernel, (logits.shape[0],), logits, targets, row_scale, loss, dlogits, logits.stride(0), logits.shape[1],
-        IGNORE_INDEX=ignore_index, Z_LOSS=z_loss, **config.launch(),
+        cross_entropy_kernel, (logits.shape[0],), config,
+        logits, targets, row_scale, loss, dlogits, logits.stride(0), logits.shape[1], IGNORE_INDEX=ignore_index, Z_LOSS=z_loss,
     )  # fmt: skip
 
 

@@ -92,10 +92,10 @@ def _forward(x, residual, weight, eps):
     rows, width = x_rows.shape
     config = lookup("rms_norm_forward", width, x.device, x.dtype)
     launch(
-        wrap_triton(rms_norm_forward_kernel), (triton.cdiv(rows, config.tiles["BLOCK_ROWS"]),),
+        wrap_triton(rms_norm_forward_kernel), (triton.cdiv(rows, config.tiles["BLOCK_ROWS"]),), config,
         x_rows, residual_rows, weight.contiguous(), y, residual_out, x_rows.stride(0),
         0 if residual is None else residual_rows.stride(0), rows, width,
-        EPS=eps, BLOCK_D=triton.next_power_of_2(width), **config.launch(),
+        EPS=eps, BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return y, residual_out
 
@@ -109,10 +109,10 @@ def _backward(dy, dresidual, x, weight, eps):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     launch(
-        wrap_triton(rms_norm_backward_kernel), (programs,),
+        wrap_triton(rms_norm_backward_kernel), (programs,), config,
         dy_rows, dresidual_rows, x_rows, weight.contiguous(), dx, dweight, dy_rows.stride(0),
         0 if dresidual is None else dresidual_rows.stride(0), x_rows.stride(0), rows, width,
-        EPS=eps, BLOCK_D=triton.next_power_of_2(width), STAGES=config.num_stages, **config.launch(),
+        EPS=eps, BLOCK_D=triton.next_power_of_2(width), STAGES=config.num_stages,
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 

@@ -91,10 +91,10 @@ def rotary_op(
     block_head = min(triton.next_power_of_2(n_head), config.tiles["BLOCK_HEAD"])
     head_blocks = triton.cdiv(n_head, block_head) + triton.cdiv(n_kv_head, block_head)
     launch(
-        wrap_triton(rotary_kernel), (batch * seq_len, head_blocks),
+        wrap_triton(rotary_kernel), (batch * seq_len, head_blocks), config,
         q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], cos.stride(0), sin.stride(0),
         seq_len, n_head, n_kv_head, offset, HALF=d_head // 2, BLOCK_HALF=block_half, INVERSE=inverse,
-        **config.launch() | {"BLOCK_HEAD": block_head},
+        BLOCK_HEAD=block_head,
     )  # fmt: skip
     return q_out, k_out
 

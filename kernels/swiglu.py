@@ -55,7 +55,7 @@ def swiglu_op(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty((*gate_up.shape[:-1], d_ff), dtype=gate_up.dtype, device=gate_up.device)
     config = lookup("swiglu_forward", d_ff, gate_up.device, gate_up.dtype)
     grid = (rows, triton.cdiv(d_ff, config.tiles["BLOCK"]))
-    launch(wrap_triton(swiglu_forward_kernel), grid, gate_up_rows, y, gate_up_rows.stride(0), d_ff, **config.launch())
+    launch(wrap_triton(swiglu_forward_kernel), grid, config, gate_up_rows, y, gate_up_rows.stride(0), d_ff)
     return y
 
 
@@ -67,7 +67,7 @@ def swiglu_backward_op(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     config = lookup("swiglu_backward", d_ff, gate_up.device, gate_up.dtype)
     grid = (rows, triton.cdiv(d_ff, config.tiles["BLOCK"]))
     strides = (dy_rows.stride(0), gate_up_rows.stride(0))
-    launch(wrap_triton(swiglu_backward_kernel), grid, dy_rows, gate_up_rows, dgate_up, *strides, d_ff, **config.launch())
+    launch(wrap_triton(swiglu_backward_kernel), grid, config, dy_rows, gate_up_rows, dgate_up, *strides, d_ff)
     return dgate_up
 
 

@@ -182,7 +182,7 @@ def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device, dtype: 90)
 
     def uses_tma(*tensors):
-        return attention.launch_config("attention_forward", tensors[0].shape[-1], *tensors)["TMA"]
+        return attention.launch_config("attention_forward", *tensors).tiles["TMA"]
 
     fused = torch.empty(1, 8, 6, 64, dtype=torch.bfloat16)
     assert uses_tma(*fused.split(2, 2))

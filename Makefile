@@ -1,6 +1,7 @@
 # From a fresh clone: `make quickstart` trains, stacks, compares and plots; `make test` runs every test this machine can run.
-# `make gpu`, where there is one: its tests and all benchmarks in nine minutes, into bench/results/GPU-DATE/.
 # They install what they need into .venv. An environment of your own: make test VENV= PYTHON=python3
+# Where there is a GPU, minutes each, into bench/results/GPU-DATE/: `make gpu-right`, `make gpu-fast`, `make gpu-tune`. They install
+# nothing: they run in .venv, if it is there, or in PYTHON, and take what that lacks as wheels from WHEELS (bench/gpu.py).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,11 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: quickstart test gpu lint format clean
+GPU := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(VENV)/bin/python),$(PYTHON)))
+WHEELS ?=
+FOR ?= 3.12
+
+.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels lint format clean
 
 quickstart: $(READY)
 	$(RUN) bench/quickstart.py $(ARGS)
@@ -20,8 +25,11 @@ quickstart: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -q -n 2 $(ARGS)
 
-gpu: $(READY)
-	$(RUN) bench/gpu.py $(ARGS)
+gpu-right gpu-fast gpu-tune:
+	$(GPU) bench/gpu.py $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+gpu-wheels:
+	$(GPU) bench/gpu.py wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

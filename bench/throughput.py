@@ -41,7 +41,7 @@ sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before 
 
 from bench import anchors  # noqa: E402
 from bench.ids import fed, names_text  # noqa: E402
-from bench.results import place, write_result  # noqa: E402
+from bench.results import picture, place, write_result  # noqa: E402
 from nanostack.config import Stage, Train, load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
@@ -240,12 +240,13 @@ def compare(command: Command, path: str, against: list[str], config: Train, devi
             speeds = {name: way["tokens_per_s"] for name, way in result["ways"].items()}
             result["anchors"] = anchors.beside(path, command.overrides, config.model, speeds)
             write_result(result, out, ("transformers", "liger-kernel"))
-    draw(result, out.with_suffix(".png"))
+    if drawing := picture(out):
+        draw(result, drawing)
     console.print(table(result))
     console.print(MFU)
     for sentence in anchors.sentences(result["anchors"], device.type == "cuda"):
         console.print(sentence)
-    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
+    console.print(f"wrote {out}" + (f" and {drawing}" if drawing else ""), soft_wrap=True)
     return result
 
 

@@ -46,7 +46,11 @@ def commit() -> str | None:
 
 def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> None:
     """Add versions (those of `packages` too, where installed), commit and date to `result` and write it to `out`. A benchmark
-    of minutes calls it after every part: what is measured is kept."""
+    of minutes calls it after every part: what is measured is kept. A part of a file is written as it is: whoever began that
+    file has said these of the whole."""
+    if sections.split(out)[1]:
+        sections.write(out, result)
+        return
     found = versions()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

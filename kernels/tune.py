@@ -92,8 +92,8 @@ Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, .
 
 def launched(
     pool: Executor, kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float
-):
-    """The candidates that compile and launch, found by all cores within so many seconds: their machine code is in Triton's cache
+) -> list[Config]:
+    """The candidates that compile and launch, found by all cores within so many seconds: Triton's cache has their machine code
     then. What breaks its process breaks none that times."""
     jobs = {pool.submit(_launch, kernel, size, config, device, make): config for config in configs}
     done, late = wait(jobs, timeout=max(0.0, seconds))

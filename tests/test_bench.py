@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY, take_weights
 
-from bench import anchors, gpu
+from bench import anchors
 from bench.ids import fed
-from bench.throughput import Command, timed
+from bench.throughput import timed
 from nanostack import data
 from nanostack.config import load
 from nanostack.data import Tokens
-from nanostack.errors import split
 from nanostack.flops import n_params
-from nanostack.parallel import micro_steps
+
+GPU = torch.cuda.is_available()
 
 
 def bench(name, *arguments):
@@ -130,90 +130,17 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
         ("timeline", ("--estimate", "--dtype", "float32"), "the estimate is of bfloat16"),
         ("feeding", ("--rounds", "0"), "rounds must be at least 1"),
         ("feeding", ("--data", "nowhere"), "nowhere"),
-        ("gpu", ("--only", "tests,fun", "--rehearse"), "there is no part fun; there are tests, 1b"),
+        ("options", ("--only", "fun"), "there is no option fun; there are torch, plain"),
+        (
+            "tuning",
+            ("--kernel", "attention"),
+            "there is no kernel attention; there are attention_forward" if GPU else "nothing to",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, arguments, message, corpus):
     done = bench(name, *(argument.format(data=corpus) for argument in arguments))
     assert done.returncode == 2 and message in done.stderr.splitlines()[0] and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_says_that_there_is_none():
-    done = bench("gpu")
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no GPU here; --rehearse"), done.stderr
-
-
-STOPPABLE = """
-import time
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("saved")
-"""
-
-
-def test_part_that_fails_or_is_late_costs_only_itself(tmp_path):
-    parts = [
-        gpu.Part("fine", 60, ("-c", "print('all is well')")),
-        gpu.Part("broken", 60, ("-c", "raise SystemExit('it broke')")),
-        gpu.Part("late", 60, ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
-        gpu.Part("stopped", 60, ("-c", STOPPABLE), ends=False),
-    ]
-    limits = {"late": 3, "stopped": 3}
-    found = {part.name: gpu.run_part(part, {"out": str(tmp_path)}, limits.get(part.name, 60)) for part in parts}
-    assert [found[name]["state"] for name in found] == ["passed", "failed (exit 1)", "late", "passed"]
-    assert [found[name]["last_line"] for name in found] == ["all is well", "it broke", "KeyboardInterrupt", "saved"]
-    assert "begun" in (tmp_path / "late.txt").read_text() and found["late"]["seconds"] < 30
-    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
-    gpu.write({"about": about | {"rehearsal": False}, "parts": found}, tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    assert page.startswith("# a card, today\n") and "| [broken](broken.txt) | failed (exit 1) |" in page
-    assert json.loads((tmp_path / "summary.json").read_text())["parts"] == found
-
-
-def test_page_has_a_table_of_every_part_that_measured(tmp_path):
-    results = ROOT / "bench/results"
-    names = {"1b": "throughput-quickstart_scratch-amd-epyc", "growth": "growth-intel-xeon-processor"}
-    for part, name in (names | {"timeline": "timeline-quickstart_scratch-amd-epyc"}).items():
-        (tmp_path / f"{part}.json").write_bytes((results / f"{name}.json").read_bytes())
-    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
-    gpu.write({"about": about | {"rehearsal": False}, "parts": {}}, tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    speed = json.loads((tmp_path / "1b.json").read_text())["ways"]["nanostack"]["tokens_per_s"]
-    for row in (f"| nanostack | {speed:,.0f} |", "| 1b | in place |", "| matrix products |"):
-        assert row in page
-
-
-def test_all_parts_together_stay_within_nine_minutes():
-    assert gpu.ALLOWED + gpu.PATIENCE + 5 <= 9 * 60, "the last part may take its time to end"
-    names = [part.name for part in gpu.PARTS]
-    asked_for = gpu.PARTS[: names.index("run") + 1]  # the others have what is left
-    assert sum(part.seconds for part in asked_for) <= gpu.ALLOWED
-    assert gpu.REHEARSAL.keys() == set(names)
-
-
-def test_steps_of_every_part_are_whole_micro_batches(corpus):
-    places = {"out": "out", "work": "out", "data": corpus, "1b": 16, "3b": 16, "1b-4096": 8}
-    known = {field.name for field in fields(Command)}
-    counts = {}
-    for arguments in (*(part.arguments for part in gpu.PARTS), *gpu.REHEARSAL.values()):
-        script, *words = (argument.format(**places) for argument in arguments)
-        if script == "bench/throughput.py":
-            mine, others = split(known, words)
-            parts = int(mine[mine.index("--accumulate") + 1]) if "--accumulate" in mine else Command.accumulate
-            with timed(load(str(ROOT / mine[0]), others), others, 3, parts) as config:
-                steps = micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
-            counts[mine[mine.index("--out") + 1], mine[0]] = steps
-    assert len(counts) == 6 and {counts[key] for key in counts if "quickstart" not in key[1]} == {2}, counts
-
-
-def test_gpu_runs_every_file_that_has_a_gpu_test():
-    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_bench.py"}
-    with_gpu = {name for name, text in files.items() if "@pytest.mark.gpu" in text or "pytestmark = pytest.mark.gpu" in text}
-    arguments = [argument for part in gpu.PARTS for argument in part.arguments]
-    named = {argument.removeprefix("tests/") for argument in arguments if argument.startswith("tests/")}
-    assert named == with_gpu | {"test_kernels.py", "test_kernels_attention.py"}, "their targets are marked one by one"
 
 
 @pytest.mark.slow

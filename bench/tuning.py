@@ -64,26 +64,24 @@ def passes(job: tuple) -> None:
 
 
 def patched(source: str, rows: list[dict], measured: str) -> str:
-    """The source of kernels/configs.py with these rows in place of its own; `measured` says on what. Rows that stay are left
-    alone. Raises ValueError where a row is not found."""
-    lines = source.splitlines(keepends=True)
+    """The source of kernels/configs.py with these rows in place of its own, each below a line that says what was measured, and
+    on what. Rows that stay are left alone. Raises ValueError where a row is not found."""
     for row in rows:
         if row["row"] == row["row_before"]:
             continue
-        size = "ANY" if row["size"] == ANY else str(row["size"])
-        at = -1
-        for start in (rf'    "{row["kernel"]}": {{', rf"        {row['arch']}: {{"):
-            at = next((i for i in range(at + 1, len(lines)) if lines[i].startswith(start)), None)
-            if at is None:
-                raise ValueError(f"{CONFIGS} has no line {start!r} for {row['kernel']}")
-        gain = f"{1e6 * row['seconds']:.0f} µs, {row['seconds_before'] / row['seconds']:.2f} × as fast as before"
-        inline = re.match(rf"( +{row['arch']}: {{){size}: .*(}},)\s*$", lines[at])
-        place = at if inline else next(i for i in range(at, len(lines)) if lines[i].strip().startswith(f"{size}: "))
-        before, after = (inline[1], inline[2]) if inline else (re.match(" *", lines[place])[0], ",")
-        new = f"{before}{size}: {row['row']}{after}\n"
-        indent = re.match(" *", new)[0]
-        lines[place : place + 1] = [f"{indent}# {measured}: {gain}\n", new]
-    return "".join(lines)
+        kernel, size = f'\n    "{row["kernel"]}": {{', "ANY" if row["size"] == ANY else row["size"]
+        begin = source.find(kernel)
+        end = source.find('\n    "', begin + 1) if source.find('\n    "', begin + 1) > 0 else len(source)
+        rows_of = re.compile(rf"\b{row['arch']}: {{").search(source, max(begin, 0), end)
+        old = rows_of and re.compile(rf"\b{size}: (attention|row)\([^()]*\)").search(source, rows_of.end(), end)
+        if begin < 0 or not old:
+            raise ValueError(f"{CONFIGS} has no row of {row['kernel']}, {row['arch']}, {size}")
+        line = source.rfind("\n", 0, old.start()) + 1
+        indent = re.compile(" *").match(source, line)[0]
+        gain = f"{1e6 * row['seconds']:.0f} µs, {row['seconds_before'] / row['seconds']:.2f} × as fast as the row before"
+        note = f"{indent}# {measured}: {gain}\n"
+        source = source[:line] + note + source[line : old.start()] + f"{size}: {row['row']}" + source[old.end() :]
+    return source
 
 
 def difference(source: str, new: str) -> str:
@@ -118,7 +116,9 @@ def main(command: Command) -> dict:
         result["left"].pop(0)
         patch.write_text(difference(source, patched(source, rows, measured)))
         write_result(result, out)
-        console.print(f"{found.kernel} {found.size}: {found.row}, {found.seconds_before / found.seconds:.2f} × the row in use")
+        size = "ANY" if found.size == ANY else found.size
+        gain = f"{found.seconds_before / found.seconds:.2f} × as fast as the row in use"
+        console.print(f"{found.kernel} {size}: {found.row}, {gain}, of {found.candidates} candidates")
     console.print(f"wrote {out} and {patch}; git apply {patch} puts the rows in place")
     return result
 

@@ -17,7 +17,7 @@ GPU := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wil
 WHEELS ?=
 FOR ?= 3.12
 
-.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels lint format clean
+.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels dry-gpu lint format clean
 
 quickstart: $(READY)
 	$(RUN) bench/quickstart.py $(ARGS)
@@ -30,6 +30,14 @@ gpu-right gpu-fast gpu-tune:
 
 gpu-wheels:
 	$(GPU) bench/gpu.py wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
+
+# What gpu tests launch, compiled for these architectures with no GPU; with another Triton, unpacked beside: make dry-gpu TRITON=3.6.0
+ARCH ?= sm_90,sm_80
+dry-gpu: $(READY)
+ifdef TRITON
+	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+endif
+	PYTHONPATH=$(if $(TRITON),out/triton-$(TRITON)) $(RUN) -m pytest -q -n 2 --dry-gpu=$(ARCH) $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -58,6 +58,11 @@ class Call:
     dtypes: tuple[str, ...] = DTYPES
     pointers: bool = False  # of tensors that TMA cannot read: where a row has TMA, that of 80 serves them
 
+    @property
+    def odd(self) -> bool:
+        """Whether it is none that people train with."""
+        return not self.strides_of_16 or self.share != 1 or 1 in (self.constants.get(name) for name in ("q_len", "seq_len"))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -204,7 +209,8 @@ def inspect(case: Case) -> Report:
     patterns["load 16 B"] = r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128"
     found = {name: len(re.findall(pattern, sass)) for name, pattern in patterns.items()}
     shared = compiled.metadata.shared
-    faults = [*too_much(case.arch, case.config, stack, shared), *_lacking(case, found, sass)]
+    faults = too_much(case.arch, case.config, stack, shared, calls_of(case.kernel)[case.call].odd)
+    faults += _lacking(case, found, sass)
     return Report(*about, registers, stack, shared, found, round(seconds, 2), faults)
 
 
@@ -228,11 +234,11 @@ def _cuobjdump(option: str, compiled) -> str:
         return subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
 
 
-def too_much(arch: int, config: Config, stack: int, shared: int) -> list[str]:
-    """What of it is more than the row allows, or the architecture has."""
-    faults = []
-    if stack > config.stack:
-        faults.append(f"stack of {stack} bytes, {config.stack} allowed")
+def too_much(arch: int, config: Config, stack: int, shared: int, odd: bool) -> list[str]:
+    """What of it is more than the row allows, to an `odd` call or to one that people train with, or the architecture has."""
+    faults, allowed = [], max(config.stack, config.odd_stack if odd else 0)
+    if stack > allowed:
+        faults.append(f"stack of {stack} bytes, {allowed} allowed")
     if shared > shared_memory(arch):
         faults.append(f"{shared} bytes of shared memory, {shared_memory(arch)} there are")
     return faults
@@ -280,6 +286,7 @@ def show(reports: list[Report], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
@@ -287,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         why = "TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled" if HAS_TRITON else "Triton is not installed"
         print(f"error: {why}", file=sys.stderr)
         return 2
-    todo = [case for arch in options.arch for case in cases(arch, options.kernel)]
+    todo = [case for arch in options.arch for case in cases(arch, options.kernel) if case.dtype in options.dtype]
     reports = inspect_all(todo, Console(stderr=True))
     if options.json:
         print(json.dumps({"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}))

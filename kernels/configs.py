@@ -34,18 +34,23 @@ class Config:
     num_stages: int
     programs_per_sm: int = 1  # of a persistent kernel
     stack: int = 0  # bytes per thread that may be spilled: more than 0 needs its reason beside the row
+    odd_stack: int = 0  # the same, where it is more, for strides or head widths that 16 does not divide and for single tokens
 
     def launch(self) -> dict[str, int]:
         """Keyword arguments of the kernel's launch."""
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def row(num_warps: int, num_stages: int = 1, programs_per_sm: int = 1, stack: int = 0, **tiles: int) -> Config:
-    return Config(tiles, num_warps, num_stages, programs_per_sm, stack)
+def row(
+    num_warps: int, num_stages: int = 1, programs_per_sm: int = 1, stack: int = 0, odd_stack: int = 0, **tiles: int
+) -> Config:
+    return Config(tiles, num_warps, num_stages, programs_per_sm, stack, odd_stack)
 
 
-def attention(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, TMA: bool = False, stack: int = 0) -> Config:
-    return row(num_warps, num_stages, stack=stack, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA)
+def attention(
+    BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, TMA: bool = False, stack: int = 0, odd_stack: int = 0
+) -> Config:
+    return row(num_warps, num_stages, stack=stack, odd_stack=odd_stack, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA)
 
 
 TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
@@ -57,12 +62,12 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             256: attention(128, 64, 8, 2, TMA=True),
         },
         80: {
-            32: attention(128, 64, 4, 3),
+            32: attention(128, 64, 4, 3, odd_stack=16),
             64: attention(128, 64, 8, 3),
-            128: attention(128, 64, 8, 2),
-            256: attention(64, 32, 8, 2),
+            128: attention(128, 64, 8, 2, odd_stack=72),
+            256: attention(64, 32, 8, 2, odd_stack=168),
         },
-        FP32: {128: attention(32, 16, 4, 1), 256: attention(32, 16, 8, 1)},
+        FP32: {64: attention(32, 16, 4, 1), 256: attention(32, 16, 8, 1)},
     },
     "attention_dq": {
         90: {
@@ -74,11 +79,11 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
         80: {
             32: attention(64, 64, 4, 2),
             64: attention(128, 64, 8, 2),
-            128: attention(64, 64, 8, 2),
+            128: attention(64, 64, 8, 2, odd_stack=8),
             256: attention(32, 32, 8, 2),
         },
         # q and dout stay in the registers for products without matrix units: at 256 not even the smallest tile fits
-        FP32: {64: attention(32, 16, 4, 1), 128: attention(16, 16, 8, 1), 256: attention(16, 16, 8, 1, stack=256)},
+        FP32: {64: attention(32, 16, 4, 1), 128: attention(16, 16, 8, 1), 256: attention(16, 16, 8, 1, stack=288)},
     },
     "attention_dk_dv": {
         90: {
@@ -90,11 +95,12 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
         },
         80: {
             32: attention(64, 64, 4, 2, stack=48),  # by Triton 3.6, with documents; by 3.7 none
-            64: attention(32, 128, 8, 2),
-            128: attention(64, 64, 8, 2),
+            64: attention(32, 128, 8, 2, odd_stack=16),
+            128: attention(64, 64, 8, 2, odd_stack=40),
             256: attention(32, 32, 8, 2),
         },
-        FP32: {128: attention(16, 32, 4, 1), 256: attention(16, 32, 8, 1)},
+        # a few words: float32 is for checking, and nobody waits for it
+        FP32: {128: attention(16, 32, 4, 1, stack=32), 256: attention(16, 32, 8, 1, stack=48)},
     },
     "rms_norm_forward": {
         80: {
@@ -110,13 +116,13 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
     "rms_norm_backward": {
         80: {
             256: row(4, 3, 4, BLOCK_ROWS=8),
-            512: row(4, 3, 4, BLOCK_ROWS=4),
+            512: row(4, 3, 4, BLOCK_ROWS=4, odd_stack=8),
             1024: row(4, 3, 4, BLOCK_ROWS=2),
             2048: row(4, 3, 4, BLOCK_ROWS=1),
-            4096: row(8, 3, 2, BLOCK_ROWS=1),
-            8192: row(16, 3, 1, BLOCK_ROWS=1),
+            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=8),
+            8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24),
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
-            16384: row(32, 1, 1, stack=80, BLOCK_ROWS=1),
+            16384: row(32, 1, 1, stack=80, odd_stack=288, BLOCK_ROWS=1),
         },
         FP32: {  # twice the bytes: at 8192 three stages would need twice the shared memory there is
             2048: row(4, 2, 2, BLOCK_ROWS=1),

@@ -241,8 +241,8 @@ def block_d(d_head: int) -> int:
 
 
 def launch_config(kernel: str, *tensors: torch.Tensor) -> Config:
-    """The row for these tensors (batch, seq, head, d_head): one with TMA only where rows, heads and batches of them all start on
-    16 bytes, as TMA reads nothing else."""
+    """The row for these tensors (batch, seq, head, d_head): one with TMA only where rows, heads and batches of them all start
+    on 16 bytes, as TMA reads nothing else."""
     like = tensors[0]
     d_head = like.shape[-1]
     config = lookup(kernel, d_head, like.device, like.dtype)

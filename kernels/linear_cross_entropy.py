@@ -127,7 +127,7 @@ def rows_op(
             if low_precision_on_cuda:
                 torch.addmm(dweight, dlogits.t(), x[part], out_dtype=torch.float32, out=dweight)
             else:
-                dweight += dlogits.t() @ x[part]
+                dweight += torch.mm(dlogits.t(), x[part])
         del logits, dlogits  # before the next chunk's are made
     return loss, dx, dweight
 

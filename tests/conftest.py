@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import dry_gpu
 import pytest
 import torch
 
@@ -23,8 +24,38 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    said = "compile what gpu tests launch for these architectures, by comma (sm_90,sm_80), and run nothing (tests/dry_gpu.py)"
+    parser.addoption("--dry-gpu", metavar="ARCHITECTURES", help=said)
+
+
+def pytest_configure(config):
+    if config.option.dry_gpu is not None:
+        try:
+            config.pluginmanager.register(dry_gpu.DryRun(config.option.dry_gpu), "dry-gpu")
+        except ValueError as error:
+            raise pytest.UsageError(f"--dry-gpu: {error}") from error
+
+
+@pytest.hookimpl(trylast=True)  # behind the reporter's own dot or letter
+def pytest_runtest_logreport(report):
+    """Tell what failed when it fails: a run that is cut still has said it."""
+    if report.failed and _reporter:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = (crash.message if crash else str(report.longrepr)).splitlines() or [""]
+        _reporter[0].ensure_newline()
+        _reporter[0].write_line(f"failed: {report.nodeid}: {said[0][:300]}")
+
+
+def pytest_sessionstart(session):
+    _reporter[:] = filter(None, [session.config.pluginmanager.get_plugin("terminalreporter")])
+
+
+_reporter = []
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not dry_gpu.active:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

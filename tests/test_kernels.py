@@ -16,6 +16,7 @@ from kernel_oracle import (
     attention_inputs,
     check_attention,
     few_examples,
+    holds,
     naive_cross_entropy,
     naive_rms_norm,
     naive_rotary,
@@ -205,7 +206,7 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(target):
 
 @on_triton
 def test_triton_operations_pass_opcheck(target):
-    """Schema, autograd registration and fake tensors; tracing needs a kernel that is compiled, not interpreted."""
+    """Schema, autograd registration and fake tensors; tracing needs a kernel that is compiled and run."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     tests = tests if INTERPRETED else (*tests, "test_aot_dispatch_dynamic")
     x, weight = randn(5, 40, target=target), randn(40, target=target)
@@ -316,7 +317,7 @@ def test_cross_entropy_gradients_of_a_mean_are_not_biased(target):
         torch.autograd.grad(kernels.linear_cross_entropy(x, weight, targets, reduction=r, backend=target[1]), x)[0].double()
         for r in ("mean", "sum")
     )
-    assert (mean * total).sum() / total.square().sum() * 341 == pytest.approx(1, abs=2e-4)
+    assert holds((mean * total).sum() / total.square().sum() * 341 == pytest.approx(1, abs=2e-4))
 
 
 @on_every_target
@@ -326,7 +327,7 @@ def test_target_outside_the_vocabulary_gives_nan(target):
     loss = kernels.linear_cross_entropy(
         x, weight, torch.tensor([0, 61, -1], device=target[0]), reduction="none", backend=target[1]
     )
-    assert loss.isnan().tolist() == [False, True, True]
+    assert holds(loss.isnan().tolist() == [False, True, True])
 
 
 @on_every_target

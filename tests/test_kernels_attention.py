@@ -12,6 +12,7 @@ from kernel_oracle import (
     attention_inputs,
     check_attention,
     few_examples,
+    holds,
     naive_attention,
     naive_rotary,
     naive_scores,
@@ -52,9 +53,10 @@ def test_attention_obeys_error_rule(shape, target, monkeypatch):
 
 @on_every_target
 def test_attention_of_1000_tokens_obeys_error_rule(target, monkeypatch):
-    for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):  # tiles that the interpreter is done with soon
-        rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(128, 128, 4, 1)}}
-        monkeypatch.setitem(configs.TABLE, kernel, rows)
+    if INTERPRETED:  # with tiles that it is done with soon
+        for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
+            rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(128, 128, 4, 1)}}
+            monkeypatch.setitem(configs.TABLE, kernel, rows)
     check_attention(*attention_inputs(1, 1000, 1000, 2, 1, 32, target), target, monkeypatch)
 
 
@@ -76,7 +78,7 @@ def test_attention_survives_scores_far_below_zero(target):
         for result in outputs_and_gradients(
             lambda q, k, v, c=causal: kernels.flash_attention(q, k, v, causal=c, backend=target[1]), (q, k, v)
         ):
-            assert result.isfinite().all()
+            assert holds(result.isfinite().all())
 
 
 @on_every_target
@@ -121,8 +123,8 @@ def test_documents_that_do_not_cover_the_row_are_seen(target):
         cu_seqlens = torch.tensor(edges, dtype=torch.int32)
         bounds = attention.document_bounds(cu_seqlens, 20).to(target[0])
         out, _ = torch.ops.nanostack.flash_attention(q, q, q, bounds, True, 0.2)
-        assert out.isnan().all()
-        if target[0] == "cpu":
+        assert holds(out.isnan().all())
+        if INTERPRETED:
             with pytest.raises(ValueError, match="must rise from 0 to 20"):
                 kernels.flash_attention(q, q, q, cu_seqlens=cu_seqlens, backend="triton")
 

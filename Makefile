@@ -13,11 +13,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
+comma := ,
 GPU := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(VENV)/bin/python),$(PYTHON)))
 WHEELS ?=
+CACHE ?=
 FOR ?= 3.12
 
-.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels dry-gpu lint format clean
+.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels gpu-cache dry-gpu lint format clean
 
 quickstart: $(READY)
 	$(RUN) bench/quickstart.py $(ARGS)
@@ -26,7 +28,7 @@ test: $(READY)
 	$(RUN) -m pytest -q -n 2 $(ARGS)
 
 gpu-right gpu-fast gpu-tune:
-	$(GPU) bench/gpu.py $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	$(GPU) bench/gpu.py $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
 
 gpu-wheels:
 	$(GPU) bench/gpu.py wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
@@ -38,6 +40,16 @@ ifdef TRITON
 	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
 endif
 	PYTHONPATH=$(if $(TRITON),out/triton-$(TRITON)) $(RUN) -m pytest -q -n 2 --dry-gpu=$(ARCH) $(ARGS)
+
+# The same for one Triton, kept in CACHE under the keys of another Python's wheel of it (bench/carried.py), to travel to a GPU
+gpu-cache: TRITON ?= 3.6.0
+gpu-cache: $(READY)
+	test -n "$(CACHE)" || { echo "error: name the folder to fill, as in make gpu-cache CACHE=out/compiled" >&2; exit 2; }
+	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+	test -d out/triton-$(TRITON)-$(FOR)/triton || $(RUN) -m pip install --quiet --no-deps --only-binary=:all: --python-version $(FOR) \
+		--platform manylinux_2_27_x86_64 --target out/triton-$(TRITON)-$(FOR) triton==$(TRITON)
+	TRITON_CACHE_DIR=$(CACHE) PYTHONPATH=out/triton-$(TRITON):. $(RUN) -m pytest -q -n 2 -p bench.carried \
+		--compiled-for out/triton-$(TRITON)-$(FOR) --dry-gpu=$(firstword $(subst $(comma), ,$(ARCH))) -m gpu $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

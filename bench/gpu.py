@@ -6,6 +6,7 @@
 
     make gpu-right WHEELS=DIR PYTHON=python3     with the Python that is there; what it lacks comes from a folder of wheels
     make gpu-wheels WHEELS=DIR FOR=3.12          fills that folder, where there is a network
+    make gpu-cache CACHE=DIR FOR=3.12            compiles what the gpu tests launch, with no GPU; gpu-right CACHE=DIR finds it
     make gpu-right ARGS=--rehearse               the same parts at sizes of seconds, with no GPU, into out/rehearsal/
 
 The folder bench/results/GPU-DATE/ gets COMMAND.json, written anew after every single measurement, and COMMAND.txt, what the
@@ -162,16 +163,23 @@ def run_part(arguments: list[str], log: Path, seconds: float, environment: dict[
     return {"state": state, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds), "said": said}
 
 
+def compiled_in(cache: Path | None) -> int:
+    """Kernels in a cache of Triton's."""
+    return len(list(cache.glob("*/*.cubin"))) if cache else 0
+
+
 def run(command: argparse.Namespace, began: float, packages: Path) -> int:
     """All parts of one command. Returns the exit code: 1 where a part failed, or was cut."""
     file, parts = command.out / f"{command.name}.json", PARTS[command.name]
     kept = sections.read(file) if command.only else {}
     about = {"device": command.device, "git_commit": command.commit, "date": date.today().isoformat()}
     about |= {"versions": wheels.versions(), "rehearsal": command.rehearse, "lacking": command.lacking}
-    sections.write(file, kept | {"about": about, "parts": kept.get("parts", {})})
     log = file.with_suffix(".txt")
     if not command.only:
         log.write_text("")
+    cache = {"TRITON_CACHE_DIR": str(command.cache.resolve())} if command.cache else {}
+    about["compiled_before"] = compiled_in(command.cache)
+    sections.write(file, kept | {"about": about, "parts": kept.get("parts", {})})
     path = os.pathsep.join(filter(None, (str(ROOT), str(packages), os.environ.get("PYTHONPATH"))))
     places = {"json": str(file), "out": str(command.out)}
     wanted = [part for part in parts if not command.only or part.name in command.only]
@@ -179,13 +187,16 @@ def run(command: argparse.Namespace, began: float, packages: Path) -> int:
         left = (EXTRA if command.rehearse else ALLOWED[command.name] - (time.monotonic() - began)) - PATIENCE
         limit = min(left, EXTRA if command.rehearse else part.seconds)
         arguments = [word.format(**places) for word in (part.rehearsal if command.rehearse else part.arguments)]
-        environment = os.environ | {"PYTHONPATH": path} | (dict(part.environment) if command.rehearse else {})
+        environment = os.environ | cache | {"PYTHONPATH": path} | (dict(part.environment) if command.rehearse else {})
         found = {"state": "cut", "seconds": 0, "limit": 0, "said": "no time was left for it"}
         if limit > 5:
             print(f"{part.name}: at most {limit:.0f} s", flush=True)
             found = run_part(arguments, log, limit, environment)
         print(f"  {found['state']}, {found['seconds']} s  {found['said']}", flush=True)
         sections.write(Path(f"{file}#parts"), sections.read(file)["parts"] | {part.name: found})
+    if command.cache:
+        about["compiled_now"] = compiled_in(command.cache) - about["compiled_before"]
+        sections.write(Path(f"{file}#about"), about)
     print(f"wrote {file} and {log.name}")
     states = [found["state"] for found in sections.read(file)["parts"].values()]
     return int(any(state != "whole" for state in states))
@@ -196,6 +207,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("name", choices=[*PARTS, "wheels"])
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="a folder with wheels of what this Python lacks")
     parser.add_argument("--for", dest="python", default="3.12", metavar="VERSION", help="`wheels`: the Python they are for")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="kernels compiled before: Triton's cache, as gpu-cache fills it"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts; what others left in the file stays")
     parser.add_argument("--rehearse", action="store_true", help="at sizes of seconds, on whatever device there is")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/GPU-DATE)")
@@ -221,6 +235,8 @@ def main() -> int:
     )
     command.out = (command.out or default).resolve()
     refuse_others(command.out, {"device": command.device, "git_commit": command.commit})
+    if command.cache and not command.cache.is_dir():
+        raise wheels.Unusable(f"there is no folder {command.cache}: `make gpu-cache CACHE={command.cache}` fills it")
     with TemporaryDirectory(prefix="nanostack-wheels-") as packages:
         command.lacking = wheels.complete(command.wheels, Path(packages))
         command.out.mkdir(parents=True, exist_ok=True)

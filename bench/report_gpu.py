@@ -50,7 +50,9 @@ def of_command(name: str, found: dict) -> str:
     head = f"### gpu-{name}, {about['device']}, {about['date']}"
     with_what = [f"commit {(about['git_commit'] or 'unknown')[:12]}", *(f"{k} {v}" for k, v in about["versions"].items())]
     lacking = f" It lacked {', '.join(about['lacking'])}." if about["lacking"] else ""
-    texts = [head, ", ".join(with_what) + "." + lacking]
+    before, now = about["compiled_before"], about.get("compiled_now")
+    carried = f" {before} kernels came compiled, {'?' if now is None else now} more were compiled." if before else ""
+    texts = [head, ", ".join(with_what) + "." + lacking + carried]
     rows = [
         [part, of["state"], f"{of['seconds']:g}", f"{of['limit']:g}", cell(of["said"])] for part, of in found["parts"].items()
     ]

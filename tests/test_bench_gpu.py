@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 import tyro
 from conftest import ROOT
 
-from bench import anchors, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
+from bench import anchors, carried, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
 from bench.recorded import Recorder
 from kernels.configs import TABLE, attention
 from kernels.tune import Tuned, as_row
@@ -171,7 +172,26 @@ def test_recorded_tests_of_a_killed_run_say_what_failed_and_what_is_left(tmp_pat
     assert found["tests"]["left"] == ["test_some.py::test_d", "test_some.py::test_e"]
 
 
-KEEPS = "import sys; from pathlib import Path; from bench import sections; sections.write(Path(sys.argv[1]), dict(found=1))"
+def test_key_of_an_unpacked_triton_is_the_one_that_it_computes_itself(tmp_path):
+    from triton.runtime.cache import triton_key
+
+    assert carried.key_of(Path(triton.__file__).parent.parent) == triton_key()
+    with pytest.raises(ValueError, match="holds no Triton: unpack a wheel of triton"):
+        carried.key_of(tmp_path)
+    (tmp_path / "triton/runtime").mkdir(parents=True)
+    (tmp_path / "triton/runtime/cache.py").touch()
+    (tmp_path / "triton/__init__.py").write_text("__version__ = '0.1'\n")
+    with pytest.raises(ValueError, match=f"is not {triton.__version__}, which compiles here"):
+        carried.key_of(tmp_path)
+
+
+KEEPS = """
+import os, sys
+from pathlib import Path
+from bench import sections
+assert (Path(os.environ["TRITON_CACHE_DIR"]) / "KEY").is_dir()
+sections.write(Path(sys.argv[1]), dict(found=1))
+"""
 
 
 @pytest.mark.parametrize("name", gpu.PARTS)
@@ -180,12 +200,16 @@ def test_rehearsal_of_a_command_keeps_every_part_in_one_file(name, tmp_path, mon
     stand_ins.append(gpu.Part("last", 1, (), ("-c", "raise SystemExit('it broke')")))
     monkeypatch.setitem(gpu.PARTS, name, tuple(stand_ins))
     monkeypatch.setattr(wheels, "complete", lambda folder, target: ["liger-kernel"])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", name, "--rehearse", "--out", str(tmp_path)])
+    cache = tmp_path / "cache"
+    (cache / "KEY").mkdir(parents=True)
+    (cache / "KEY/kernel.cubin").touch()
+    tmp_path = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", name, "--rehearse", "--cache", str(cache), "--out", str(tmp_path)])
     assert gpu.main() == 1
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert (
-        found["about"]["rehearsal"] and found["about"]["lacking"] == ["liger-kernel"] and "torch" in found["about"]["versions"]
-    )
+    about = found["about"]
+    assert about["rehearsal"] and about["lacking"] == ["liger-kernel"] and "torch" in about["versions"]
+    assert about["compiled_before"] == 1 and about["compiled_now"] == 0
     states = {part: of["state"] for part, of in found["parts"].items()}
     assert states == dict.fromkeys((part.name for part in stand_ins[:-1]), "whole") | {"last": "failed (exit 1)"}
     assert all(found[part.name] == {"found": 1} for part in stand_ins[:-1])
@@ -242,7 +266,7 @@ def written() -> dict[str, dict]:
     """What the three commands write, made by the functions that make it there, with numbers of no measurement."""
     results = ROOT / "bench/results"
     about = {"device": H100, "git_commit": "a" * 40, "date": "2026-11-28", "versions": wheels.versions()}
-    about |= {"rehearsal": False, "lacking": ["liger-kernel"]}
+    about |= {"rehearsal": False, "lacking": ["liger-kernel"], "compiled_before": 17, "compiled_now": 3}
     recorder = Recorder(Path("unused"))
     recorder.found |= {"passed": 3, "failed": {"tests/test_a.py::test_b": "AssertionError: not | the same"}, "left": ["test_c"]}
     ran = {"losses": [2.0, 1.0], "dtype": "bfloat16", "kernels": "triton"}

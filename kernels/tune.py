@@ -34,6 +34,7 @@ from .timing import interleaved
 
 BETTER = 0.98  # of the time of the row in use
 AT_THE_GATE = 8  # the fastest, of which one should pass
+LAST = 30  # seconds that a candidate which has begun may take
 
 
 def candidates(kernel: str, arch: int) -> list[Config]:
@@ -97,8 +98,9 @@ def launched(
     then. What breaks its process breaks none that times."""
     jobs = {pool.submit(_launch, kernel, size, config, device, make): config for config in configs}
     done, late = wait(jobs, timeout=max(0.0, seconds))
-    for job in late:
-        job.cancel()
+    begun = {job for job in late if not job.cancel()}
+    done |= wait(begun, timeout=LAST).done  # nobody times while they run
+    late -= done
     answers = {jobs[job]: job.result() for job in done}
     dropped = [f"{as_row(config)}: {fault}" for config, fault in answers.items() if fault]
     if dropped or late:
@@ -239,8 +241,8 @@ def tuned(
             left = end - time.monotonic()
             if left <= 0:
                 return
-            share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # of which timing takes less than a half
-            now, most = lookup(kernel, size, device, torch.bfloat16), min(share / 2, 3600)
+            share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
+            now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
             tried = launched(pool, kernel, size, [c for c in grid(kernel, arch) if c != now], device, make, most)
             _, times = fastest(kernel, size, [now, *tried], samples, device, make)
             faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from bench import anchors, carried, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
 from bench.recorded import Recorder
+from kernels import tune
 from kernels.configs import TABLE, attention
 from kernels.tune import Tuned, as_row
 from nanostack.config import load
@@ -351,3 +352,7 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
     assert "×" in made and all(len(line) <= 128 for line in made.splitlines())
     with pytest.raises(ValueError, match="has no row of attention_dq, 70, 64"):
         tuning.patched(source, [rows[0] | {"arch": 70}], "")
+
+
+def test_tuning_begins_no_row_when_its_time_is_over():
+    assert list(tune.tuned([("swiglu_forward", tuning.ANY)], 4, 0.0, torch.device("cpu"))) == []

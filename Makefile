@@ -1,6 +1,7 @@
 # From a fresh clone: `make quickstart` trains, stacks, compares and plots; `make test` runs every test this machine can run.
-# `make gpu`, where there is one: its tests and all benchmarks in nine minutes, into bench/results/GPU-DATE/.
 # They install what they need into .venv. An environment of your own: make test VENV= PYTHON=python3
+# Where there is a GPU, minutes each, into bench/results/GPU-DATE/: `make gpu-right`, `make gpu-fast`, `make gpu-tune`. They install
+# nothing: they run in .venv, if it is there, or in PYTHON, and take what that lacks as wheels from WHEELS (bench/gpu.py).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: quickstart test gpu dry-gpu lint format clean
+comma := ,
+GPU := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(VENV)/bin/python),$(PYTHON)))
+WHEELS ?=
+CACHE ?=
+FOR ?= 3.12
+
+.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels gpu-cache dry-gpu lint format clean
 
 quickstart: $(READY)
 	$(RUN) bench/quickstart.py $(ARGS)
@@ -20,8 +27,11 @@ quickstart: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -q -n 2 $(ARGS)
 
-gpu: $(READY)
-	$(RUN) bench/gpu.py $(ARGS)
+gpu-right gpu-fast gpu-tune:
+	$(GPU) bench/gpu.py $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
+
+gpu-wheels:
+	$(GPU) bench/gpu.py wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
 
 # What gpu tests launch, compiled for these architectures with no GPU; with another Triton, unpacked beside: make dry-gpu TRITON=3.6.0
 ARCH ?= sm_90,sm_80
@@ -30,6 +40,16 @@ ifdef TRITON
 	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
 endif
 	PYTHONPATH=$(if $(TRITON),out/triton-$(TRITON)) $(RUN) -m pytest -q -n 2 --dry-gpu=$(ARCH) $(ARGS)
+
+# The same for one Triton, kept in CACHE under the keys of another Python's wheel of it (bench/carried.py), to travel to a GPU
+gpu-cache: TRITON ?= 3.6.0
+gpu-cache: $(READY)
+	test -n "$(CACHE)" || { echo "error: name the folder to fill, as in make gpu-cache CACHE=out/compiled" >&2; exit 2; }
+	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+	test -d out/triton-$(TRITON)-$(FOR)/triton || $(RUN) -m pip install --quiet --no-deps --only-binary=:all: --python-version $(FOR) \
+		--platform manylinux_2_27_x86_64 --target out/triton-$(TRITON)-$(FOR) triton==$(TRITON)
+	TRITON_CACHE_DIR=$(CACHE) PYTHONPATH=out/triton-$(TRITON):. $(RUN) -m pytest -q -n 2 -p bench.carried \
+		--compiled-for out/triton-$(TRITON)-$(FOR) --dry-gpu=$(firstword $(subst $(comma), ,$(ARCH))) -m gpu $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

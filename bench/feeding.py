@@ -1,6 +1,8 @@
 """Can one core feed a GPU, and does preparing text cost more than encoding it?
 
-    python bench/feeding.py [--data data/stdlib] [--text stdlib] [--rounds 5] [--json]
+    python bench/feeding.py [--data data/texts] [--text stdlib] [--rounds 5] [--json]
+
+The prepared folder is data/stdlib; where there is none, the standard library is prepared in a temporary one.
 
 Loader: tokens/s of `Prefetcher` over a prepared folder, at the context and micro-batch of config/1b.py, pages in memory, and
 how often the fastest GPU's appetite that is (60,000 tokens/s for 1B on one H200: an estimate).
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,13 +35,14 @@ sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before 
 from bench.results import place, write_result  # noqa: E402
 from nanostack import tokenizer  # noqa: E402
 from nanostack.config import load  # noqa: E402
-from nanostack.data import Prefetcher, Tokens  # noqa: E402
+from nanostack.data import MANIFEST, Prefetcher, Tokens, advised  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.metrics import device_name  # noqa: E402
 from nanostack.prepare import Args, prepare  # noqa: E402
 from nanostack.sources import Reader, list_files  # noqa: E402
 
 APPETITE = 60_000  # tokens/s of a 1B model on the fastest GPU, an estimate
+STDLIB = ROOT / "data/stdlib"
 LOADED = 4_000_000  # tokens a round
 
 
@@ -46,8 +50,8 @@ LOADED = 4_000_000  # tokens a round
 class Command:
     """Time what feeds the GPU."""
 
-    data: Path = Path("data/stdlib")
-    """Prepared text that is loaded, and whose tokenizer encodes."""
+    data: Path | None = None
+    """Prepared text that is loaded, and whose tokenizer encodes. Default: data/stdlib, or one made now."""
     text: str = "stdlib"
     """What is encoded: a source as `nanostack.prepare` takes it."""
     rounds: int = 5
@@ -70,15 +74,28 @@ def load_tokens(data: Path, seq_len: int, micro_batch: int) -> float:
         return n * micro_batch * seq_len / (time.perf_counter() - began)
 
 
-def encode_ways(command: Command) -> tuple[dict, int]:
+@contextlib.contextmanager
+def prepared_text(data: Path | None) -> Iterator[Path]:
+    """A folder of prepared text: the one asked for, data/stdlib, or the standard library prepared in a temporary one."""
+    data = data or STDLIB
+    if data != STDLIB or (data / MANIFEST).is_file():
+        yield data
+        return
+    with TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        source, ranks = advised(STDLIB)
+        prepare(Args([source], Path(folder) / "stdlib", ranks))
+        yield Path(folder) / "stdlib"
+
+
+def encode_ways(data: Path, text: str) -> tuple[dict, int]:
     """{way: a function that encodes all documents once}, and their bytes."""
-    own = tokenizer.load(command.data)
-    texts = [text for text in Reader(list_files(command.text, Counter()), "text") if text.strip()]
-    size = sum(len(text.encode()) for text in texts)
+    own = tokenizer.load(data)
+    texts = [one for one in Reader(list_files(text, Counter()), "text") if one.strip()]
+    size = sum(len(one.encode()) for one in texts)
 
     def prepared() -> None:
         with TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            prepare(Args([command.text], Path(folder) / "data", str(command.data), workers=1))
+            prepare(Args([text], Path(folder) / "data", str(data), workers=1))
 
     ways = {
         "tiktoken's encode_ordinary_batch": lambda: own._bpe.encode_ordinary_batch(texts, num_threads=1),
@@ -91,19 +108,24 @@ def encode_ways(command: Command) -> tuple[dict, int]:
 def main(command: Command) -> dict:
     if command.rounds < 1:
         raise UserError("rounds must be at least 1")
+    with prepared_text(command.data) as data:
+        return measure(command, data)
+
+
+def measure(command: Command, data: Path) -> dict:
     console = Console(stderr=command.json, highlight=False)
     config = load(str(ROOT / "config/1b.py"), [])
     model, device = config.shapes()[-1], torch.device("cpu")
-    seq_len = min(model.seq_len, Tokens(command.data, "train", 1).n_tokens - 1)
+    seq_len = min(model.seq_len, Tokens(data, "train", 1).n_tokens - 1)
     out = place("feeding", device_name(device), command.out)
-    ways, size = encode_ways(command)
+    ways, size = encode_ways(data, command.text)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     loaded, seconds = [], {name: [] for name in ways}
-    load_tokens(command.data, seq_len, config.micro_batch)
+    load_tokens(data, seq_len, config.micro_batch)
     for _ in track(range(command.rounds), "rounds", console=console):
-        loaded.append(load_tokens(command.data, seq_len, config.micro_batch))
+        loaded.append(load_tokens(data, seq_len, config.micro_batch))
         for name, encode in ways.items():
             began = time.perf_counter()
             encode()

@@ -1,149 +1,134 @@
-"""All that only a GPU can tell, in one command of less than nine minutes: `make gpu`.
+"""All that only a GPU can tell, in three commands of minutes. Each is whole by itself, and does first what is worth most:
 
-    make gpu                              or, with the Python and torch that are there: make gpu VENV= PYTHON=python3
-    python bench/gpu.py --only tests,1b   some of the parts
-    python bench/gpu.py --rehearse        without a GPU: the same parts at sizes of seconds, to see that they work
+    make gpu-right   2 minutes: the tests that need a GPU; twenty steps of a small model under every option, beside torch
+    make gpu-fast    4 minutes: the 1B step and attention beside their peers; memory-bound operations; growth; a cold start
+    make gpu-tune    4 minutes: rows of attention for d_head 64 and 128, and the patch of kernels/configs.py that sets them
 
-    tests     the tests that need a GPU
-    1b, 3b    bench/throughput.py: the whole step at both presets beside torch.compile
-    kernels   bench/kernels.py: every operation beside its peers
-    growth    bench/growth.py: growing in place beside a trip through the host
-    timeline  bench/timeline.py: where the step of 1b goes, by operation
-    run       a stacked run of three minutes, with its curve
-    1b-4096   if time is left: 1b at twice the context, two micro-batches a step
-    large     if time is left: the tests at full size
+    make gpu-right WHEELS=DIR PYTHON=python3     with the Python that is there; what it lacks comes from a folder of wheels
+    make gpu-wheels WHEELS=DIR FOR=3.12          fills that folder, where there is a network
+    make gpu-cache CACHE=DIR FOR=3.12            compiles what the gpu tests launch, with no GPU; gpu-right CACHE=DIR finds it
+    make gpu-right ARGS=--rehearse               the same parts at sizes of seconds, with no GPU, into out/rehearsal/
 
-The clock starts with the command. Each part is a process with a time of its own: one that fails or is late costs only itself,
-and what it had measured until then is kept. What it printed goes to bench/results/GPU-DATE/ as soon as it ends, and README.md
-there is the summary. Nothing comes from the network.
+The folder bench/results/GPU-DATE/ gets COMMAND.json, written anew after every single measurement, and COMMAND.txt, what the
+parts print. A part is a process with a time of its own: one that fails or is late costs only itself, and keeps what it had.
+Nothing comes from the network. `python bench/report_gpu.py` turns the files into the tables of docs/performance.md.
 """
 
+import argparse
 import contextlib
-import json
-import math
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from string import Formatter
-
-import torch
-from rich.console import Console
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench import growth, throughput  # noqa: E402
-from bench.results import markdown  # noqa: E402
-from nanostack.config import load  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.fit import RESERVED, need, scratch_of  # noqa: E402
-from nanostack.metrics import device_name, git_commit, read_run, versions  # noqa: E402
+from bench import sections, wheels  # noqa: E402
 
-DATA = ROOT / "data" / "gpu"
-ALLOWED = 500  # seconds until the last part must end; it may take PATIENCE to do so
-PATIENCE = 30  # seconds that a part which is told to stop may take: a run saves first
-
-
-@dataclass(frozen=True)
-class Command:
-    """Test and measure everything on this GPU."""
-
-    only: str = ""
-    """These parts, by comma; see above. Default: all."""
-    rehearse: bool = False
-    """At sizes of seconds, on whatever device there is; results go to a folder that says so."""
-    out: Path | None = None
-    """Folder of the results. Default: bench/results/GPU-DATE"""
-    json: bool = False
-    """Print the summary as one JSON object; everything else goes to standard error."""
+PATIENCE = 5  # seconds that a part which is told to stop may take
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command line behind `python`, and how long it may take; {out} is the folder of results, {data} prepared text."""
+    """A command line behind `python`, and the seconds it may take. {json} is the command's file, {out} its folder."""
 
     name: str
     seconds: int
     arguments: tuple[str, ...]
-    ends: bool = True  # else its limit ends it, as it should
+    rehearsal: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()  # of the rehearsal
 
 
-TESTS = (
-    "kernels",
-    "kernels_attention",
-    "kernels_extremes",
-    "kernels_compiled",
-    "data",
-    "fit",
-    "parallel",
-    "growth",
-    "train",
-    "step",
-)
-TESTS = [f"tests/test_{name}.py" for name in TESTS]
+def gpu_tests() -> list[str]:
+    """The files with a test that needs a GPU; targets of kernel_oracle are marked one by one."""
+    files = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name != "test_bench.py"}
+    return [str(path.relative_to(ROOT)) for path, text in files.items() if "mark.gpu" in text or "kernel_oracle" in text]
+
+
+PYTEST = ("-m", "pytest", "-q", "-p", "bench.recorded", "-p", "no:cacheprovider", "--recorded", "{json}#tests")
 # Two micro-batches: the gradients of the second are added in place, as in a real step.
-STEP = ("--rounds", "1", "--steps", "8", "--warmup", "2", "--accumulate", "2", "--against", "compile", "--data.path", "{data}")
-STEP += ("--model.vocab_size", "32000")
-RUN = ("--data.path", "{data}", "--out", "{work}/run", "--overwrite", "--batch_tokens", "131072", "--micro_batch", "16")
-PARTS = (
-    Part("tests", 70, ("-m", "pytest", "-q", "-m", "gpu", *TESTS)),
-    Part("1b", 75, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b.json", *STEP, "--micro_batch", "{1b}")),
-    Part("kernels", 50, ("bench/kernels.py", "--samples", "20", "--out", "{out}/kernels.json")),
-    Part("3b", 75, ("bench/throughput.py", "config/3b.py", "--out", "{out}/3b.json", *STEP, "--micro_batch", "{3b}")),
-    Part("growth", 25, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--out", "{out}/growth.json")),
-    Part("timeline", 20, ("bench/timeline.py", "config/1b.py", "--accumulate", "1", "--steps", "3", "--data.path", "{data}",
-                          "--model.vocab_size", "32000", "--micro_batch", "{1b}", "--out", "{out}/timeline.json")),
-    # 410M, tokens for three minutes at 40 % of an H100's peak: an estimate; at its limit it saves and the curve is drawn
-    Part("run", 180, ("train.py", "config/410m.py", *RUN, "--stages.0.tokens", "13107200",
-                      "--stages.0.warmup_tokens", "1310720", "--stages.1.tokens", "15728640",
-                      "--stages.1.warmup_tokens", "1310720", "--stages.1.lr", "1e-3", "--log_interval", "655360",
-                      "--eval_interval", "2621440", "--data.val_tokens", "262144"), ends=False),
-    Part("1b-4096", 80, ("bench/throughput.py", "config/1b.py", "--out", "{out}/1b-4096.json", *STEP,
-                         "--model.seq_len", "4096", "--micro_batch", "{1b-4096}")),
-    Part("large", 60, ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels_full_size.py")),
-)  # fmt: skip
-SMALL = ("--rounds", "1", "--steps", "2", "--warmup", "1", "--data.path", "{data}", "--against", "eager")
-SHORT = ("-m", "pytest", "-q", "tests/test_flops.py")
-REHEARSAL = {
-    "tests": SHORT,
-    "kernels": ("bench/kernels.py", "--op", "swiglu", "--samples", "4", "--out", "{out}/kernels.json"),
-    "1b": ("bench/throughput.py", "config/quickstart_scratch.py", "--out", "{out}/1b.json", *SMALL),
-    "growth": ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{out}/growth.json"),
-    "timeline": ("bench/timeline.py", "config/quickstart_base.py", "--steps", "1", "--data.path", "{data}",
-                 "--out", "{out}/timeline.json"),
-    "run": ("train.py", "config/quickstart.py", "--data.path", "{data}", "--out", "{work}/run", "--overwrite",
-            "--stages.0.tokens", "16384", "--stages.0.warmup_tokens", "0", "--stages.1.tokens", "16384",
-            "--stages.1.warmup_tokens", "0", "--data.val_tokens", "4096", "--log_interval", "4096"),
-    "3b": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/3b.json", *SMALL),
-    "1b-4096": ("bench/throughput.py", "config/quickstart_base.py", "--out", "{out}/1b-4096.json", *SMALL,
-                "--model.seq_len", "512", "--micro_batch", "8"),
-    "large": SHORT,
+STEP = ("bench/throughput.py", "config/1b.py", "--out", "{json}#step", "--rounds", "1", "--steps", "5", "--warmup", "2")
+STEP += ("--accumulate", "2", "--micro_batch", "8", "--against", "compile,hf")
+ATTENTION = ("bench/kernels.py", "--op", "flash_attention", "--out", "{json}#attention", "--samples", "20")
+BOUND = ("bench/kernels.py", "--out", "{json}#memory_bound", "--op", "rms_norm", "add_rms_norm", "rotary", "swiglu")
+BOUND += ("linear_cross_entropy", "--way", "torch.compile", "Liger", "--samples", "20")
+START = ("bench/throughput.py", "config/1b.py", "--out", "{json}#start", "--rounds", "2", "--steps", "1", "--warmup", "1")
+TUNE = ("bench/tuning.py", "--out", "{json}#rows", "--patch", "{out}/tune.patch")
+SMALL = (
+    "bench/throughput.py",
+    "config/quickstart_base.py",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+    "--warmup",
+    "1",
+    "--accumulate",
+    "1",
+)
+SMALL += ("--micro_batch", "2", "--out")
+PARTS = {
+    "right": (
+        Part("tests", 60, (*PYTEST, "-m", "gpu", "-n", "8", *gpu_tests()), (*PYTEST, "-n", "1", "tests/test_flops.py")),
+        Part("options", 55, ("bench/options.py", "--out", "{json}#options"),
+             ("bench/options.py", "--small", "--only", "plain", "--out", "{json}#options")),
+    ),
+    "fast": (
+        Part("step", 115, STEP, (*SMALL, "{json}#step", "--against", "eager")),
+        Part("attention", 45, (*ATTENTION, "--shape", "x32x32x64", "x16x16x128", "--way", "SDPA cuDNN", "SDPA flash"),
+             (*ATTENTION, "--samples", "4")),
+        Part("memory_bound", 35, (*BOUND, "--shape", "16384x", "4x4096x"), ("bench/kernels.py", "--op", "swiglu",
+             "--samples", "4", "--out", "{json}#memory_bound")),
+        Part("growth", 30, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--no-traced", "--out", "{json}#growth"),
+             ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{json}#growth")),
+        Part("start", 40, (*START, "--accumulate", "1", "--micro_batch", "8", "--against", ""),
+             (*SMALL, "{json}#start", "--against", "")),
+    ),
+    "tune": (
+        Part("rows", 225, (*TUNE, "--seconds", "215"), (*TUNE, "--rehearse"), (("TRITON_INTERPRET", "1"),)),
+    ),
 }  # fmt: skip
+ALLOWED = {"right": 120, "fast": 240, "tune": 240}  # seconds from the start of a command to its end
+EXTRA = 600  # seconds a part of a rehearsal may take
 
 
-def name_of_device() -> str:
-    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")).split(",")[0]
+def name_of_gpu() -> str | None:
+    """As nvidia-smi tells it: torch would take seconds to."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
-def sequences_that_fit() -> dict[str, str]:
-    """{part: sequences in a micro-batch}: a power of two that leaves a third of the GPU to the peers, which need more."""
-    if not torch.cuda.is_available():
-        return {}
-    found, room = {}, torch.cuda.mem_get_info()[0] - RESERVED
-    for part, preset, seq_len in (("1b", "1b", 2048), ("3b", "3b", 2048), ("1b-4096", "1b", 4096)):
-        config = load(str(ROOT / f"config/{preset}.py"), ["--model.seq_len", str(seq_len)])
-        model = replace(config.shapes()[-1], vocab_size=32000)
-        fixed = need(config, model, torch.bfloat16, on_triton=True)
-        most = fixed.sequences(room, scratch_of(model, torch.bfloat16, on_triton=True))
-        found[part] = str(2 ** int(math.log2(max(1.0, min(16.0, most / 1.5)))))
-    return found
+def git_commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def short(device: str) -> str:
+    """`NVIDIA H100 80GB HBM3` → `h100`: its first word with a number."""
+    words = device.lower().split()
+    return next((word for word in words if any(letter.isdigit() for letter in word)), words[0])
+
+
+def refuse_others(out: Path, about: dict) -> None:
+    """Results of two devices or commits in one folder would be read as one measurement."""
+    for name in PARTS:
+        found = sections.read(out / f"{name}.json").get("about")
+        for key, what in (("device", "the device"), ("git_commit", "commit")):
+            if found and found[key] != about[key]:
+                told = f"{out}/{name}.json is of {what} {found[key]}, this is {about[key]}"
+                raise wheels.Unusable(f"{told}: add ARGS='--out DIR' with another folder, or move that one away")
 
 
 def heed_sigint() -> None:
@@ -151,18 +136,16 @@ def heed_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
-    """Run it to its end or its limit. What it prints goes to {out}/NAME.txt."""
-    arguments = [argument.format(**places) for argument in part.arguments]
+def run_part(arguments: list[str], log: Path, seconds: float, environment: dict[str, str]) -> dict:
+    """Run it to its end or its limit. What it prints is added to the log as it comes."""
     began, late = time.monotonic(), False
-    log = Path(places["out"]) / f"{part.name}.txt"
-    for old in (".json", ".png", ".jsonl"):
-        log.with_suffix(old).unlink(missing_ok=True)
-    with open(log, "w") as file:
+    with open(log, "a") as file:
+        file.write(f"\n$ python {' '.join(arguments)}\n")
+        file.flush()
+        at = file.tell()
         options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": heed_sigint}
-        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, **options)
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
         try:
-            # SIGINT lets pytest tell what has failed so far, and a run save.
             for number, patience in ((signal.SIGINT, seconds), (signal.SIGKILL, PATIENCE)):
                 try:
                     process.wait(max(1.0, patience))
@@ -174,122 +157,95 @@ def run_part(part: Part, places: dict[str, str], seconds: float) -> dict:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    text = log.read_text(errors="replace")
-    late = late and (part.ends or process.returncode != 0)
-    state = "late" if late else "passed" if process.returncode == 0 else f"failed (exit {process.returncode})"
-    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-    return {"state": state, "seconds": round(time.monotonic() - began, 1), "last_line": last[:300]}
+    lines = [line.strip() for line in log.read_bytes()[at:].decode(errors="replace").splitlines() if line.strip()]
+    state = "cut" if late else "whole" if process.returncode == 0 else f"failed (exit {process.returncode})"
+    said = "" if state == "whole" else (lines[-1][:300] if lines else "it said nothing")
+    return {"state": state, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds), "said": said}
 
 
-def finish_run(out: Path, work: Path) -> None:
-    """Keep the records of the stacked run, and draw them."""
-    from nanostack.plot import draw
-
-    folder = work / "run"
-    records = read_run(folder)[1]
-    (out / "run.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
-    draw({"stacked": records}, "time", out / "run.png")
-    (out / "run.svg").unlink()
+def compiled_in(cache: Path | None) -> int:
+    """Kernels in a cache of Triton's."""
+    return len(list(cache.glob("*/*.cubin"))) if cache else 0
 
 
-def main(command: Command) -> dict:
-    began = time.monotonic()
-    console = Console(stderr=command.json, highlight=False, soft_wrap=True)
-    cuda = torch.cuda.is_available()
-    if not cuda and not command.rehearse:
-        raise UserError("there is no GPU here; --rehearse runs the same parts at sizes of seconds")
-    wanted = [name.strip() for name in command.only.split(",") if name.strip()] or [part.name for part in PARTS]
-    if unknown := set(wanted) - {part.name for part in PARTS}:
-        raise UserError(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in PARTS)}")
-    parts = [part for part in PARTS if part.name in wanted]
-    if command.rehearse:
-        parts = [replace(part, seconds=300, arguments=REHEARSAL[part.name]) for part in parts]
-    device = growth.alone(name_of_device)
-    stem = "-".join([*device.lower().split(), date.today().isoformat()]) + ("-rehearsal" if command.rehearse else "")
-    out = (command.out or ROOT / "bench/results" / stem).resolve()
-    work = ROOT / "out" / "gpu"
-    out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    places = {"out": str(out), "work": str(work)}
-    for what, way in (("text", prepare_text), ("sequences that fit", lambda: growth.alone(sequences_that_fit))):
-        console.print(f"preparing {what}")
-        try:
-            places |= way()
-        except Exception as error:  # costs the parts that name it
-            console.print(f"  failed: {error}")
-    about = {"device": device, "driver": driver(), "versions": versions(), "python": platform.python_version()}
-    about |= {"git_commit": git_commit(), "date": date.today().isoformat(), "rehearsal": command.rehearse}
-    shutil.rmtree(work / "run", ignore_errors=True)
-    summary = {"about": about, "parts": {}}
-    if command.only and (out / "summary.json").is_file():
-        summary["parts"] = json.loads((out / "summary.json").read_text())["parts"]
-    allowed = ALLOWED if not command.rehearse else 3600
-    for part in parts:
-        left = allowed - (time.monotonic() - began)
-        console.print(f"{part.name}: at most {min(part.seconds, left):.0f} s, {left:.0f} s left in all")
-        missing = {name for argument in part.arguments for _, name, *_ in Formatter().parse(argument) if name} - places.keys()
-        if missing or left < 5:
-            state = f"{', '.join(sorted(missing))} could not be prepared" if missing else "no time left"
-            summary["parts"][part.name] = {"state": state}
-        else:
-            summary["parts"][part.name] = run_part(part, places, min(part.seconds, left))
-        if part.name == "run" and "seconds" in summary["parts"]["run"]:
-            try:
-                finish_run(out, work)
-            except Exception as error:  # whatever it is, the parts behind go on
-                summary["parts"]["run"]["state"] += f"; no curve: {error}"
-        console.print(f"  {summary['parts'][part.name]['state']}")
-        write(summary, out)
-    console.print(f"wrote {out / 'README.md'}")
-    return summary
+def run(command: argparse.Namespace, began: float, packages: Path) -> int:
+    """All parts of one command. Returns the exit code: 1 where a part failed, or was cut."""
+    file, parts = command.out / f"{command.name}.json", PARTS[command.name]
+    kept = sections.read(file) if command.only else {}
+    about = {"device": command.device, "git_commit": command.commit, "date": date.today().isoformat()}
+    about |= {"versions": wheels.versions(), "rehearsal": command.rehearse, "lacking": command.lacking}
+    log = file.with_suffix(".txt")
+    if not command.only:
+        log.write_text("")
+    cache = {"TRITON_CACHE_DIR": str(command.cache.resolve())} if command.cache else {}
+    about["compiled_before"] = compiled_in(command.cache)
+    sections.write(file, kept | {"about": about, "parts": kept.get("parts", {})})
+    path = os.pathsep.join(filter(None, (str(ROOT), str(packages), os.environ.get("PYTHONPATH"))))
+    places = {"json": str(file), "out": str(command.out)}
+    wanted = [part for part in parts if not command.only or part.name in command.only]
+    for part in wanted:
+        left = (EXTRA if command.rehearse else ALLOWED[command.name] - (time.monotonic() - began)) - PATIENCE
+        limit = min(left, EXTRA if command.rehearse else part.seconds)
+        arguments = [word.format(**places) for word in (part.rehearsal if command.rehearse else part.arguments)]
+        environment = os.environ | cache | {"PYTHONPATH": path} | (dict(part.environment) if command.rehearse else {})
+        found = {"state": "cut", "seconds": 0, "limit": 0, "said": "no time was left for it"}
+        if limit > 5:
+            print(f"{part.name}: at most {limit:.0f} s", flush=True)
+            found = run_part(arguments, log, limit, environment)
+        print(f"  {found['state']}, {found['seconds']} s  {found['said']}", flush=True)
+        sections.write(Path(f"{file}#parts"), sections.read(file)["parts"] | {part.name: found})
+    if command.cache:
+        about["compiled_now"] = compiled_in(command.cache) - about["compiled_before"]
+        sections.write(Path(f"{file}#about"), about)
+    print(f"wrote {file} and {log.name}")
+    states = [found["state"] for found in sections.read(file)["parts"].values()]
+    return int(any(state != "whole" for state in states))
 
 
-def prepare_text() -> dict[str, str]:
-    """{"data": folder} of the standard library, and of the Python source that is installed beside us what takes seconds."""
-    if (DATA / "manifest.json").is_file():
-        return {"data": str(DATA)}
-    command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "site-packages", "--out", str(DATA), "--overwrite"]
-    command += ["--max_bytes", "60_000_000"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"no text could be prepared: {done.stderr.strip().splitlines()[-1]}")
-    return {"data": str(DATA)}
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench/gpu.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", choices=[*PARTS, "wheels"])
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="a folder with wheels of what this Python lacks")
+    parser.add_argument("--for", dest="python", default="3.12", metavar="VERSION", help="`wheels`: the Python they are for")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="kernels compiled before: Triton's cache, as gpu-cache fills it"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts; what others left in the file stays")
+    parser.add_argument("--rehearse", action="store_true", help="at sizes of seconds, on whatever device there is")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/GPU-DATE)")
+    return parser.parse_args()
 
 
-def driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def write(summary: dict, out: Path) -> None:
-    """summary.json, and README.md for people."""
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    about = summary["about"]
-    text = f"# {about['device']}, {about['date']}" + (" (a rehearsal, no measurement)" if about["rehearsal"] else "") + "\n\n"
-    text += f"Commit {(about['git_commit'] or 'unknown')[:7]}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}"
-    text += (f", driver {about['driver']}" if about["driver"] else "") + ". Written by `make gpu`.\n\n"
-    parts = summary["parts"].items()
-    said = {name: part.get("last_line", "").replace("|", "\\|") for name, part in parts}
-    rows = [[f"[{name}]({name}.txt)", part["state"], str(part.get("seconds", "")), said[name]] for name, part in parts]
-    text += markdown(["part", "state", "seconds", "last line"], rows) + "\n"
-    tables = {name: (f"The step of {name}", throughput.HEAD, throughput.cells) for name in ("1b", "3b", "1b-4096")}
-    tables["growth"] = ("Growing in place beside a trip through the host", growth.HEAD, growth.cells)
-    tables["timeline"] = ("Where the step of 1b goes", ("operation", "ms", "%"), by_kind)
-    for name, (title, head, cells) in tables.items():
-        if (out / f"{name}.json").is_file():
-            text += f"\n## {title}\n\n{markdown(list(head), cells(json.loads((out / f'{name}.json').read_text())))}\n"
-    for name, what in (("kernels", "Kernels beside their peers"), ("run", "A stacked run")):
-        if (out / f"{name}.png").is_file():
-            text += f"\n## {what}\n\n![{what}]({name}.png)\n"
-    (out / "README.md").write_text(text)
-
-
-def by_kind(result: dict) -> list[list[str]]:
-    return [[name, f"{ms:.1f}", f"{100 * ms / result['ms']:.1f}"] for name, ms in result["by_kind"].items()]
+def main() -> int:
+    began, command = time.monotonic(), arguments()
+    if command.name == "wheels":
+        if command.wheels is None:
+            raise wheels.Unusable("name the folder that is to be filled: make gpu-wheels WHEELS=DIR")
+        print(wheels.fetch(command.wheels, command.python))
+        return 0
+    names = [part.name for part in PARTS[command.name]]
+    if unknown := set(command.only) - set(names):
+        raise wheels.Unusable(f"{command.name} has no part {', '.join(sorted(unknown))}; it has {', '.join(names)}")
+    gpu = name_of_gpu()
+    if gpu is None and not command.rehearse:
+        raise wheels.Unusable("there is no GPU here (nvidia-smi names none); ARGS=--rehearse runs the same parts without")
+    command.device, command.commit = gpu or "cpu", git_commit()
+    default = ROOT / (
+        "out/rehearsal" if command.rehearse else f"bench/results/{short(command.device)}-{date.today().isoformat()}"
+    )
+    command.out = (command.out or default).resolve()
+    refuse_others(command.out, {"device": command.device, "git_commit": command.commit})
+    if command.cache and not command.cache.is_dir():
+        raise wheels.Unusable(f"there is no folder {command.cache}: `make gpu-cache CACHE={command.cache}` fills it")
+    with TemporaryDirectory(prefix="nanostack-wheels-") as packages:
+        command.lacking = wheels.complete(command.wheels, Path(packages))
+        command.out.mkdir(parents=True, exist_ok=True)
+        return run(command, began, Path(packages))
 
 
 if __name__ == "__main__":
-    command_line(Command, main)
+    try:
+        sys.exit(main())
+    except wheels.Unusable as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -57,6 +57,8 @@ class Command:
     shapes: tuple[str, ...] = ("410m", "1b", "3b", "7b")
     """Names of configs whose first stage is the base."""
     samples: int = 3
+    traced: bool = True
+    """On a GPU, grow once more under the profiler, which counts the bytes between host and device."""
     out: Path | None = None
     """Result file; in bench/results/ by the name of the device."""
     json: bool = False
@@ -204,7 +206,7 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def measure(name: str, way: str, device: torch.device, samples: int) -> dict:
+def measure(name: str, way: str, device: torch.device, samples: int, traced: bool) -> dict:
     found = [alone(sample, name, way, device.type) for _ in range(samples)]
     seconds = sorted(one["seconds"] for one in found)
     best = {key: statistics.median(one[key] for one in found) for key in ("peak", "copy_rate")}
@@ -220,7 +222,7 @@ def measure(name: str, way: str, device: torch.device, samples: int) -> dict:
         "state_bytes": first["state"],
         "layers_beyond": (best["peak"] - max(first["before"], first["state"])) / first["layer"],
         "bytes_copied": first["copied"],
-        "bytes_host": alone(name, way, device.type, True)["bytes_host"] if device.type == "cuda" else None,
+        "bytes_host": alone(sample, name, way, device.type, True)["bytes_host"] if traced and device.type == "cuda" else None,
         "copy_bytes_per_s": best["copy_rate"],
         "of_copy_rate": 2 * first["copied"] / median / best["copy_rate"],
     }
@@ -253,7 +255,7 @@ def main(command: Command) -> dict:
     answer = {"what": "bench/growth.py", "device": device_name(device), "g": G, "samples": command.samples}
     answer |= {"left_out": left_out, "rows": rows}
     for job in track(jobs, "growing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        rows.append(measure(*job, device, command.samples))
+        rows.append(measure(*job, device, command.samples, command.traced))
         first = next(row for row in rows if row["shape"] == job[0])
         rows[-1]["times_in_place"] = rows[-1]["seconds"] / first["seconds"]
         write_result(answer, out)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
 from bench.ops import OPS, OURS, SHAPES, Apart, dtype_on  # noqa: E402
-from bench.results import place, write_result  # noqa: E402
+from bench.results import picture, place, write_result  # noqa: E402
 from kernels.timing import interleaved  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
 from nanostack.metrics import device_name  # noqa: E402
@@ -48,6 +48,8 @@ class Command:
     """Only these operations."""
     shape: tuple[str, ...] = ()
     """Only shapes whose name contains one of these."""
+    way: tuple[str, ...] = ()
+    """Beside ours only these ways, by their names in the table."""
     samples: int = 50
     """Calls of each that are timed."""
     out: Path | None = None
@@ -113,8 +115,8 @@ def roofline(device: torch.device) -> dict[str, tuple[Callable[[], object], int]
     return {"bytes": (lambda: target.copy_(source), 2 * source.nbytes), "flops": (lambda: a @ b, 2 * side**3)}
 
 
-def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int) -> list[dict]:
-    """Rows of the result for one operation at one shape."""
+def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int, only: tuple[str, ...] = ()) -> list[dict]:
+    """Rows of the result for one operation at one shape: of all ways, or of ours and those named in `only`."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # a shape is compiled for itself, and not given up on after eight others
     work = OPS[op](device, *shape)
@@ -122,7 +124,7 @@ def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int)
     timed: dict[tuple[str, str], Callable] = {(ROOFLINE, "forward"): limit}
     failures, memory = {}, {}
     for name, way in work.ways.items():
-        if device.type != "cuda" and name not in NO_GPU_WAYS:
+        if (device.type != "cuda" and name not in NO_GPU_WAYS) or (only and name not in (OURS, *only)):
             continue
         way, inputs = (way.way, way.inputs) if isinstance(way, Apart) else (way, work.inputs)
         try:
@@ -240,11 +242,12 @@ def main(command: Command) -> dict:
     answer["dtype"] = str(dtype_on(device)).removeprefix("torch.")
     answer["rows"] = rows
     for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        rows += measure(op, shape, device, command.samples)
+        rows += measure(op, shape, device, command.samples, command.way)
         write_result(answer, out, ("liger-kernel",))
-    draw(rows, f"kernels on {answer['device']}, {answer['dtype']}, median of {command.samples}", out.with_suffix(".png"))
+    if drawing := picture(out):
+        draw(rows, f"kernels on {answer['device']}, {answer['dtype']}, median of {command.samples}", drawing)
     show(rows, console)
-    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
+    console.print(f"wrote {out}" + (f" and {drawing}" if drawing else ""), soft_wrap=True)
     return answer
 
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-import json
-import os
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from bench import sections
 from nanostack.errors import UserError
 from nanostack.metrics import git_commit, versions
 
@@ -16,20 +15,27 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def place(stem: str, device: str, out: Path | None) -> Path:
-    """Where a result goes: `out`, or bench/results/ by the name of the device. UserError, before anything is measured, for a
-    place where no JSON file can be."""
+    """Where a result goes: `out` (of bench/sections.py: FILE, or FILE#KEY), or bench/results/ by the name of the device.
+    UserError, before anything is measured, for a place where no JSON file can be."""
     commit()
     name = "-".join(device.split(",")[0].lower().replace("(r)", "").split())
     out = out or RESULTS / f"{stem}-{name}.json"
-    if out.suffix != ".json" or out.is_dir():
+    file, _ = sections.split(out)
+    if file.suffix != ".json" or file.is_dir():
         raise UserError(f"--out is the name of a .json file, not {out}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise UserError(f"--out: nothing can be written in {out.parent}: {error.strerror}") from error
+        raise UserError(f"--out: nothing can be written in {file.parent}: {error.strerror}") from error
     return out
+
+
+def picture(out: Path) -> Path | None:
+    """Where the picture of a result goes; a part of a file has none."""
+    file, key = sections.split(out)
+    return None if key else file.with_suffix(".png")
 
 
 @functools.cache
@@ -40,15 +46,17 @@ def commit() -> str | None:
 
 def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> None:
     """Add versions (those of `packages` too, where installed), commit and date to `result` and write it to `out`. A benchmark
-    of minutes calls it after every part: what is measured is kept."""
+    of minutes calls it after every part: what is measured is kept. A part of a file is written as it is: whoever began that
+    file has said these of the whole."""
+    if sections.split(out)[1]:
+        sections.write(out, result)
+        return
     found = versions()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     result |= {"versions": found, "git_commit": commit(), "date": date.today().isoformat()}
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, out)
+    sections.write(out, result)
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:

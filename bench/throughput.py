@@ -1,7 +1,7 @@
 """The whole training step beside what else one would use: tokens/s, MFU, memory, time to the first step.
 
-    python bench/throughput.py                                config/1b.py on a GPU, config/quickstart_scratch.py without
-    python bench/throughput.py config/3b.py --against compile,hf --data.path data/texts
+    python bench/throughput.py                                   config/1b.py on a GPU, config/quickstart.py without
+    python bench/throughput.py config/3b.py --against compile,hf
 
 Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
 The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
@@ -24,7 +24,8 @@ import time
 
 BEGAN = time.time()  # before torch is imported
 
-from contextlib import nullcontext  # noqa: E402
+import contextlib  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
@@ -38,7 +39,9 @@ from rich.table import Table  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
-from bench.results import place, write_result  # noqa: E402
+from bench import anchors  # noqa: E402
+from bench.ids import fed, names_text  # noqa: E402
+from bench.results import picture, place, write_result  # noqa: E402
 from nanostack.config import Stage, Train, load  # noqa: E402
 from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
@@ -55,9 +58,10 @@ class Command:
     """Time the training step."""
 
     config: tyro.conf.Positional[str] = ""
-    """Its last stage's model is timed. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
+    """Its last stage's model is timed. Default: config/1b.py on a GPU, config/quickstart.py without."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Changes to it as train.py takes them: all options that are not named here."""
+    """Changes to it as train.py takes them: all options that are not named here. Without --data.path, the batches are random
+    ids (bench/ids.py): text does not decide how fast a step is."""
     against: str = "eager,compile,hf"
     """Which others, by comma: eager, compile, hf; "" for none."""
     rounds: int = 3
@@ -74,10 +78,21 @@ class Command:
     """Print the result as one JSON object; everything else goes to standard error."""
 
 
-def timed(config: Train, steps: int, accumulate: int) -> Train:
-    """The config with one stage of so many steps of the largest model, and nothing that interrupts them."""
+def default_config() -> str:
+    """What is timed where nothing is named: the 1B model on a GPU, what the quickstart grows to without."""
+    return str(ROOT / "config" / ("1b.py" if torch.cuda.is_available() else "quickstart.py"))
+
+
+@contextlib.contextmanager
+def timed(config: Train, overrides: Sequence[str], steps: int, accumulate: int) -> Iterator[Train]:
+    """The config with data, and one stage of so many steps of its largest model which nothing interrupts."""
     most = accumulate * config.micro_batch * config.model.seq_len
     config = replace(config, batch_tokens=min(config.batch_tokens, most))
+    with fed(config, overrides, config.batch_tokens, steps) as config:
+        yield in_one_stage(config, steps)
+
+
+def in_one_stage(config: Train, steps: int) -> Train:
     model, manifest = config.shapes()[-1], load_manifest(config.data.path)
     if model.vocab_size is None:
         model = replace(model, vocab_size=-(-manifest["tokenizer"]["n_vocab"] // 128) * 128)
@@ -117,7 +132,7 @@ def theirs(name: str, config: Train, mark) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optim.betas, weight_decay=0.1, fused=True)
     parts = config.batch_tokens // (config.micro_batch * config.model.seq_len)
     cuda, low = device.type == "cuda", dtype != torch.float32
-    attention = nullcontext
+    attention = contextlib.nullcontext
     if cuda and name == "compile":
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -182,17 +197,20 @@ def work(command: Command, config: Train) -> dict:
 
 
 def main(command: Command) -> dict:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    path = command.config or str(ROOT / "config" / ("1b.py" if cuda else "quickstart_scratch.py"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = command.config or default_config()
     if min(command.rounds, command.steps, command.warmup, command.accumulate) < 1:
         raise UserError("rounds, steps, warmup and accumulate must be at least 1")
     against = [name.strip() for name in command.against.split(",") if name.strip()]
     if unknown := [name for name in against if name not in PEERS]:
         raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
-    config = timed(load(path, list(command.overrides)), command.warmup + command.steps, command.accumulate)
-    if command.worker:
-        return work(command, config)
+    config, steps = load(path, list(command.overrides)), command.warmup + command.steps
+    with timed(config, command.overrides, steps, command.accumulate) as config:
+        return work(command, config) if command.worker else compare(command, path, against, config, device)
+
+
+def compare(command: Command, path: str, against: list[str], config: Train, device: torch.device) -> dict:
+    """Time all ways in turns, and keep what was measured after every turn."""
     if config.data.document_mask and against:
         raise UserError('the others see whole rows, so --data.document_mask goes with --against "" only')
     if config.parallel.activation_checkpointing != "none" and against:
@@ -203,7 +221,7 @@ def main(command: Command) -> dict:
     found, failed = {name: [] for name in [OURS, *against]}, {}
     asked = {"config": Path(path).name, "overrides": command.overrides, "dtype": str(compute_dtype(device, config.dtype))[6:]}
     asked |= {"rounds": command.rounds, "steps": command.steps, "warmup": command.warmup, "liger": liger(device)}
-    asked |= {"device": device_name(device)}
+    asked |= {"device": device_name(device), "random_ids": not names_text(command.overrides)}
     subprocess.run([sys.executable, "-c", "import train, bench.peers, torch._inductor.compile_fx"], cwd=ROOT)
     with TemporaryDirectory() as caches:
         turns = [(i, name) for i in range(command.rounds) for name in rotated_by(list(found), i)]
@@ -211,7 +229,7 @@ def main(command: Command) -> dict:
             if name in failed:
                 continue
             try:
-                found[name].append(in_process(name, path, command, Path(caches), number))
+                found[name].append(in_process(name, path, command, config.data.path, Path(caches), number))
             except UserError as error:  # a peer that fails costs its own numbers only
                 if name == OURS:
                     raise
@@ -219,11 +237,16 @@ def main(command: Command) -> dict:
                 console.print(f"{name} is left out: {error}", soft_wrap=True)
             measured = {name: rounds for name, rounds in found.items() if rounds and name not in failed}
             result = asked | summarise(measured, config, device) | {"failed": failed}
+            speeds = {name: way["tokens_per_s"] for name, way in result["ways"].items()}
+            result["anchors"] = anchors.beside(path, command.overrides, config.model, speeds)
             write_result(result, out, ("transformers", "liger-kernel"))
-    draw(result, out.with_suffix(".png"))
+    if drawing := picture(out):
+        draw(result, drawing)
     console.print(table(result))
     console.print(MFU)
-    console.print(f"wrote {out} and {out.with_suffix('.png')}", soft_wrap=True)
+    for sentence in anchors.sentences(result["anchors"], device.type == "cuda"):
+        console.print(sentence)
+    console.print(f"wrote {out}" + (f" and {drawing}" if drawing else ""), soft_wrap=True)
     return result
 
 
@@ -231,9 +254,9 @@ def rotated_by(names: list[str], turn: int) -> list[str]:
     return names[turn % len(names) :] + names[: turn % len(names)]
 
 
-def in_process(name: str, path: str, command: Command, caches: Path, number: int) -> dict:
+def in_process(name: str, path: str, command: Command, data: str, caches: Path, number: int) -> dict:
     """One round of one way. Its caches are empty in the first round, and of its own."""
-    arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--worker", name, "--json"]
+    arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--data.path", data, "--worker", name, "--json"]
     arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
     environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}

@@ -3,8 +3,8 @@
     python bench/timeline.py [CONFIG]              measured: torch's profiler over steps of train.py's own loop, on this device
     python bench/timeline.py --estimate [CONFIG]   from FLOPs and bytes and an H200's data sheet: an estimate, nothing is run
 
-CONFIG is config/1b.py with a GPU or --estimate, config/quickstart_scratch.py without; options of train.py may follow. JSON goes
-to bench/results/.
+CONFIG is config/1b.py with a GPU or --estimate, config/quickstart.py without; options of train.py may follow. Without
+--data.path, the batches are random ids. JSON goes to bench/results/.
 """
 
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
 
 from bench.results import place, write_result  # noqa: E402
-from bench.throughput import ours, timed  # noqa: E402
+from bench.throughput import default_config, ours, timed  # noqa: E402
 from kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS  # noqa: E402
 from nanostack.config import Train, load  # noqa: E402
 from nanostack.errors import UserError, command_line  # noqa: E402
@@ -50,7 +50,7 @@ class Command:
     """Where does a step's time go?"""
 
     config: tyro.conf.Positional[str] = ""
-    """Its last stage's model is taken. Default: config/1b.py on a GPU, config/quickstart_scratch.py without."""
+    """Its last stage's model is taken. Default: config/1b.py on a GPU, config/quickstart.py without."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Changes to it as train.py takes them: all options that are not named here."""
     estimate: bool = False
@@ -152,8 +152,7 @@ def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 120)
     if min(command.steps, command.accumulate) < 1:
         raise UserError("steps and accumulate must be at least 1")
-    large = torch.cuda.is_available() or command.estimate
-    path = command.config or str(ROOT / "config" / ("1b.py" if large else "quickstart_scratch.py"))
+    path = command.config or (str(ROOT / "config/1b.py") if command.estimate else default_config())
     config = load(path, list(command.overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
@@ -168,8 +167,8 @@ def main(command: Command) -> dict:
         parts = min(command.accumulate, max(1, config.batch_tokens // rows))
         tokens, found = rows * parts, estimated(model, rows, parts, getattr(torch, config.optim.moments).itemsize)
     else:
-        config = timed(config, 2 * command.steps + 1, command.accumulate)
-        model, tokens, found = config.model, config.batch_tokens, measured(config, command.steps)
+        with timed(config, command.overrides, 2 * command.steps + 1, command.accumulate) as config:
+            model, tokens, found = config.model, config.batch_tokens, measured(config, command.steps)
     whole = sum(found.values())
     result = {"config": Path(path).name, "device": where, "estimate": command.estimate, "tokens": tokens, "ms": whole}
     result |= {"by_kind": dict(sorted(found.items(), key=lambda pair: -pair[1]))}

@@ -1,25 +1,29 @@
 """Measure this GPU and print rows for the table in kernels/configs.py.
 
-    python -m kernels.tune [--kernel attention_forward rotary] [--size 64 128] [--samples 20]
+    python -m kernels.tune [--kernel attention_forward rotary] [--size 64 128] [--samples 20] [--seconds 200]
 
-For every kernel and size of the table it compiles a grid of candidates on all cores, drops those that spill or need more shared
-memory than there is, checks the results of the others against the row in use, times them in turn with cold caches, and
-prints the fastest. A new row is proposed only where it is more than 2 % faster than the row in use.
+For every kernel and size of the table it compiles a grid of candidates on all cores, as a launch would, so that this process
+finds them in Triton's cache; checks their results against those of the row in use; and times them in turn with cold caches. The
+fastest that passes the gate (kernels.aot: no spills, no more shared memory than there is) is printed. A new row is proposed
+only where it is more than 2 % faster than the row in use. `bench/tuning.py` makes a patch of them.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from datetime import date
 from itertools import product
 from multiprocessing import get_context
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 import kernels
 
@@ -29,6 +33,8 @@ from .dispatch import triton
 from .timing import interleaved
 
 BETTER = 0.98  # of the time of the row in use
+AT_THE_GATE = 8  # the fastest, of which one should pass
+LAST = 30  # seconds that a candidate which has begun may take
 
 
 def candidates(kernel: str, arch: int) -> list[Config]:
@@ -81,15 +87,55 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
     return lambda: ops.linear_cross_entropy_rows(x, weight, targets, None, -100, 0.0, True, "triton")
 
 
-def sound(kernel: str, size: int, arch: int, configs: list[Config]) -> list[Config]:
-    """The candidates that pass the gate in every way their kernel is called, found by all cores."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = [(kernel, size, arch, config) for config in configs]
-        answers = list(zip(configs, pool.map(_fault, jobs), strict=True))
-    dropped = [fault for _, fault in answers if fault]
-    if dropped:
-        print(f"# {kernel} {size}: {len(dropped)} of {len(configs)} not tried, the first: {dropped[0]}", file=sys.stderr)
-    return [config for config, fault in answers if not fault]
+Judge = Callable[[tuple[str, int, int, Config]], str | None]
+Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
+
+
+def launched(
+    pool: Executor, kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float
+) -> list[Config]:
+    """The candidates that compile and launch, found by all cores within so many seconds: Triton's cache has their machine code
+    then. What breaks its process breaks none that times."""
+    jobs = {pool.submit(_launch, kernel, size, config, device, make): config for config in configs}
+    done, late = wait(jobs, timeout=max(0.0, seconds))
+    begun = {job for job in late if not job.cancel()}
+    done |= wait(begun, timeout=LAST).done  # nobody times while they run
+    late -= done
+    answers = {jobs[job]: job.result() for job in done}
+    dropped = [f"{as_row(config)}: {fault}" for config, fault in answers.items() if fault]
+    if dropped or late:
+        told = f"{len(dropped)} of {len(configs)} do not work, {len(late)} were too late"
+        print(f"# {kernel} {size}: {told}; {dropped[0] if dropped else ''}", file=sys.stderr)
+    return [config for config in configs if config in answers and answers[config] is None]
+
+
+def _launch(kernel: str, size: int, config: Config, device: torch.device, make: Workload) -> str | None:
+    """Why a candidate does not run here."""
+    try:
+        with in_use(kernel, size, config):
+            make(kernel, size, device)()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # the compiler's own limits: a tile that is too small for the matrix unit, for example
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return None
+
+
+def gated(
+    pool: Executor, kernel: str, size: int, arch: int, configs: list[Config], seconds: float, judge: Judge
+) -> Config | None:
+    """The first of them that passes the gate in every way the kernel is called; None where that cannot be told in time."""
+    jobs = [pool.submit(judge, (kernel, size, arch, config)) for config in configs]
+    end = time.monotonic() + seconds
+    for config, job in zip(configs, jobs, strict=True):
+        try:
+            fault = job.result(timeout=max(0.0, end - time.monotonic()))
+        except FutureTimeout:
+            return None
+        if fault is None:
+            return config
+        print(f"# {kernel} {size}: fast, but {fault}", file=sys.stderr)
+    return None
 
 
 def _fault(job: tuple[str, int, int, Config]) -> str | None:
@@ -107,34 +153,43 @@ def _fault(job: tuple[str, int, int, Config]) -> str | None:
     return None
 
 
-def fastest(kernel: str, size: int, configs: list[Config], samples: int, device: torch.device) -> tuple[Config, dict]:
+@contextlib.contextmanager
+def in_use(kernel: str, size: int, config: Config):
+    """Within it the kernel is launched with this row, whatever its tensors."""
+    before = TABLE[kernel]
+    TABLE[kernel] = {arch: {size: config} for arch in (FP32, 80, 90)}
+    try:
+        yield
+    finally:
+        TABLE[kernel] = before
+
+
+def fastest(
+    kernel: str, size: int, configs: list[Config], samples: int, device: torch.device, make: Workload | None = None
+) -> tuple[Config, dict]:
     """The best candidate and the median seconds of each that gave the right results."""
-    call = workload(kernel, size, device)
+    call = (make or workload)(kernel, size, device)
     expected = call()
 
     def using(config: Config) -> Callable[[], object]:
         def run():
-            TABLE[kernel] = {arch: {size: config} for arch in (FP32, 80, 90)}
-            return call()
+            with in_use(kernel, size, config):
+                return call()
 
         return run
 
-    before, right = TABLE[kernel], {}
-    try:
-        for config in configs:
-            try:
-                results = using(config)()
-            except Exception as error:  # does not fit this GPU after all
-                print(f"# {as_row(config)}: {type(error).__name__}", file=sys.stderr)
-                continue
-            if all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2) for a, b in zip(results, expected, strict=True)):
-                right[config] = using(config)
-            else:
-                print(f"# {as_row(config)}: WRONG RESULTS", file=sys.stderr)
-        names = {str(number): run for number, run in enumerate(right.values())}
-        times = interleaved(names, samples, device)
-    finally:
-        TABLE[kernel] = before
+    right = {}
+    for config in configs:
+        try:
+            results = using(config)()
+        except Exception as error:  # does not fit this GPU after all
+            print(f"# {as_row(config)}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2) for a, b in zip(results, expected, strict=True)):
+            right[config] = using(config)
+        else:
+            print(f"# {as_row(config)}: WRONG RESULTS", file=sys.stderr)
+    times = interleaved({str(number): run for number, run in enumerate(right.values())}, samples, device)
     seconds = {config: median(times[str(number)]) for number, config in enumerate(right)}
     return min(seconds, key=seconds.get), seconds
 
@@ -154,32 +209,79 @@ def as_row(config: Config) -> str:
     return f"row({', '.join([*words, *(f'{name}={value}' for name, value in config.tiles.items())])})"
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What was found for one row of the table."""
+
+    kernel: str
+    size: int
+    arch: int  # whose row it is
+    row: str  # source of the best
+    row_before: str
+    seconds: float
+    seconds_before: float
+    candidates: int  # that gave the right results
+
+
+def tuned(
+    todo: list[tuple[str, int]],
+    samples: int,
+    seconds: float = math.inf,
+    device: torch.device | None = None,
+    make: Workload = workload,
+    grid: Callable[[str, int], list[Config]] = candidates,
+    judge: Judge = _fault,
+) -> Iterator[Tuned]:
+    """Tune these (kernel, size) in turn, as many as begin within so many seconds. The last one may end with less candidates."""
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    arch, end = machine(device), time.monotonic() + seconds
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+    try:
+        for number, (kernel, size) in enumerate(todo):
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
+            now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
+            tried = launched(pool, kernel, size, [c for c in grid(kernel, arch) if c != now], device, make, most)
+            _, times = fastest(kernel, size, [now, *tried], samples, device, make)
+            faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]
+            best = gated(pool, kernel, size, arch, faster, max(10.0, min(end - time.monotonic(), 3600)), judge) or now
+            rows = rows_of(arch // 10) if rows_of(arch // 10) in TABLE[kernel] else 80
+            yield Tuned(kernel, size, rows, as_row(best), as_row(now), times[best], times[now], len(times))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def machine(device: torch.device) -> int:
+    """Its architecture, as in 90; Hopper's where there is no GPU, which a rehearsal compiles for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m kernels.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
     parser.add_argument("--size", type=int, nargs="+", help="only these sizes")
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many")
     options = parser.parse_args(arguments)
     reason = kernels.unavailable_reason("cuda")
     if reason:
         print(f"error: nothing to measure: {reason} python -m kernels.aot checks rows without a GPU.", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    arch, served_by = 10 * major + minor, rows_of(major)
+    served_by = rows_of(machine(device) // 10)
     where = f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {date.today().isoformat()}"
     print(f"# rows of {served_by}, measured on {where}", flush=True)
     sizes = {name: rows_for(name, served_by) for name in options.kernel}
     todo = [(name, size) for name, rows in sizes.items() for size in rows if not options.size or size in options.size]
-    for name, size in track(todo, "tuning", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        now = lookup(name, size, device, torch.bfloat16)
-        tried = [config for config in candidates(name, arch) if config != now]
-        best, seconds = fastest(name, size, [now, *sound(name, size, arch, tried)], options.samples, device)
-        if seconds[best] > BETTER * seconds[now]:
-            best = now
-        label = "ANY" if size == ANY else size
-        gain = f"{1e3 * seconds[best]:.4f} ms, {seconds[now] / seconds[best]:.2f} x as fast as the row in use"
-        print(f'"{name}" {label}: {as_row(best)},  # {gain}, of {len(seconds)} candidates', flush=True)
+    for found in tuned(todo, options.samples, options.seconds, device):
+        label = "ANY" if found.size == ANY else found.size
+        gain = f"{1e3 * found.seconds:.4f} ms, {found.seconds_before / found.seconds:.2f} x as fast as the row in use"
+        print(f'"{found.kernel}" {label}: {found.row},  # {gain}, of {found.candidates} candidates', flush=True)
     return 0
 
 

@@ -37,11 +37,16 @@ SPLITS = ("train", "val")
 CHUNK = 1 << 24  # bytes read at once when checking a shard
 
 
+def advised(path: str | Path) -> tuple[str, str]:
+    """A source and a tokenizer that suit a folder of this name."""
+    return ("stdlib", "bpe:1024") if Path(path).name == "stdlib" else ("SOURCE...", "bpe:32000")
+
+
 def load_manifest(path: str | Path) -> dict:
     """The manifest of the prepared data in folder `path`. UserError if there is none, or it is damaged or not ours."""
     file = Path(path) / MANIFEST
     if not file.is_file():
-        what, name = ("stdlib", "bpe:1024") if Path(path).name == "stdlib" else ("SOURCE...", "bpe:32000")
+        what, name = advised(path)
         raise UserError(
             f"there is no prepared data in {path}; write it with: "
             f"python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer {name}"

@@ -24,7 +24,6 @@ NOT_DRY = {
     "test_kernels_run_on_the_device_of_their_tensors",
     "test_kernels_run_on_the_stream_that_is_current",
     "test_logits_past_2_to_the_31",
-    "test_losses_on_a_gpu_are_the_plain_ones_with_every_option",
     "test_nothing_passes_through_the_host_and_memory_grows_by_the_new_layers",
     "test_offsets_past_2_to_the_31",
     "test_predicted_peak_is_what_a_gpu_allocates_within_five_per_cent",

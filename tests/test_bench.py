@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, take_weights
 
-from bench import gpu
-from bench.throughput import Command, timed
+from bench import anchors
+from bench.ids import fed
+from bench.throughput import timed
+from nanostack import data
 from nanostack.config import load
-from nanostack.errors import split
+from nanostack.data import Tokens
 from nanostack.flops import n_params
-from nanostack.parallel import micro_steps
+
+GPU = torch.cuda.is_available()
 
 
 def bench(name, *arguments):
@@ -24,8 +29,8 @@ def bench(name, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in seconds on a CPU only")
-def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
-    options = ("--data.path", corpus, "--rounds", 1, "--steps", 3, "--warmup", 1, "--out", tmp_path / "found.json", "--json")
+def test_throughput_times_every_way_on_the_same_batches_with_no_text_prepared(tmp_path):
+    options = ("--rounds", 1, "--steps", 3, "--warmup", 1, "--out", tmp_path / "found.json", "--json")
     done = bench("throughput", TINY, "--against", "eager,hf", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -40,8 +45,8 @@ def test_throughput_times_every_way_on_the_same_batches(corpus, tmp_path):
         else:
             assert way["ours_over_by_round"] == [way["ours_over"]]
             assert way["ours_over"] == pytest.approx(way["ms"] / found["ways"]["nanostack"]["ms"])
-    largest = load(TINY, ["--data.path", str(corpus)]).shapes()[-1]
-    assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=384))
+    largest = load(TINY, []).shapes()[-1]
+    assert largest.n_layer == 4 and found["n_params"] == n_params(replace(largest, vocab_size=32000)) and found["random_ids"]
 
 
 def test_peers_compute_the_model_that_is_timed():
@@ -67,10 +72,48 @@ def test_peers_compute_the_model_that_is_timed():
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
-def test_throughput_times_a_few_micro_batches_of_a_large_step(corpus):
-    config = timed(load(str(ROOT / "config/1b.py"), ["--data.path", str(corpus)]), steps=7, accumulate=2)
-    assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
-    assert config.model.n_layer == 24, "the grown model"
+def test_throughput_times_a_few_micro_batches_of_a_large_step():
+    with timed(load(str(ROOT / "config/1b.py"), []), (), steps=7, accumulate=2) as config:
+        assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
+        assert config.model.n_layer == 24 and config.model.vocab_size == 32000, "the grown model, with the paper's vocabulary"
+        data.verify(config.data.path)
+        ids = Tokens(config.data.path, "train", config.model.seq_len)
+        assert ids.n_blocks == 7 * 2 * 16, "each is read once"
+    assert not Path(config.data.path).exists()
+
+
+def test_ids_of_its_own_are_as_frequent_as_words_and_the_text_that_is_named_is_taken(corpus, tmp_path):
+    config = load(str(ROOT / "config/quickstart.py"), [])
+    with fed(config, (), 4096, 25) as found:
+        ids = Tokens(found.data.path, "train", 256).batch(0, 400)
+        manifest = data.load_manifest(found.data.path)
+    assert manifest["tokenizer"]["n_vocab"] == 1024, "what data/stdlib has"
+    counts = np.bincount(ids.ravel(), minlength=1024) / ids.size
+    for rank in (1, 10):
+        assert counts[rank - 1] == pytest.approx(np.log1p(1 / rank) / np.log(1024), rel=0.1)
+    assert counts[manifest["tokenizer"]["eot"]] == pytest.approx(1 / 500, rel=0.3)
+    for words in (["--data.path", str(corpus)], [f"--data.path={corpus}"]):
+        config = load(TINY, words)
+        with fed(config, words, 4096, 25) as found:
+            assert found is config
+
+
+def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_only():
+    """29.4M parameters count, windows of 1024 in six layers and 2048 in two: 39.8 % of 989.5 TFLOP/s is the published MFU."""
+    (anchor,) = anchors.ANCHORS["50m"]
+    flops = 6 * (8 * 12 * 512**2 + 8192 * 512 + 4 * 32 * 4) + 12 * 512 * (6 * 1024 + 2 * 2048)
+    assert flops * anchor.tokens_per_s / anchor.peak == pytest.approx(anchor.mfu, abs=1e-3)
+    path = str(ROOT / "config/50m.py")
+    model = load(path, []).model
+    assert (model.n_layer, model.d_model, model.d_head, model.vocab_size, model.seq_len) == (8, 512, 128, 8192, 2048)
+    (found,) = anchors.beside(path, (), model, {"nanostack": 1e6})
+    ours = 6 * (8 * (4 * 512**2 + 3 * 512 * 1408) + 8192 * 512) + 12 * 8 * 512 * 2048
+    assert found["ours"] == {"nanostack": pytest.approx(ours * 1e6 / 989.5e12)} and f"{ours / 1e6:.0f}" in found["differences"]
+    (said,) = anchors.sentences([found], on_gpu=True)
+    assert "not measured here: 1,645,7" in said and f"nanostack {100 * ours * 1e6 / 989.5e12:.1f} %" in said
+    assert anchors.beside(path, ("--model.seq_len", "1024"), model, {}) == anchors.beside("config/3b.py", (), model, {}) == []
+    (other,) = anchors.beside("config/1b.py", (), model, {})
+    assert other["name"] == "OLMo-core" and other["mfu"] == 0.52
 
 
 @pytest.mark.parametrize(
@@ -81,99 +124,23 @@ def test_throughput_times_a_few_micro_batches_of_a_large_step(corpus):
         ("throughput", ("config/none.py",), "there is no config file config/none.py"),
         ("throughput", (TINY, "--data.pth", "x"), "--data.pth"),
         ("throughput", (TINY, "--data.path", "nowhere"), "nowhere"),
-        ("throughput", (TINY, "--data.path", "{data}", "--out", "tests"), "--out is the name of a .json file, not tests"),
-        ("throughput", (TINY, "--data.path", "{data}", "--out", "/proc/a.json"), "nothing can be written in /proc"),
-        ("throughput", ("config/7b.py", "--data.path", "{data}"), "the others keep all activations"),
+        ("throughput", (TINY, "--out", "tests"), "--out is the name of a .json file, not tests"),
+        ("throughput", (TINY, "--out", "/proc/a.json"), "nothing can be written in /proc"),
+        ("throughput", ("config/7b.py",), "the others keep all activations"),
         ("timeline", ("--estimate", "--dtype", "float32"), "the estimate is of bfloat16"),
         ("feeding", ("--rounds", "0"), "rounds must be at least 1"),
         ("feeding", ("--data", "nowhere"), "nowhere"),
-        ("gpu", ("--only", "tests,fun", "--rehearse"), "there is no part fun; there are tests, 1b"),
+        ("options", ("--only", "fun"), "there is no option fun; there are torch, plain"),
+        (
+            "tuning",
+            ("--kernel", "attention"),
+            "there is no kernel attention; there are attention_forward" if GPU else "nothing to",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, arguments, message, corpus):
     done = bench(name, *(argument.format(data=corpus) for argument in arguments))
     assert done.returncode == 2 and message in done.stderr.splitlines()[0] and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_says_that_there_is_none():
-    done = bench("gpu")
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no GPU here; --rehearse"), done.stderr
-
-
-STOPPABLE = """
-import time
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("saved")
-"""
-
-
-def test_part_that_fails_or_is_late_costs_only_itself(tmp_path):
-    parts = [
-        gpu.Part("fine", 60, ("-c", "print('all is well')")),
-        gpu.Part("broken", 60, ("-c", "raise SystemExit('it broke')")),
-        gpu.Part("late", 60, ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
-        gpu.Part("stopped", 60, ("-c", STOPPABLE), ends=False),
-    ]
-    limits = {"late": 3, "stopped": 3}
-    found = {part.name: gpu.run_part(part, {"out": str(tmp_path)}, limits.get(part.name, 60)) for part in parts}
-    assert [found[name]["state"] for name in found] == ["passed", "failed (exit 1)", "late", "passed"]
-    assert [found[name]["last_line"] for name in found] == ["all is well", "it broke", "KeyboardInterrupt", "saved"]
-    assert "begun" in (tmp_path / "late.txt").read_text() and found["late"]["seconds"] < 30
-    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
-    gpu.write({"about": about | {"rehearsal": False}, "parts": found}, tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    assert page.startswith("# a card, today\n") and "| [broken](broken.txt) | failed (exit 1) |" in page
-    assert json.loads((tmp_path / "summary.json").read_text())["parts"] == found
-
-
-def test_page_has_a_table_of_every_part_that_measured(tmp_path):
-    results = ROOT / "bench/results"
-    names = {"1b": "throughput-quickstart_scratch-amd-epyc", "growth": "growth-intel-xeon-processor"}
-    for part, name in (names | {"timeline": "timeline-quickstart_scratch-amd-epyc"}).items():
-        (tmp_path / f"{part}.json").write_bytes((results / f"{name}.json").read_bytes())
-    about = {"device": "a card", "date": "today", "git_commit": None, "versions": {"torch": "2"}, "driver": None}
-    gpu.write({"about": about | {"rehearsal": False}, "parts": {}}, tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    speed = json.loads((tmp_path / "1b.json").read_text())["ways"]["nanostack"]["tokens_per_s"]
-    for row in (f"| nanostack | {speed:,.0f} |", "| 1b | in place |", "| matrix products |"):
-        assert row in page
-
-
-def test_all_parts_together_stay_within_nine_minutes():
-    assert gpu.ALLOWED + gpu.PATIENCE + 5 <= 9 * 60, "the last part may take its time to end"
-    names = [part.name for part in gpu.PARTS]
-    asked_for = gpu.PARTS[: names.index("run") + 1]  # the others have what is left
-    assert sum(part.seconds for part in asked_for) <= gpu.ALLOWED
-    assert gpu.REHEARSAL.keys() == set(names)
-
-
-def test_steps_of_every_part_are_whole_micro_batches(corpus):
-    places = {"out": "out", "work": "out", "data": corpus, "1b": 16, "3b": 16, "1b-4096": 8}
-    known = {field.name for field in fields(Command)}
-    counts = {}
-    for arguments in (*(part.arguments for part in gpu.PARTS), *gpu.REHEARSAL.values()):
-        script, *words = (argument.format(**places) for argument in arguments)
-        if script == "bench/throughput.py":
-            mine, others = split(known, words)
-            parts = int(mine[mine.index("--accumulate") + 1]) if "--accumulate" in mine else Command.accumulate
-            config = timed(load(str(ROOT / mine[0]), others), 3, parts)
-            counts[mine[mine.index("--out") + 1], mine[0]] = micro_steps(
-                config.batch_tokens, config.micro_batch, config.model.seq_len
-            )
-    assert len(counts) == 6 and {counts[key] for key in counts if "quickstart" not in key[1]} == {2}, counts
-
-
-def test_gpu_runs_every_file_that_has_a_gpu_test():
-    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_bench.py"}
-    with_gpu = {name for name, text in files.items() if "@pytest.mark.gpu" in text or "pytestmark = pytest.mark.gpu" in text}
-    arguments = [argument for part in gpu.PARTS for argument in part.arguments]
-    named = {argument.removeprefix("tests/") for argument in arguments if argument.startswith("tests/")}
-    assert named == with_gpu | {"test_kernels.py", "test_kernels_attention.py", "test_kernels_extremes.py"}, (
-        "their targets are marked one by one"
-    )
 
 
 @pytest.mark.slow

@@ -124,5 +124,5 @@ def test_dry_gpu_needs_triton(monkeypatch):
 def test_no_more_tests_than_these_need_a_device():
     """A gpu test that launches kernels is to run dry. Add to the list what cannot, and say why beside it."""
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(NOT_DRY) <= 15
+    assert len(NOT_DRY) <= 14
     assert not [name for name in NOT_DRY if f"def {name}(" not in sources]

@@ -162,14 +162,6 @@ OPTIONS = {
         "bfloat16",
     ),
 }
-ON_A_GPU = (
-    OPTIONS
-    | {  # where the default is Triton
-        "torch kernels": ("--kernels", "torch"),
-        "graph": ("--cuda_graph",),
-        "graph and all": ("--cuda_graph", *OPTIONS["all"][1:]),
-    }
-)
 
 
 @pytest.mark.slow
@@ -178,13 +170,6 @@ def test_losses_over_a_hundred_steps_are_the_plain_ones_within_bfloat16_noise(co
     """50 steps, stacked ×2, 50 steps. Two runs in bfloat16 that differ in rounding only drift apart by this much: the bound is
     1 % of the loss at any step, 0.3 % in the mean."""
     assert_alike(losses(corpus, tmp_path / "run", *PLAIN, *OPTIONS[option]), plain)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("option", ON_A_GPU)
-def test_losses_on_a_gpu_are_the_plain_ones_with_every_option(corpus, tmp_path, option, plain):
-    """The graph is captured anew after growth."""
-    assert_alike(losses(corpus, tmp_path / "run", *PLAIN, *ON_A_GPU[option]), plain)
 
 
 @pytest.mark.slow

@@ -1,0 +1,31 @@
+"""A JSON file that several processes fill one after the other: `FILE#KEY` names one value in the object that it holds.
+
+Nothing but the standard library: bench/gpu.py uses it before it knows what is installed.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+def split(place: Path) -> tuple[Path, str | None]:
+    """`results/fast.json#step` → the file, and the key in it, if one is named."""
+    file, _, key = str(place).partition("#")
+    return Path(file), key or None
+
+
+def read(file: Path) -> dict:
+    """What the file holds; nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(file.read_text())
+    return {}
+
+
+def write(place: Path, value: dict) -> None:
+    """Put `value` where `place` says. Whoever is killed leaves the file as it was before, or as it is after."""
+    file, key = split(place)
+    whole = value if key is None else read(file) | {key: value}
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(whole, indent=1) + "\n")
+    os.replace(partial, file)

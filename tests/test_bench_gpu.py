@@ -1,0 +1,358 @@
+"""The commands for a GPU's minutes, without one: parts begin, end and are cut as they should; all they write is read."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import tyro
+from conftest import ROOT
+
+from bench import anchors, carried, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
+from bench.recorded import Recorder
+from kernels import tune
+from kernels.configs import TABLE, attention
+from kernels.tune import Tuned, as_row
+from nanostack.config import load
+from nanostack.errors import split
+
+H100 = "NVIDIA H100 80GB HBM3"
+COMMANDS = {"throughput": throughput, "kernels": kernels, "growth": growth, "options": options, "tuning": tuning}
+
+
+@pytest.fixture
+def with_h100(tmp_path):
+    """An environment in which nvidia-smi names an H100."""
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{H100}'\n")
+    smi.chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+def command(*words, environment=None):
+    return subprocess.run(
+        [sys.executable, "bench/gpu.py", *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def told(done):
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_results_of_another_device_or_commit_are_refused_in_one_line(tmp_path, with_h100):
+    out = tmp_path / "results"
+    out.mkdir()
+    about = {"device": "NVIDIA H200", "git_commit": gpu.git_commit()}
+    sections.write(out / "right.json", {"about": about})
+    said = told(command("fast", "--out", out, environment=with_h100))
+    assert f"right.json is of the device NVIDIA H200, this is {H100}: add ARGS='--out DIR'" in said
+    sections.write(out / "right.json", {"about": {"device": H100, "git_commit": "a" * 40}})
+    assert f"is of commit {'a' * 40}, this is {gpu.git_commit()}: add ARGS" in told(
+        command("fast", "--out", out, environment=with_h100)
+    )
+    assert not (out / "fast.json").exists()
+    assert gpu.short(H100) == "h100" and gpu.short("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb" and gpu.short("cpu") == "cpu"
+
+
+def test_mistakes_of_the_commands_are_told_in_one_line(tmp_path, with_h100):
+    nobody = os.environ | {"PATH": str(tmp_path)}
+    assert "there is no GPU here" in told(command("right", environment=nobody))
+    assert "right has no part fun; it has tests, options" in told(command("right", "--only", "fun"))
+    assert "name the folder" in told(command("wheels"))
+    said = told(command("right", "--rehearse", "--wheels", tmp_path / "none", "--out", tmp_path / "out"))
+    assert f"there is no folder {tmp_path / 'none'}: `make gpu-wheels" in said and not (tmp_path / "out").exists()
+
+
+def test_what_this_python_lacks_comes_from_wheels_and_those_of_another_python_are_refused(tmp_path, monkeypatch):
+    folder, target = tmp_path / "wheels", tmp_path / "target"
+    folder.mkdir()
+    monkeypatch.setattr(wheels, "NEEDED", {"no_such_module": "no-such.module"})
+    monkeypatch.setattr(wheels, "PEERS", {"no_such_peer": "no-such-peer"})
+    with pytest.raises(wheels.Unusable, match=r"lacks no-such\.module: add WHEELS=DIR"):
+        wheels.complete(None, target)
+    with pytest.raises(wheels.Unusable, match=r"lacks no-such\.module, and .* has no wheel of it: fill it with make"):
+        wheels.complete(folder, target)
+    other = folder / "no_such_module-1.0-cp27-cp27m-manylinux1_x86_64.whl"
+    other.write_bytes(b"")
+    with pytest.raises(wheels.Unusable, match=r"no_such_module-1.0-cp27\S+, which is for another Python than .*FOR=3\.\d+$"):
+        wheels.complete(folder, target)
+    other.unlink()
+    about = "no_such_module-1.0.dist-info"
+    with zipfile.ZipFile(folder / "no_such_module-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("no_such_module.py", "here = True")
+        wheel.writestr(
+            f"{about}/METADATA", "Metadata-Version: 2.1\nName: no-such.module\nVersion: 1.0\nRequires-Dist: absent\n"
+        )
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    assert wheels.complete(folder, target) == ["no-such-peer"] and (target / "no_such_module.py").is_file()
+
+
+STOPPABLE = (
+    "import time\nprint('begun', flush=True)\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n raise SystemExit('saved')"
+)
+
+
+def test_part_that_fails_or_is_late_costs_only_itself_and_its_output_is_live(tmp_path):
+    parts = {"fine": "print('all is well')", "broken": "raise SystemExit('it broke')", "late": STOPPABLE}
+    log = tmp_path / "log.txt"
+    found = {
+        name: gpu.run_part(["-c", code], log, 3 if name == "late" else 60, dict(os.environ)) for name, code in parts.items()
+    }
+    assert [of["state"] for of in found.values()] == ["whole", "failed (exit 1)", "cut"]
+    assert [of["said"] for of in found.values()] == ["", "it broke", "saved"] and found["late"]["seconds"] < 30
+    assert "all is well" in log.read_text() and "begun" in log.read_text()
+
+
+def test_three_commands_fit_their_minutes_and_ten_together():
+    assert gpu.ALLOWED == {"right": 120, "fast": 240, "tune": 240}
+    for name, parts in gpu.PARTS.items():
+        *asked_for, last = parts  # the last has what is left
+        assert sum(part.seconds for part in asked_for) + 10 <= gpu.ALLOWED[name] - gpu.PATIENCE, name
+        assert last.seconds <= gpu.ALLOWED[name] - gpu.PATIENCE
+
+
+@pytest.mark.parametrize("part", [part for parts in gpu.PARTS.values() for part in parts], ids=lambda part: part.name)
+def test_options_of_every_part_are_known_to_its_command(part):
+    """What no GPU has run: a misspelt one would cost its minutes."""
+    for words in (part.arguments, part.rehearsal):
+        words = [word.format(json="fast.json", out="out") for word in words]
+        if words[:2] == ["-m", "pytest"]:
+            assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+            continue
+        module = COMMANDS[Path(words[0]).stem]
+        mine, others = split({field.name for field in fields(module.Command)}, words[1:])
+        parsed = tyro.cli(module.Command, args=mine, use_underscores=True)
+        assert parsed.out.name.startswith("fast.json#")
+        if module is throughput:
+            config = load(str(ROOT / parsed.config), others)
+            each = config.micro_batch * config.model.seq_len
+            assert config.batch_tokens % each == 0 and config.micro_batch == (2 if "quickstart" in parsed.config else 8)
+        elif others:
+            raise AssertionError(others)
+        if module is kernels:
+            known = {"x".join(map(str, shape)) for op in parsed.op for shape in kernels.SHAPES["cuda"][op]}
+            assert all(any(part in shape for shape in known) for part in parsed.shape)
+
+
+def test_gpu_tests_are_those_of_every_file_that_has_one():
+    named = {Path(name).name for name in gpu.gpu_tests()}
+    assert {"test_kernels.py", "test_kernels_attention.py", "test_step.py", "test_data.py", "test_growth.py"} <= named
+    assert "test_flops.py" not in named
+
+
+TESTS = """
+import os, pytest
+def test_a(): pass
+def test_b(): assert 1 == 2, "not the same"
+@pytest.mark.skip
+def test_c(): pass
+def test_d(): os.kill(os.getpid(), 9)
+def test_e(): pass
+"""
+
+
+def test_recorded_tests_of_a_killed_run_say_what_failed_and_what_is_left(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    out = tmp_path / "right.json"
+    sections.write(out, {"about": 1})
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "bench.recorded", "--recorded", f"{out}#tests", "--rootdir", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*words, tmp_path / "test_some.py"], cwd=tmp_path, env=environment, capture_output=True)
+    found = json.loads(out.read_text())
+    assert found["about"] == 1 and (found["tests"]["passed"], found["tests"]["skipped"]) == (1, 1)
+    assert found["tests"]["failed"] == {"test_some.py::test_b": "AssertionError: not the same"}
+    assert found["tests"]["left"] == ["test_some.py::test_d", "test_some.py::test_e"]
+
+
+def test_key_of_an_unpacked_triton_is_the_one_that_it_computes_itself(tmp_path):
+    from triton.runtime.cache import triton_key
+
+    assert carried.key_of(Path(triton.__file__).parent.parent) == triton_key()
+    with pytest.raises(ValueError, match="holds no Triton: unpack a wheel of triton"):
+        carried.key_of(tmp_path)
+    (tmp_path / "triton/runtime").mkdir(parents=True)
+    (tmp_path / "triton/runtime/cache.py").touch()
+    (tmp_path / "triton/__init__.py").write_text("__version__ = '0.1'\n")
+    with pytest.raises(ValueError, match=f"is not {triton.__version__}, which compiles here"):
+        carried.key_of(tmp_path)
+
+
+KEEPS = """
+import os, sys
+from pathlib import Path
+from bench import sections
+assert (Path(os.environ["TRITON_CACHE_DIR"]) / "KEY").is_dir()
+sections.write(Path(sys.argv[1]), dict(found=1))
+"""
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_rehearsal_of_a_command_keeps_every_part_in_one_file(name, tmp_path, monkeypatch, capsys):
+    stand_ins = [gpu.Part(part.name, 1, (), ("-c", KEEPS, f"{{json}}#{part.name}")) for part in gpu.PARTS[name][:-1]]
+    stand_ins.append(gpu.Part("last", 1, (), ("-c", "raise SystemExit('it broke')")))
+    monkeypatch.setitem(gpu.PARTS, name, tuple(stand_ins))
+    monkeypatch.setattr(wheels, "complete", lambda folder, target: ["liger-kernel"])
+    cache = tmp_path / "cache"
+    (cache / "KEY").mkdir(parents=True)
+    (cache / "KEY/kernel.cubin").touch()
+    tmp_path = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", name, "--rehearse", "--cache", str(cache), "--out", str(tmp_path)])
+    assert gpu.main() == 1
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    about = found["about"]
+    assert about["rehearsal"] and about["lacking"] == ["liger-kernel"] and "torch" in about["versions"]
+    assert about["compiled_before"] == 1 and about["compiled_now"] == 0
+    states = {part: of["state"] for part, of in found["parts"].items()}
+    assert states == dict.fromkeys((part.name for part in stand_ins[:-1]), "whole") | {"last": "failed (exit 1)"}
+    assert all(found[part.name] == {"found": 1} for part in stand_ins[:-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.json", f"{name}.txt"], "a flat folder"
+    kept = {part: of for part, of in found.items() if part != "about"}
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "last"])
+    gpu.main()
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {part: of for part, of in found.items() if part not in ("about", "parts")} == {
+        part: of for part, of in kept.items() if part != "parts"
+    }
+    assert "it broke" in capsys.readouterr().out
+
+
+class Read(dict):
+    """A dict that knows which of its keys were read, and so on in what it holds."""
+
+    def __init__(self, values):
+        super().__init__({key: readable(value) for key, value in values.items()})
+        self.seen = set()
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def items(self):
+        self.seen |= set(self)
+        return super().items()
+
+    def values(self):
+        self.seen |= set(self)
+        return super().values()
+
+    def fields(self):
+        """(name of a field, whether it was read), of this and all it holds."""
+        for key, value in super().items():
+            yield key, key in self.seen
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, Read):
+                    yield from inner.fields()
+
+
+def readable(value):
+    if isinstance(value, dict):
+        return Read(value)
+    return [readable(inner) for inner in value] if isinstance(value, list) else value
+
+
+def written() -> dict[str, dict]:
+    """What the three commands write, made by the functions that make it there, with numbers of no measurement."""
+    results = ROOT / "bench/results"
+    about = {"device": H100, "git_commit": "a" * 40, "date": "2026-11-28", "versions": wheels.versions()}
+    about |= {"rehearsal": False, "lacking": ["liger-kernel"], "compiled_before": 17, "compiled_now": 3}
+    recorder = Recorder(Path("unused"))
+    recorder.found |= {"passed": 3, "failed": {"tests/test_a.py::test_b": "AssertionError: not | the same"}, "left": ["test_c"]}
+    ran = {"losses": [2.0, 1.0], "dtype": "bfloat16", "kernels": "triton"}
+    found = {"torch": options.judged(options.OPTIONS["torch"], ran, ran)}
+    found["plain"] = options.judged(options.OPTIONS["plain"], ran | {"losses": [2.0, 1.5]}, ran)
+    found["graph"] = {"state": "failed", "said": "exit 1: no graph"}
+    kept = {"device": H100, "steps": 20, "options": found, "left": ["compile"]}
+    config = load(str(ROOT / "config/1b.py"), [])
+    config = replace(config, model=replace(config.shapes()[-1], vocab_size=32000))
+    turns = [{"seconds": [1.0, 1.1], "first_step": 9.0, "peak_bytes": 2**35, "kernels": "triton"}]
+    step = {"config": "1b.py", "overrides": ["--micro_batch", "8"], "dtype": "bfloat16", "rounds": 1, "steps": 2, "warmup": 1}
+    step |= {"liger": False, "device": H100, "random_ids": True, "failed": {"hf": "out of memory"}}
+    step |= throughput.summarise({"nanostack": turns, "compile": turns}, config, torch.device("cpu"))
+    step["anchors"] = anchors.beside("config/1b.py", (), config.model, {"nanostack": 5e4})
+    kernel, grown = (
+        json.loads((results / name).read_text()) for name in ("kernels-amd-epyc.json", "growth-intel-xeon-processor.json")
+    )
+    for added in ("versions", "git_commit", "date"):  # of a file of its own
+        del kernel[added], grown[added]
+    rows = [asdict(Tuned("attention_dq", 64, 90, "attention(64, 64, 4, 2)", "attention(128, 128, 8, 2)", 1e-3, 2e-3, 40))]
+    tuned = {"device": H100, "rows": rows, "left": [["attention_dq", 128]], "patch": "tune.patch"}
+    parts = {"tests": {"state": "cut", "seconds": 60.0, "limit": 60, "said": "interrupted"}}
+    whole = {"about": about, "parts": parts}
+    fast = {"step": step, "start": step, "attention": kernel, "memory_bound": kernel, "growth": grown}
+    return {"right": whole | {"tests": recorder.found, "options": kept}, "fast": whole | fast, "tune": whole | {"rows": tuned}}
+
+
+def test_every_field_that_the_commands_write_is_read_by_the_report():
+    files = {name: readable(of) for name, of in written().items()}
+    text = report_gpu.page_of([files | {"kernels": {}}])
+    for file in files.values():
+        for part in [file, *(of for _, of in dict.items(file))]:
+            found = list(part.fields())
+            assert {name for name, _ in found} == {name for name, read in found if read}, "in one place or another"
+    for said in (
+        "### gpu-right, " + H100,
+        "not \\| the same",
+        "- cut: `test_c`",
+        "| plain | APART |",
+        "Cut: compile.",
+        "published",
+    ):
+        assert said in text
+    assert "| attention_dq 64 (90) | `attention(64, 64, 4, 2)` |" in text and "hf failed: out of memory" in text
+
+
+def test_page_says_where_there_is_no_result_and_leaves_rehearsals_out(tmp_path):
+    files = written() | {"kernels": {}}
+    for of in files.values():
+        if of:
+            of["about"] = of["about"] | {"rehearsal": True}
+    assert "###" not in report_gpu.page_of([files])
+    assert report_gpu.page_of([]) == report_gpu.NOTHING
+    page = (ROOT / "docs/performance.md").read_text()
+    tables = report_gpu.page_of([report_gpu.files_of(folder) for folder in report_gpu.folders(ROOT / "bench/results")])
+    assert report_gpu.placed(page, tables) == page, "python bench/report_gpu.py writes the page's tables"
+
+
+def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only(tmp_path):
+    source = (ROOT / "kernels/configs.py").read_text()
+    kernel, new = "attention_dq", attention(64, 64, 4, 2, TMA=True)
+    rows = [asdict(Tuned(kernel, size, 90, as_row(new), as_row(TABLE[kernel][90][size]), 1e-3, 2e-3, 40)) for size in (64, 128)]
+    rows.append(asdict(Tuned("swiglu_forward", tuning.ANY, 80, "row(8, BLOCK=512)", "row(4, BLOCK=1024)", 1e-4, 2e-4, 20)))
+    rows.append(asdict(Tuned("attention_forward", 64, 90, "attention(1, 1, 1, 1)", "attention(1, 1, 1, 1)", 1e-3, 1e-3, 40)))
+    made = tuning.patched(source, rows, f"{H100}, triton 3.6.0, 2026-11-28")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/configs.py").write_text(source)
+    patch = tmp_path / "tune.patch"
+    patch.write_text(tuning.difference(source, made))
+    subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
+    assert (tmp_path / "kernels/configs.py").read_text() == made
+    scope = {"__name__": "kernels.configs", "__package__": "kernels"}
+    exec(compile(made, "configs.py", "exec"), scope)
+    changed = [
+        (name, arch, size)
+        for name, of in TABLE.items()
+        for arch, by_size in of.items()
+        for size in by_size
+        if as_row(scope["TABLE"][name][arch][size]) != as_row(by_size[size])
+    ]
+    assert changed == [(kernel, 90, 64), (kernel, 90, 128), ("swiglu_forward", 80, tuning.ANY)]
+    assert "×" in made and all(len(line) <= 128 for line in made.splitlines())
+    with pytest.raises(ValueError, match="has no row of attention_dq, 70, 64"):
+        tuning.patched(source, [rows[0] | {"arch": 70}], "")
+
+
+def test_tuning_begins_no_row_when_its_time_is_over():
+    assert list(tune.tuned([("swiglu_forward", tuning.ANY)], 4, 0.0, torch.device("cpu"))) == []

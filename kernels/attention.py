@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cpu
-from .dispatch import require, require_floating, require_like, require_number, unit_stride, use_c, use_triton, wide
-from .flash_attention import MAX_D_HEAD, document_bounds, flash_attention_op
+from .dispatch import (
+    once_differentiable,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    use_c,
+    use_triton,
+    wide,
+)
+from .flash_attention import LN_2, MAX_D_HEAD, document_bounds, flash_attention_op
 from .rotary import check as check_rotary
-from .rotary import rotary
+from .rotary import require_heads, rotary
 
 # The C functions as operations of torch's: the FLOP counter and selective checkpointing must see them. Registered by hand, as a
 # custom_op takes 0.1 ms more a call, and small models on a CPU do not have that.
@@ -23,10 +32,8 @@ _library.define(
     "flash_attention_backward_c(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, "
     "Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale) -> ()"
 )
-_library.impl("flash_attention_c", lambda q, k, v, *more: cpu.attention(*unit_stride(q, k, v), *more), "CPU")
-_library.impl(
-    "flash_attention_backward_c", lambda dout, q, k, v, *more: cpu.attention_backward(*unit_stride(dout, q, k, v), *more), "CPU"
-)
+_library.impl("flash_attention_c", cpu.attention, "CPU")
+_library.impl("flash_attention_backward_c", cpu.attention_backward, "CPU")
 
 
 class _AttentionC(torch.autograd.Function):
@@ -40,10 +47,10 @@ class _AttentionC(torch.autograd.Function):
         _save(ctx, (q, k, v, None, None, cu_seqlens), output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _):
-        gradients = [x.new_empty(x.shape) for x in ctx.saved_tensors[:3]]
-        torch.ops.nanostack.flash_attention_backward_c(dout, *ctx.saved_tensors, *gradients, ctx.causal, ctx.scale)
+    @once_differentiable
+    def backward(ctx, saved, dout, _):
+        gradients = [x.new_empty(x.shape) for x in saved[:3]]
+        torch.ops.nanostack.flash_attention_backward_c(dout, *saved, *gradients, ctx.causal, ctx.scale)
         return *gradients, None, None, None
 
 
@@ -60,9 +67,9 @@ class _RotaryAttentionC(torch.autograd.Function):
         _save(ctx, (qkv, cos, sin, cu_seqlens), output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _):
-        qkv, *rest = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dout, _):
+        qkv, *rest = saved
         dqkv = qkv.new_empty(qkv.shape)
         inputs, gradients = (x.split(ctx.heads, 2) for x in (qkv, dqkv))
         torch.ops.nanostack.flash_attention_backward_c(dout, *inputs, *rest, *gradients, True, ctx.scale)
@@ -126,7 +133,7 @@ def flash_attention(
             _check_edges(cu_seqlens, q.shape[1])
         bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
-        return (out, lse) if return_lse else out
+        return (out, lse * LN_2) if return_lse else out
     if use_c(backend, q, k, v, torch_is_faster=_torch_is_faster(q)) and q.numel():
         if cu_seqlens is not None:
             _check_edges(cu_seqlens, q.shape[1])
@@ -154,7 +161,7 @@ def rotary_attention(
     require_floating("qkv", qkv)
     require_number("n_kv_head", n_kv_head, whole=True)
     enough = qkv.ndim == 4 and 0 < 2 * n_kv_head < qkv.shape[2]
-    require(enough, f"qkv has shape {tuple(qkv.shape)}; it must be (batch, seq, heads + 2 · {n_kv_head}, d_head)")
+    require(enough, lambda: f"qkv has shape {tuple(qkv.shape)}; it must be (batch, seq, heads + 2 · {n_kv_head}, d_head)")
     (B, T, _, K), heads = qkv.shape, (qkv.shape[2] - 2 * n_kv_head, n_kv_head, n_kv_head)
     packed = (B, T) if cu_seqlens is None else (1, B * T)
     if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
@@ -163,8 +170,7 @@ def rotary_attention(
         _check(*qkv.split(heads, 2), True, None, cu_seqlens)
         if cu_seqlens is not None:
             _check_edges(cu_seqlens, B * T)
-        tables = cos[:T].contiguous(), sin[:T].contiguous()
-        out, _ = _RotaryAttentionC.apply(qkv, heads, *tables, cu_seqlens, K**-0.5)
+        out, _ = _RotaryAttentionC.apply(qkv, heads, cos[:T], sin[:T], cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
     q, k = rotary(q, k, cos, sin, backend=backend)
@@ -183,31 +189,36 @@ def _check(q, k, v, causal, scale, cu_seqlens):
     require_floating("q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_like(name, x, "q", q)
-        require(x.ndim == 4, f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
-    require(q.shape[3] > 0, f"q has shape {tuple(q.shape)}; its heads are empty")
-    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
-    require(v.shape == k.shape, f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
-    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{shapes}; k must agree in batch and d_head")
-    require(k.shape[1] > 0, f"k has shape {tuple(k.shape)}; there is nothing to attend to")
-    require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, f"{shapes}; the heads of q must be a multiple of those of k")
+        require_heads(name, x)
+    require(q.shape[3] > 0, lambda: f"q has shape {tuple(q.shape)}; its heads are empty")
+    shapes = lambda: f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"  # noqa: E731
+    require(v.shape == k.shape, lambda: f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must match")
+    require(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], lambda: f"{shapes()}; k must agree in batch and d_head")
+    require(k.shape[1] > 0, lambda: f"k has shape {tuple(k.shape)}; there is nothing to attend to")
+    require(
+        k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, lambda: f"{shapes()}; the heads of q must be a multiple of those of k"
+    )
     one_length = q.shape[1] == k.shape[1] or not (causal or cu_seqlens is not None)
-    require(one_length, f"{shapes}; causal attention and cu_seqlens need q and k of one length")
+    require(one_length, lambda: f"{shapes()}; causal attention and cu_seqlens need q and k of one length")
     if cu_seqlens is None:
         return
     require_like("cu_seqlens", cu_seqlens, "q", q, dtype=False)
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
-    require(offsets, f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
-    require(q.shape[0] == 1, f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
+    require(offsets, lambda: f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
+    require(q.shape[0] == 1, lambda: f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
 
 
 def _check_edges(cu_seqlens, seq_len):
     rising = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == seq_len and bool((cu_seqlens.diff() >= 0).all())
-    require(rising, f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to {seq_len}, the length of q")
+    require(rising, lambda: f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to {seq_len}, the length of q")
 
 
 def _reference(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if causal and scale <= 0:  # torch's CPU kernel scales its mask, too: -inf · 0 is nan, and -inf · -1 hides nothing
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # torch.compile's symbolic bool is no bool to torch
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
 
 

@@ -23,6 +23,7 @@ from .dispatch import capability
 
 ANY = 1 << 62
 FP32 = 0
+CHECKED = 64  # bytes of stack that attention in float32 may need: it is for checking, and nobody waits for it
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(128, 64, 8, 2, odd_stack=72),
             256: attention(64, 32, 8, 2, odd_stack=168),
         },
-        FP32: {64: attention(32, 16, 4, 1), 256: attention(32, 16, 8, 1)},
+        FP32: {64: attention(32, 16, 4, 1, stack=CHECKED), 256: attention(32, 16, 8, 1, stack=CHECKED)},
     },
     "attention_dq": {
         90: {
@@ -82,8 +83,12 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2, odd_stack=8),
             256: attention(32, 32, 8, 2),
         },
-        # q and dout stay in the registers for products without matrix units: at 256 not even the smallest tile fits
-        FP32: {64: attention(32, 16, 4, 1), 128: attention(16, 16, 8, 1), 256: attention(16, 16, 8, 1, stack=288)},
+        FP32: {
+            64: attention(32, 16, 4, 1, stack=CHECKED),
+            128: attention(16, 16, 8, 1, stack=CHECKED),
+            # q and dout stay in the registers for products without matrix units: not even the smallest tile fits
+            256: attention(16, 16, 8, 1, stack=288),
+        },
     },
     "attention_dk_dv": {
         90: {
@@ -99,8 +104,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2, odd_stack=40),
             256: attention(32, 32, 8, 2),
         },
-        # a few words: float32 is for checking, and nobody waits for it
-        FP32: {128: attention(16, 32, 4, 1, stack=32), 256: attention(16, 32, 8, 1, stack=48)},
+        FP32: {128: attention(16, 32, 4, 1, stack=CHECKED), 256: attention(16, 32, 8, 1, stack=CHECKED)},
     },
     "rms_norm_forward": {
         80: {

@@ -30,10 +30,11 @@ static inline element round_(float x) { return x; }
 #define PRAGMA(text) _Pragma(#text)
 #define PARALLEL(work) PRAGMA(omp parallel for schedule(static) num_threads(threads) if ((work) > 32768))
 
-// e^x within 2 ulp: 2^n · e^r with r in ±ln(2)/2, e^r by its series (Cephes' coefficients). nan stays nan.
+// e^x within 2 ulp: 2^n · e^r with r in ±ln(2)/2, e^r by its series (Cephes' coefficients). nan stays nan; inf above ln(2^128),
+// 0 below -87: the exponent of 2^(n-1), which alone never overflows, is 0 there.
 static inline float exp_(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -87.3f ? -87.3f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -43,10 +44,10 @@ static inline float exp_(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t bits = ((int32_t)n + 126) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return p * power;
+    return p * power * 2.0f;
 }
 
 void swiglu_forward(const element *gate_up, element *y, long rows, long d_ff, int threads) {
@@ -70,8 +71,8 @@ void swiglu_backward(const element *dy, const element *gate_up, element *dgate_u
 #pragma omp simd
         for (long i = 0; i < d_ff; i++) {
             float g = load(gate[i]), sigmoid = 1.0f / (1.0f + exp_(-g)), dyi = load(d[i]);
-            dup[i] = round_(dyi * g * sigmoid);
-            dgate[i] = round_(dyi * load(up[i]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+            dup[i] = round_(dyi * (g * sigmoid));  // no product overflows before the sigmoid makes it small
+            dgate[i] = round_(dyi * (load(up[i]) * (sigmoid * (1.0f + g * (1.0f - sigmoid)))));
         }
     }
 }
@@ -162,19 +163,19 @@ void cross_entropy(const float *logits, const int64_t *targets, const float *row
         for (long i = 0; i < vocab; i++) most = in[i] > most ? in[i] : most;
 #pragma omp simd reduction(+ : sum)
         for (long i = 0; i < vocab; i++) sum += exp_(in[i] - most);
-        float lse = most + logf(sum);
+        float log_sum = logf(sum), lse = most + log_sum;  // most may be so large that lse is no more than it
         int inside = target >= 0 && target < vocab;
-        loss[row] = kept ? lse - (inside ? in[target] : NAN) + z_loss * lse * lse : 0.0f;
+        loss[row] = kept ? log_sum - ((inside ? in[target] : NAN) - most) + z_loss * lse * lse : 0.0f;
         if (!dlogits) continue;
         element *out = dlogits + row * vocab;
-        float scale = !kept ? 0.0f : row_scale ? row_scale[row] : 1.0f, slope = scale * (1.0f + 2.0f * z_loss * lse);
+        float scale = !kept ? 0.0f : row_scale ? row_scale[row] : 1.0f, slope = scale * (1.0f + 2.0f * z_loss * lse) / sum;
         if (!kept) {
             memset(out, 0, vocab * sizeof(element));
             continue;
         }
 #pragma omp simd
-        for (long i = 0; i < vocab; i++) out[i] = round_(exp_(in[i] - lse) * slope);
-        if (inside) out[target] = round_(exp_(in[target] - lse) * slope - scale);
+        for (long i = 0; i < vocab; i++) out[i] = round_(exp_(in[i] - most) * slope);
+        if (inside) out[target] = round_(exp_(in[target] - most) * slope - scale);
     }
 }
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 FLAGS += ("-ffp-contract=fast", "-fopenmp", "-fPIC")
 P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int  # noqa: E741
+E = None  # stands for the dtype of the elements, float32 or bfloat16
 
 
 class _Tensor(ctypes.Structure):
@@ -34,8 +36,8 @@ class _Tensor(ctypes.Structure):
     _fields_ = (("data", P), ("strides", L * 3))
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> "_Tensor":
-        return cls(x.data_ptr(), (L * 3)(*x.stride()[:3]))
+    def of(cls, x: torch.Tensor, dtype: torch.dtype) -> "_Tensor":
+        return cls(_address(x, dtype, rows=True), (L * 3)(*x.stride()[:3]))
 
 
 class _Angles(ctypes.Structure):
@@ -45,19 +47,19 @@ class _Angles(ctypes.Structure):
 
     @classmethod
     def of(cls, cos: torch.Tensor | None, sin: torch.Tensor | None) -> "_Angles":
-        return cls() if cos is None else cls(cos.data_ptr(), sin.data_ptr(), len(cos))
+        return cls() if cos is None else cls(_address(cos, torch.float32), _address(sin, torch.float32), len(cos))
 
 
-T, A = _Tensor, _Angles
-SIGNATURES = {
-    "swiglu_forward": (P, P, L, L, I),
-    "swiglu_backward": (P, P, P, L, L, I),
-    "rotary": (P, P, P, P, L, L, L, L, L, L, L, F, I),
-    "rms_norm_forward": (P, P, P, P, P, P, L, L, F, I),
-    "rms_norm_backward": (P, P, P, P, P, P, P, L, L, I),
-    "cross_entropy": (P, P, P, P, P, L, L, L, F, I),
-    "attention_forward": (T, T, T, T, P, P, A, L, L, L, L, L, L, L, I, F, P, I),
-    "attention_backward": (T, T, T, T, T, T, T, T, P, P, A, L, L, L, L, L, L, L, I, F, P, I),
+T, A, F32, I32, I64 = _Tensor, _Angles, torch.float32, torch.int32, torch.int64
+SIGNATURES = {  # a dtype is a pointer to the memory of a contiguous tensor of it, or NULL
+    "swiglu_forward": (E, E, L, L, I),
+    "swiglu_backward": (E, E, E, L, L, I),
+    "rotary": (E, E, F32, F32, L, L, L, L, L, L, L, F, I),
+    "rms_norm_forward": (E, E, F32, E, E, F32, L, L, F, I),
+    "rms_norm_backward": (E, E, E, F32, F32, E, F32, L, L, I),
+    "cross_entropy": (F32, I64, F32, F32, E, L, L, L, F, I),
+    "attention_forward": (T, T, T, T, F32, I32, A, L, L, L, L, L, L, L, I, F, F32, I),
+    "attention_backward": (T, T, T, T, T, T, T, T, F32, I32, A, L, L, L, L, L, L, L, I, F, F32, I),
     "attention_scratch": (L, L),
 }
 
@@ -90,8 +92,6 @@ def refusal(*tensors: torch.Tensor) -> str | None:
             return f"it needs tensors on the cpu, not on {x.device}."
         if x.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16 only, not {x.dtype}."
-        if x.is_neg():
-            return "it takes no tensor whose sign is yet to be turned."
         if type(x) not in (torch.Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, not {type(x).__name__}."
     return unavailable_reason()
@@ -100,22 +100,23 @@ def refusal(*tensors: torch.Tensor) -> str | None:
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """(..., 2F), gate first → (..., F)."""
     y = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    _call("swiglu_forward", y.dtype, gate_up.contiguous(), y, *_rows(y))
+    _call("swiglu_forward", y.dtype, plain(gate_up), y, *_rows(y))
     return y
 
 
 def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     dgate_up = gate_up.new_empty(gate_up.shape)
-    _call("swiglu_backward", dy.dtype, dy.contiguous(), gate_up.contiguous(), dgate_up, *_rows(dy))
+    _call("swiglu_backward", dy.dtype, plain(dy), plain(gate_up), dgate_up, *_rows(dy))
     return dgate_up
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """x (B, T, H, K) turned by sign · the angles of cos, sin (T, K/2) → the same, contiguous."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = x.new_empty(x.shape)
+    x, out = plain(x), x.new_empty(x.shape)
+    _expect("cos", cos, x.shape[1], x.shape[3] // 2)
+    _expect("sin", sin, *cos.shape)
     sizes = (*x.shape[:3], x.shape[3] // 2, *x.stride()[:3], sign)
-    _call("rotary", x.dtype, x, out, cos.contiguous(), sin.contiguous(), *sizes)
+    _call("rotary", x.dtype, x, out, plain(cos), plain(sin), *sizes)
     return out
 
 
@@ -126,8 +127,8 @@ def rms_norm(
     y, (rows, width) = x.new_empty(x.shape), _rows(x)
     summed = None if residual is None else x.new_empty(x.shape)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    residual = None if residual is None else residual.contiguous()
-    _call("rms_norm_forward", x.dtype, x.contiguous(), residual, weight.float().contiguous(), y, summed, rstd, rows, width, eps)
+    given = plain(x), plain(residual), plain(weight.float())
+    _call("rms_norm_forward", x.dtype, *given, y, summed, rstd, rows, width, eps)
     return y, summed, rstd
 
 
@@ -137,30 +138,32 @@ def rms_norm_backward(
     """dx, to which dresidual is added, and dweight in float32."""
     dx, (rows, width) = x.new_empty(x.shape), _rows(x)
     parts = x.new_empty((torch.get_num_threads(), width), dtype=torch.float32)
-    dresidual = None if dresidual is None else dresidual.contiguous()
-    given = (dy.contiguous(), dresidual, x.contiguous(), weight.float().contiguous(), rstd)
+    given = plain(dy), plain(dresidual), plain(x), plain(weight.float()), rstd
     _call("rms_norm_backward", x.dtype, *given, dx, parts, rows, width)
     return dx, parts.sum(0)
 
 
 def cross_entropy(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits) -> None:
     """As linear_cross_entropy's kernel, into loss and dlogits; logits float32 and contiguous."""
+    for name, x in (("targets", targets), ("row_scale", row_scale), ("loss", loss)):
+        _expect(name, x, len(logits))
     dtype = torch.float32 if dlogits is None else dlogits.dtype
-    _call("cross_entropy", dtype, logits, targets, row_scale, loss, dlogits, *logits.shape, ignore_index, z_loss)
+    _call("cross_entropy", dtype, logits, plain(targets), plain(row_scale), loss, dlogits, *logits.shape, ignore_index, z_loss)
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, causal: bool, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """q (B, T, H, K), k and v (B, T_kv, H_kv, K), of unit stride along K → (B, T, H, K) and log of each row's sum (B, H, T).
+    """q (B, T, H, K), k and v (B, T_kv, H_kv, K) → (B, T, H, K) and log of each row's sum (B, H, T).
 
-    With cos and sin, contiguous (n, K/2), q and k are first turned to their positions, which are counted modulo n.
+    With cos and sin (n, K/2) q and k are first turned to their positions, which are counted modulo n.
     """
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    tensors = [_Tensor.of(x) for x in (q, k, v, out)]
-    sizes = _attention_sizes(q, k, cu_seqlens, causal, scale)
-    _call("attention_forward", q.dtype, *tensors, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
+    q, k, v = (plain(x, rows=True) for x in (q, k, v))
+    cos, sin, cu_seqlens = plain(cos), plain(sin), plain(cu_seqlens)
+    sizes = _attention_sizes(q, k, v, cos, sin, cu_seqlens, causal, scale)
+    _call("attention_forward", q.dtype, q, k, v, out, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
     return out, lse
 
 
@@ -170,16 +173,30 @@ def attention_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, causal: bool, scale: float,
 ) -> None:  # fmt: skip
     """Into dq, dk, dv, which may have any strides but along K: those of q and k before they were turned."""
-    tensors = [_Tensor.of(x) for x in (dout, q, k, v, out, dq, dk, dv)]
-    sizes = _attention_sizes(q, k, cu_seqlens, causal, scale)
-    _call("attention_backward", q.dtype, *tensors, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
+    dout, q, k, v, out = (plain(x, rows=True) for x in (dout, q, k, v, out))
+    cos, sin, cu_seqlens, lse = plain(cos), plain(sin), plain(cu_seqlens), plain(lse)
+    sizes = _attention_sizes(q, k, v, cos, sin, cu_seqlens, causal, scale)
+    for name, x, like in (("dout", dout, q), ("out", out, q), ("dq", dq, q), ("dk", dk, k), ("dv", dv, k)):
+        _expect(name, x, *like.shape)
+    _expect("lse", lse, q.shape[0], q.shape[2], q.shape[1])
+    _call("attention_backward", q.dtype, dout, q, k, v, out, dq, dk, dv, lse, cu_seqlens, _Angles.of(cos, sin), *sizes)
 
 
-def _attention_sizes(q, k, cu_seqlens, causal, scale) -> tuple:
+def _attention_sizes(q, k, v, cos, sin, cu_seqlens, causal, scale) -> tuple:
     """Tasks, sizes and scratch memory, as the C functions take them."""
     (batch, seq, heads, d), (kv_seq, kv_heads) = q.shape, k.shape[1:3]
-    longest = kv_seq if cu_seqlens is None else int(cu_seqlens.diff().max())
-    tasks = kv_heads * (batch if cu_seqlens is None else len(cu_seqlens) - 1)
+    _expect("k", k, batch, seq if causal or cu_seqlens is not None else kv_seq, kv_heads, d)
+    _expect("v", v, *k.shape)
+    if cos is not None:
+        _expect("cos", cos, len(cos), d // 2)
+        _expect("sin", sin, *cos.shape)
+    longest, tasks = kv_seq, kv_heads * batch
+    if cu_seqlens is not None:
+        edges = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(edges)]
+        if batch != 1 or not lengths or edges[0] != 0 or edges[-1] != seq or min(lengths) < 0:
+            raise ValueError(f"cu_seqlens is {edges}; it must rise from 0 to {seq}, in a batch of 1")
+        longest, tasks = max(lengths), kv_heads * len(lengths)
     each = _load(q.dtype).attention_scratch(longest, d)
     scratch = q.new_empty(torch.get_num_threads() * each, dtype=torch.float32)
     return tasks, seq, kv_seq, heads, kv_heads, d, longest, causal, scale, scratch
@@ -190,9 +207,41 @@ def _rows(x: torch.Tensor) -> tuple[int, int]:
     return x.numel() // max(1, x.shape[-1]), x.shape[-1]
 
 
+def plain(x: torch.Tensor | None, rows: bool = False) -> torch.Tensor | None:
+    """`x` as the C functions read it: contiguous, or its last dimension only with `rows`, and no sign yet to be turned."""
+    if x is None:
+        return None
+    x = x.resolve_neg()
+    return x if rows and x.stride(-1) == 1 else x.contiguous()
+
+
+def _expect(name: str, x: torch.Tensor | None, *shape: int) -> None:
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; the C function takes {shape}")
+
+
+def _address(x: torch.Tensor | None, dtype: torch.dtype, rows: bool = False) -> int | None:
+    """Of memory that may be read as C reads it, the only way to it for a tensor. ValueError for any other tensor."""
+    if x is None:
+        return None
+    sound = type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype == dtype and x.device.type == "cpu" and not x.is_neg()
+    if not sound or not (x.stride(-1) == 1 or x.shape[-1] == 1 if rows else x.is_contiguous()):
+        raise ValueError(
+            f"a C function got a {type(x).__name__} of {x.dtype} on {x.device} with strides {x.stride()}; it takes a plain "
+            f"{dtype} tensor on the cpu that is contiguous{' along its last dimension' if rows else ''}"
+        )
+    return x.data_ptr()
+
+
 def _call(name: str, dtype: torch.dtype, *arguments) -> None:
-    """Call a function of cpu.c for elements of `dtype`: tensors by address, None as NULL, numbers; it ends with the threads."""
-    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+    """Call a function of cpu.c for elements of `dtype`, each argument as SIGNATURES says; it ends with the threads."""
+    values = []
+    for kind, value in zip(SIGNATURES[name], arguments, strict=False):
+        if kind is T:
+            value = T.of(value, dtype)
+        elif kind is E or isinstance(kind, torch.dtype):
+            value = _address(value, kind or dtype)
+        values.append(value)
     getattr(_load(dtype), name)(*values, torch.get_num_threads())
 
 
@@ -211,7 +260,8 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
         _build(define, folder / name)
     library = ctypes.CDLL(str(folder / name))
     for function, types in SIGNATURES.items():
-        getattr(library, function).argtypes, getattr(library, function).restype = types, None
+        pointers = [P if kind is E or isinstance(kind, torch.dtype) else kind for kind in types]
+        getattr(library, function).argtypes, getattr(library, function).restype = pointers, None
     library.attention_scratch.restype = L
     return library
 

@@ -6,8 +6,10 @@ choice reads only Python values and tensor metadata, so torch.compile makes it o
 """
 
 import contextlib
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -153,6 +155,50 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, as functions of all the others that raise where someone asks for their gradients."""
+
+    @staticmethod
+    def forward(count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse_second_derivative()
+
+
+def refuse_second_derivative(*_):
+    raise RuntimeError(
+        "the operations of kernels/ have first derivatives only, and this asks for a second one through create_graph=True; "
+        "write the operation in plain torch where you need it"
+    )
+
+
+def once_differentiable(backward):
+    """Make `backward(ctx, saved, *gradients)` the backward of an autograd.Function; a second derivative is an error.
+
+    torch's own decorator sees no second derivative where only what was saved depends on an input, and its error is not on
+    the way to the inputs that torch.autograd.grad is asked for: either way the missing term is zero, silently.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx, *gradients):
+        saved = ctx.saved_tensors  # once: activation checkpointing lets nobody take them twice
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # torch.compile refuses by itself
+            return backward(ctx, saved, *gradients)
+        inputs = (*saved, *gradients)
+        detached = [x if x is None else x.detach() for x in inputs]
+        results = backward(ctx, detached[: len(saved)], *detached[len(saved) :])
+        results = results if isinstance(results, tuple) else (results,)
+        return _Refusal.apply(len(results), *results, *inputs)
+
+    return once
+
+
 def unit_stride(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors, copied where their last dimension is not contiguous."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -191,10 +237,13 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds. For checks before any launch."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError with the message unless the condition holds. For checks before any launch.
+
+    A message that names sizes is a function: torch.compile would make a constant of each size that it formats.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def require_tensor(name: str, tensor: object) -> None:

@@ -4,7 +4,8 @@
     Δ = Σ_K dout · out,   dS = P ∘ (dout Vᵀ − Δ),   dV = Pᵀ dout,   dK = scale · dSᵀ Q,   dQ = scale · dS K
 
 A query head reads the kv head of its group, which is never repeated in memory; the gradient of a kv head is summed over its
-group by one program. No atomics: two runs give the same bits. S, lse and Δ are fp32; P and dS are rounded to the dtype of the
+group by one program. No atomics: two runs give the same bits. S, lse and Δ are fp32, S and lse in units of log 2 (a factor
+between forward and backward pass would round large ones to p = exp2(±ulp)); P and dS are rounded to the dtype of the
 input for the matrix units. With documents, row i attends to columns of [start_i, end_i), the bounds of its own document.
 
 FLOPs: forward 4·B·H·T·T_kv·K, backward 10 (14 are done, as dK/dV and dQ each form S and dP); a causal mask needs half of them.
@@ -12,12 +13,15 @@ The FLOP counter is told 4 and 10 with any mask, torch's own convention for atte
 Bytes at s per element: forward s·B·K·(2·H·T + 2·H_kv·T_kv) + 4·B·H·T; backward about 2.5 times that. The FLOPs are what counts.
 """
 
+import math
+
 import torch
 from torch.library import triton_op
 
 from .configs import Config, fitting, lookup, rows_for
 from .dispatch import (
     launch,
+    refuse_second_derivative,
     tl,
     triton,
     unit_stride,
@@ -26,7 +30,10 @@ from .dispatch import (
 
 MAX_D_HEAD = 256  # wider heads do not fit into the registers
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
-LOWEST = tl.constexpr(-1e30)  # finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan
+LN_2 = math.log(2)
+# Finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan. No float32 is below it: a row whose
+# scores all were would have the sum 0. Nothing is added to it but what is subtracted: LOWEST - 3e38 is -inf, whose exp2 is 0.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -132,7 +139,7 @@ def attention_forward_kernel(
     out_ptr += (batch * q_len * n_head + head) * D
     store_tile(out_ptr, n_head * D, row, q_len, out / row_sum[:, None], D, BLOCK_D)
     lse_ptr += (batch * n_head + head) * q_len
-    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) / LOG2_E, mask=row < q_len)
+    tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=row < q_len)
 
 
 @triton.jit
@@ -157,7 +164,7 @@ def attention_dq_kernel(
     q = load_tile(q_source, stride_q_seq, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, TMA)
     dout = load_tile(dout_source, stride_dout_seq, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, TMA)
     rows_before = (batch * n_head + head) * q_len
-    lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf")) * LOG2_E  # p = 0 past the end
+    lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf"))  # p = 0 past the end
     offset = (batch * q_len * n_head + head) * D
     out = load_tile(out_ptr + offset, n_head * D, q_block * BLOCK_M, q_len, D, BLOCK_M, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -219,7 +226,7 @@ def attention_dk_dv_kernel(
             # Sᵀ directly: transposing what a dot returned gives wrong gradients on Hopper [flash-linear-attention#826].
             scores_t = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E)
             lse = tl.load(lse_ptr + rows_before + row, mask=row < q_len, other=float("inf"))  # p = 0 past the end
-            p_t = tl.exp2(scores_t - (lse * LOG2_E)[None, :])
+            p_t = tl.exp2(scores_t - lse[None, :])
             # Every tile is masked: with a second loop for those that need none, this kernel spills.
             if CAUSAL or bounds_ptr is not None:
                 p_t = tl.where(visible(row[None, :], column[:, None], bounds_ptr, q_len, kv_len, CAUSAL), p_t, 0.0)
@@ -319,6 +326,7 @@ def _autograd(ctx, dout, _):
 
 
 flash_attention_op.register_autograd(_autograd, setup_context=_save)
+flash_attention_backward_op.register_autograd(refuse_second_derivative)
 
 
 def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -326,6 +334,7 @@ def document_bounds(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
 
     Where cu_seqlens does not rise from 0 to seq_len all documents are empty, and attention to nothing is nan.
     """
+    cu_seqlens = cu_seqlens.contiguous()
     position = torch.arange(seq_len, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
     sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len) & (cu_seqlens.diff() >= 0).all()

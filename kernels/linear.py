@@ -13,7 +13,7 @@ FLOPs: 2·rows·D_in·D_out forward, twice that backward. Bytes beyond the produ
 import torch
 import torch.nn.functional as F
 
-from .dispatch import require, require_floating, require_like
+from .dispatch import once_differentiable, require, require_floating, require_like
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.Te
     require_like("weight", weight, "x", x, dtype=False)
     require(
         weight.ndim == 2 and low.shape == weight.shape and x.ndim > 0 and x.shape[-1] == weight.shape[1],
-        f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and low {tuple(low.shape)}; weight and low must be "
-        "(D_out, D_in) for x of (..., D_in)",
+        lambda: (
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and low {tuple(low.shape)}; weight and low must be "
+            "(D_out, D_in) for x of (..., D_in)"
+        ),
     )
     return _Linear.apply(x, weight, low.detach())
 
@@ -40,9 +42,9 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, low)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, low = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dy):
+        x, weight, low = saved
         dx = dy @ low if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None

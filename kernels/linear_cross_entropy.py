@@ -22,12 +22,25 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cpu
 from .configs import ANY, lookup
-from .dispatch import launch, require, require_floating, require_like, require_number, tl, triton, use_c, use_triton, wide
+from .dispatch import (
+    launch,
+    once_differentiable,
+    require,
+    require_floating,
+    require_like,
+    require_number,
+    tl,
+    triton,
+    use_c,
+    use_triton,
+    wide,
+)
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 CHUNK_ROWS = 1024  # at least: every chunk reads and writes all of dweight, 8·V·D bytes for the 6·V·D FLOPs of each of its rows
 REDUCTIONS = ("mean", "sum", "none")
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; from -inf, a block of logits of -inf would make exp2(nan)
 
 
 @triton.jit
@@ -39,7 +52,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_logits_row
     target = tl.load(targets_ptr + row)
-    row_max = float("-inf")
+    row_max = LOWEST
     row_sum = 0.0
     for start in range(0, vocab, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -47,24 +60,25 @@ def cross_entropy_kernel(
         new_max = tl.maximum(row_max, tl.max(logits))
         row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2_E) + tl.sum(tl.exp2((logits - new_max) * LOG2_E))
         row_max = new_max
-    lse = row_max + tl.log(row_sum)
+    log_sum = tl.log(row_sum)  # kept apart from row_max, which may be so large that their sum is row_max
+    lse = row_max + log_sum
 
     kept = target != IGNORE_INDEX
     # A target outside the vocabulary gives nan, which nobody overlooks, instead of a read outside the logits.
     inside = (target >= 0) & (target < vocab)
     target_logit = tl.load(logits_ptr + target, mask=kept & inside, other=float("nan")).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(kept, lse - target_logit + Z_LOSS * lse * lse, 0.0))
+    tl.store(loss_ptr + row, tl.where(kept, log_sum - (target_logit - row_max) + Z_LOSS * lse * lse, 0.0))
 
     if dlogits_ptr is not None:
         dlogits_ptr += row * vocab
         scale = tl.where(kept, 1.0, 0.0)
         if row_scale_ptr is not None:
             scale *= tl.load(row_scale_ptr + row)
-        softmax_scale = scale * (1 + 2 * Z_LOSS * lse)
+        softmax_scale = scale * (1 + 2 * Z_LOSS * lse) / row_sum
         for start in range(0, vocab, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
             logits = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            dlogits = tl.exp2((logits - lse) * LOG2_E) * softmax_scale - tl.where(column == target, scale, 0.0)
+            dlogits = tl.exp2((logits - row_max) * LOG2_E) * softmax_scale - tl.where(column == target, scale, 0.0)
             dlogits = tl.where(kept, dlogits, 0.0)  # whatever the logits are: nan times 0 is nan
             tl.store(dlogits_ptr + column, dlogits.to(dlogits_ptr.dtype.element_ty), mask=column < vocab)
 
@@ -82,16 +96,18 @@ def _rows_torch(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits)
     inside = ((targets >= 0) & (targets < logits.shape[1])).unsqueeze(1)
     target = torch.where(kept & inside, targets.unsqueeze(1), 0)
     log_probs = torch.log_softmax(logits, dim=1)
-    target_log_prob = log_probs.gather(1, target)
-    lse = logits.gather(1, target) - target_log_prob
-    row_loss = torch.where(inside, z_loss * lse.square() - target_log_prob, torch.nan)
+    row_loss = -log_probs.gather(1, target)
+    if z_loss:  # 0 · lse² is nan where lse² overflows
+        lse = logits.logsumexp(1, keepdim=True)
+        row_loss += z_loss * lse * lse
+    row_loss.masked_fill_(~inside, torch.nan)
     loss.copy_(torch.where(kept, row_loss, 0).squeeze(1))
     if dlogits is None:
         return
     wide_dlogits = log_probs.exp_()
     if z_loss:
         wide_dlogits.mul_(1 + 2 * z_loss * lse)
-    wide_dlogits.scatter_add_(1, target, -torch.ones_like(lse))
+    wide_dlogits.scatter_add_(1, target, -torch.ones_like(row_loss))
     if row_scale is not None:
         wide_dlogits.mul_(row_scale.unsqueeze(1))
     dlogits.copy_(wide_dlogits.masked_fill_(~kept, 0))
@@ -176,9 +192,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss.sum() * ctx.factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        x, weight, targets = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dloss):
+        x, weight, targets = saved
         if ctx.factor is None:
             _, dx, dweight = rows_op(x, weight.to(x.dtype), targets, dloss, *ctx.options)
             return dx, dweight.to(weight.dtype), None, None, None, None, None, None
@@ -213,7 +229,7 @@ def linear_cross_entropy(
     rounded once for the matrix products, and its gradient comes back in float32. A target outside the vocabulary gives nan;
     any other misfit raises ValueError, which names the argument.
     """
-    require(reduction in REDUCTIONS, f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    require(reduction in REDUCTIONS, lambda: f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     require_floating("x", x)
     require_floating("weight", weight)
     require_like("weight", weight, "x", x, dtype=False)
@@ -221,14 +237,16 @@ def linear_cross_entropy(
     require(x.ndim > 0, "x has no dimensions; it must be (..., width)")
     require(
         weight.ndim == 2 and weight.shape[1] == x.shape[-1],
-        f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, {x.shape[-1]}) for x of shape {tuple(x.shape)}",
+        lambda: (
+            f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
+        ),
     )
     require(
         targets.shape == x.shape[:-1],
-        f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
+        lambda: f"targets has shape {tuple(targets.shape)}; it must be {tuple(x.shape[:-1])} for x of shape {tuple(x.shape)}",
     )
-    require(targets.dtype == torch.int64, f"targets is {targets.dtype}; it must be torch.int64")
-    require(weight.numel() > 0, f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
+    require(targets.dtype == torch.int64, lambda: f"targets is {targets.dtype}; it must be torch.int64")
+    require(weight.numel() > 0, lambda: f"weight has shape {tuple(weight.shape)}; there is nothing to choose from")
     require_number("ignore_index", ignore_index, whole=True)
     require_number("z_loss", z_loss)
     way = "triton" if use_triton(backend, x) else "c" if use_c(backend, x) else "torch"

@@ -20,6 +20,8 @@ from .dispatch import (
     as_rows,
     launch,
     multiprocessors,
+    once_differentiable,
+    refuse_second_derivative,
     require,
     require_floating,
     require_like,
@@ -168,6 +170,7 @@ def _add_rms_norm_autograd(ctx, dy, dresidual):
 
 
 rms_norm_op.register_autograd(_rms_norm_autograd, setup_context=_save)
+rms_norm_backward_op.register_autograd(refuse_second_derivative)
 add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 
 
@@ -179,7 +182,7 @@ def _check(x, weight, eps):
     require(x.ndim > 0, "x has no dimensions; it must be (..., width)")
     require(
         weight.shape == x.shape[-1:],
-        f"weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) for x of shape {tuple(x.shape)}",
+        lambda: f"weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},) for x of shape {tuple(x.shape)}",
     )
 
 
@@ -213,7 +216,7 @@ def add_rms_norm(
     require_like("residual", residual, "x", x)
     require(
         residual.shape == x.shape,
-        f"residual has shape {tuple(residual.shape)} and x has {tuple(x.shape)}; they must match",
+        lambda: f"residual has shape {tuple(residual.shape)} and x has {tuple(x.shape)}; they must match",
     )
     if use_triton(backend, x, _too_wide(x)) and x.numel():
         return add_rms_norm_op(x, residual, weight, eps)
@@ -235,9 +238,9 @@ class _RMSNorm(torch.autograd.Function):
         return rounded(x_wide * rstd * weight, x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dy):
+        x, weight, rstd = saved
         x_hat, dy = wide(x) * rstd, wide(dy)
         dy_x_hat = dy * x_hat
         dweight = dy_x_hat.reshape(-1, x.shape[-1]).sum(0)
@@ -257,8 +260,8 @@ class _RMSNormInC(torch.autograd.Function):
         return y, summed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dresidual):
-        x, weight, rstd = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dy, dresidual):
+        x, weight, rstd = saved
         dx, dweight = cpu.rms_norm_backward(dy, dresidual if ctx.added else None, x, weight, rstd)
         return dx, dx if ctx.added else None, dweight.to(weight.dtype), None

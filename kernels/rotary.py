@@ -16,6 +16,7 @@ from . import cpu
 from .configs import lookup
 from .dispatch import (
     launch,
+    once_differentiable,
     require,
     require_floating,
     require_like,
@@ -141,26 +142,37 @@ def rotary(
 def check(q, k, cos, sin, offset) -> None:
     """Raise ValueError, which names the argument, for what `rotary` does not take."""
     require_floating("q", q)
-    require(q.ndim == 4, f"q has shape {tuple(q.shape)}; it must be (batch, seq, head, d_head)")
+    require_heads("q", q)
     require_number("offset", offset, whole=True)
     require_like("k", k, "q", q)
     require(
         k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3],
-        f"k has shape {tuple(k.shape)} and q has {tuple(q.shape)}; they must agree in batch, seq and d_head",
+        lambda: f"k has shape {tuple(k.shape)} and q has {tuple(q.shape)}; they must agree in batch, seq and d_head",
     )
-    require(q.shape[3] % 2 == 0, f"q has d_head {q.shape[3]}; it must be even")
-    require(offset >= 0, f"offset is {offset}; it must not be negative")
-    for name, table in (("cos", cos), ("sin", sin)):
-        require_like(name, table, "q", q, dtype=False)
-        require(
-            table.dtype == torch.promote_types(q.dtype, torch.float32),
-            f"{name} is {table.dtype}; it must be torch.float32: angles lose their meaning in less",
-        )
-        require(
-            table.ndim == 2 and table.shape[0] >= offset + q.shape[1] and table.shape[1] == q.shape[3] // 2,
+    require(q.shape[3] % 2 == 0, lambda: f"q has d_head {q.shape[3]}; it must be even")
+    require(offset >= 0, lambda: f"offset is {offset}; it must not be negative")
+    _check_table("cos", cos, q, offset)
+    _check_table("sin", sin, q, offset)
+
+
+def _check_table(name, table, q, offset):
+    require_like(name, table, "q", q, dtype=False)
+    require(
+        table.dtype == torch.promote_types(q.dtype, torch.float32),
+        lambda: f"{name} is {table.dtype}; it must be torch.float32: angles lose their meaning in less",
+    )
+    require(
+        table.ndim == 2 and table.shape[0] >= offset + q.shape[1] and table.shape[1] == q.shape[3] // 2,
+        lambda: (
             f"{name} has shape {tuple(table.shape)}; it must be (at least {offset + q.shape[1]}, {q.shape[3] // 2}) "
-            f"for offset {offset} and q of shape {tuple(q.shape)}",
-        )
+            f"for offset {offset} and q of shape {tuple(q.shape)}"
+        ),
+    )
+
+
+def require_heads(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless `x` has the four dimensions of attention."""
+    require(x.ndim == 4, lambda: f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
 
 
 class _Rotary(torch.autograd.Function):
@@ -173,9 +185,9 @@ class _Rotary(torch.autograd.Function):
         return ctx.rotate(q, cos, sin, 1), ctx.rotate(k, cos, sin, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dq, dk):
+        cos, sin = saved
         return ctx.rotate(dq, cos, sin, -1), ctx.rotate(dk, cos, sin, -1), None, None, None
 
 

@@ -14,7 +14,21 @@ from torch.library import triton_op
 
 from . import cpu
 from .configs import lookup
-from .dispatch import as_rows, launch, require, require_floating, rounded, tl, triton, use_c, use_triton, wide, wrap_triton
+from .dispatch import (
+    as_rows,
+    launch,
+    once_differentiable,
+    refuse_second_derivative,
+    require,
+    require_floating,
+    rounded,
+    tl,
+    triton,
+    use_c,
+    use_triton,
+    wide,
+    wrap_triton,
+)
 
 
 @triton.jit
@@ -42,8 +56,8 @@ def swiglu_backward_kernel(
     up = tl.load(gate_ptrs + d_ff, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * stride_dy_row + column, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = dy * gate * sigmoid
+    dgate = dy * (up * (sigmoid * (1 + gate * (1 - sigmoid))))  # no product overflows before the sigmoid makes it small
+    dup = dy * (gate * sigmoid)
     tl.store(dgate_ptrs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
     tl.store(dgate_ptrs + d_ff, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
@@ -86,6 +100,7 @@ def _save(ctx, inputs, output):
 
 
 swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(dy, *ctx.saved_tensors), setup_context=_save)
+swiglu_backward_op.register_autograd(refuse_second_derivative)
 
 
 def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
@@ -93,7 +108,7 @@ def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     require_floating("gate_up", gate_up)
     require(
         gate_up.ndim > 0 and gate_up.shape[-1] % 2 == 0,
-        f"gate_up has shape {tuple(gate_up.shape)}; its last dimension must be even: gate, then up",
+        lambda: f"gate_up has shape {tuple(gate_up.shape)}; its last dimension must be even: gate, then up",
     )
     on_triton = use_triton(backend, gate_up)
     return swiglu_op(gate_up) if on_triton and gate_up.numel() else _SwiGLU.apply(gate_up, use_c(backend, gate_up))
@@ -112,9 +127,9 @@ class _SwiGLU(torch.autograd.Function):
         return rounded(F.silu(wide(gate)) * up, gate_up.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, saved, dy):
+        (gate_up,) = saved
         if ctx.in_c:
             return cpu.swiglu_backward(dy, gate_up), None
         gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
@@ -122,5 +137,5 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up = gate_up.new_empty(gate_up.shape)
         dgate, dup = dgate_up.chunk(2, dim=-1)
         dup.copy_(F.silu(gate).mul_(dy))
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        dgate.copy_(torch.ops.aten.silu_backward(up, gate).mul_(dy))
         return dgate_up, None

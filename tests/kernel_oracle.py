@@ -51,7 +51,7 @@ def noise(*shape, seed, scale=1.0):
     """Normally distributed numbers in fp32 on the CPU; in a dry run, which reads none, whatever is in memory."""
     if dry_gpu.active:
         return torch.empty(shape)
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def holds(statement) -> bool:
@@ -191,3 +191,37 @@ def check_attention(q, k, v, target, monkeypatch, **options):
 def attention_inputs(batch, q_len, kv_len, n_head, n_kv_head, d_head, target):
     shapes = ((batch, q_len, n_head, d_head), *[(batch, kv_len, n_kv_head, d_head)] * 2)
     return [randn(*shape, seed=seed, target=target) for seed, shape in enumerate(shapes)]
+
+
+def all_operations(target, batch=1, seq=40, heads=2, kv_heads=1, d_head=32, width=40, vocab=50):
+    """Each operation as (function, inputs), on small odd shapes."""
+    device, backend, _ = target
+    x, residual, weight, gate_up, head = (
+        randn(*shape, target=target, seed=3)
+        for shape in ((batch, seq, width), (batch, seq, width), (width,), (batch, seq, 2 * width), (vocab, width))
+    )
+    q, k, v = attention_inputs(batch, seq, seq, heads, kv_heads, d_head, target)
+    angle = torch.arange(seq * d_head / 2.0, device=device).view(seq, -1)
+    tables, targets = (angle.cos(), angle.sin()), torch.arange(batch * seq, device=device).view(batch, seq) % vocab
+    packed = [part.flatten(0, 1)[None].detach().requires_grad_() for part in (q, k, v)]
+    edges = torch.tensor([0, 5, batch * seq], dtype=torch.int32, device=device)
+
+    def rotary_attention(q, k, v, cos, sin):
+        return kernels.rotary_attention(torch.cat((q, k, v), 2), k.shape[2], cos, sin, backend=backend)
+
+    def loss(reduction):
+        return lambda x, w, t: kernels.linear_cross_entropy(x, w, t, reduction=reduction, z_loss=0.01, backend=backend)
+
+    return {
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5, backend=backend), (x, weight)),
+        "add_rms_norm": (lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5, backend=backend), (x, residual, weight)),
+        "rotary": (lambda *t: kernels.rotary(*t, backend=backend), (q, k, *tables)),
+        "flash_attention": (lambda *t: kernels.flash_attention(*t, backend=backend), (q, k, v)),
+        "full_attention": (lambda *t: kernels.flash_attention(*t, causal=False, backend=backend), (q, k, v)),
+        "documents": (lambda *t: kernels.flash_attention(*t[:3], cu_seqlens=t[3], backend=backend), (*packed, edges)),
+        "rotary_attention": (rotary_attention, (q, k, v, *tables)),
+        "swiglu": (lambda x: kernels.swiglu(x, backend=backend), (gate_up,)),
+        "linear": (lambda x, w: kernels.linear(x, w, w.detach()), (x, head)),
+        "mean_loss": (loss("mean"), (x, head, targets)),
+        "loss_of_each_row": (loss("none"), (x, head, targets)),
+    }

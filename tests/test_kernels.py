@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_oracle import (
     INTERPRETED,
+    all_operations,
     assert_obeys_error_rule,
     attention_inputs,
     check_attention,
@@ -171,30 +172,6 @@ def test_strides_do_not_matter(data, target, monkeypatch):
     check_attention(q, k, v, target, monkeypatch)
 
 
-def all_operations(target):
-    """Each operation as (function, inputs), on small odd shapes."""
-    backend = target[1]
-    x, residual, weight = (randn(*shape, target=target, seed=3) for shape in ((2, 9, 40), (2, 9, 40), (40,)))
-    q, k, v = attention_inputs(1, 40, 40, 2, 1, 32, target)
-    angle = torch.arange(40 * 16.0, device=target[0]).view(40, 16)
-    vocab, targets = randn(50, 40, target=target), torch.arange(18, device=target[0]).view(2, 9)
-    return {
-        "rms_norm": (lambda *t: kernels.rms_norm(*t, EPS, backend=backend), (x, weight)),
-        "add_rms_norm": (lambda *t: kernels.add_rms_norm(*t, EPS, backend=backend), (x, residual, weight)),
-        "rotary": (lambda q, k: kernels.rotary(q, k, angle.cos(), angle.sin(), backend=backend), (q, k)),
-        "flash_attention": (lambda *t: kernels.flash_attention(*t, backend=backend), (q, k, v)),
-        "rotary_attention": (
-            lambda *t: kernels.rotary_attention(torch.cat(t, 2), 1, angle.cos(), angle.sin(), backend=backend),
-            (q, k, v),
-        ),
-        "swiglu": (lambda x: kernels.swiglu(x, backend=backend), (x,)),
-        "linear_cross_entropy": (
-            lambda x, w: kernels.linear_cross_entropy(x, w, targets, backend=backend),
-            (x, vocab),
-        ),
-    }
-
-
 @on_every_target
 def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(target):
     for name, (function, inputs) in all_operations(target).items():
@@ -202,6 +179,73 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(target):
         runs = [outputs_and_gradients(function, inputs) for _ in range(2)]
         assert all(map(torch.equal, *runs)), name
         assert all(map(torch.equal, before, inputs)), name
+
+
+def between_others(x):
+    """The same values, with others between any two of them in memory."""
+    return torch.stack((x, torch.full_like(x, 77)), -1)[..., 0]
+
+
+def repeated(dim):
+    """One slice of `x` seen again and again, with stride 0."""
+    return lambda x: x.narrow(dim, 0, 1).expand_as(x) if x.is_floating_point() and x.ndim else x
+
+
+LAYOUTS = {"between others": between_others, "rows repeated": repeated(0), "elements repeated": repeated(-1)}
+LAYOUTS["sign to be turned"] = lambda x: torch._neg_view(-x)
+
+
+@on_every_target
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(layout, target):
+    """Of any input, integers too, and of the gradients that come back."""
+    for name, (function, inputs) in all_operations(target, batch=2, seq=7).items():
+        runs = []
+        for view in (LAYOUTS[layout], lambda x: LAYOUTS[layout](x).clone(memory_format=torch.contiguous_format).resolve_neg()):
+            given = [view(x.detach()).requires_grad_(x.requires_grad) for x in inputs]
+            outputs = function(*given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            upstream = [view(randn(*out.shape, target=target, seed=5, grad=False).to(out.dtype)) for out in outputs]
+            runs.append([*outputs, *torch.autograd.grad(outputs, [x for x in given if x.requires_grad], upstream)])
+        # Loosely, as torch's matrix products sum in another order: what was read elsewhere is 77, nan, or of the other sign.
+        torch.testing.assert_close(*runs, rtol=0.1, atol=0.1, msg=lambda found, name=name: f"{name}: {found}")
+
+
+@on_every_target
+def test_second_derivatives_are_refused(target):
+    """In a loss where other terms do have them: a missing term would be a wrong number. Rotary's own, in Triton, are right."""
+    for name, (function, inputs) in all_operations(target).items():
+        outputs = function(*inputs)
+        total = sum(out.float().square().sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        wanted = [x for x in inputs if x.requires_grad]
+        total = total + sum(x.float().pow(3).sum() for x in wanted)
+        first = torch.autograd.grad(total, wanted, create_graph=True)
+        scalar = sum(dx.float().square().sum() for dx in first)
+        if (name, target[1]) == ("rotary", "triton"):
+            # Rotary is orthogonal: the first derivative is 2·x + 3·x², and the square's is 2·(2·x + 3·x²)·(2 + 6·x).
+            exact = [2 * (2 * x + 3 * x**2) * (2 + 6 * x) for x in map(torch.Tensor.double, wanted)]
+            torch.testing.assert_close(torch.autograd.grad(scalar, wanted), exact, check_dtype=False, rtol=0.02, atol=0.2)
+            continue
+        with pytest.raises(RuntimeError, match=r"have first derivatives only|_backward is not implemented"):
+            torch.autograd.grad(scalar, wanted)
+
+
+@on_every_target
+def test_gradients_of_a_kept_graph_are_first_derivatives(target):
+    """create_graph changes no gradient, and a gradient that a weight has already is not added to behind the graph's back."""
+    for name, (function, inputs) in all_operations(target).items():
+        wanted = [x for x in inputs if x.requires_grad]
+        for x in wanted:
+            x.grad = torch.ones_like(x)
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.ones_like(out) for out in outputs]
+        kept = torch.autograd.grad(outputs, wanted, upstream, create_graph=True)
+        for x in wanted:
+            assert torch.equal(x.grad, torch.ones_like(x)), name
+            x.grad = None
+        again = torch.autograd.grad(function(*inputs), wanted, upstream)
+        assert all(map(torch.equal, kept, again)), name
 
 
 @on_triton

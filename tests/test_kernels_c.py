@@ -151,3 +151,60 @@ def test_attention_is_the_same_with_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+UNREADABLE = {
+    "gaps": lambda x: torch.stack((x, x), -1)[..., 0],
+    "another dtype": torch.Tensor.double,
+    "another device": lambda x: x.to("meta"),
+    "a sign to be turned": torch._neg_view,
+    "a subclass": lambda x: x.as_subclass(type("Subclass", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_no_tensor_reaches_c_that_it_would_read_wrongly(how):
+    """Whatever function is called, with whatever argument: the address of a tensor is to be had in one way only."""
+    asked = set()
+    for name, kinds in cpu.SIGNATURES.items():
+        for i, kind in enumerate(kinds):
+            if kind in (cpu.L, cpu.F, cpu.I, cpu.A):
+                continue
+            dtype = kind if isinstance(kind, torch.dtype) else torch.float32
+            arguments = [None if other is not cpu.T else torch.ones(1, 2, 1, 4) for other in kinds]
+            arguments[i] = UNREADABLE[how](torch.ones(1, 2, 1, 4, dtype=dtype))
+            with pytest.raises(ValueError, match="a C function got a "):
+                cpu._call(name, torch.float32, *arguments)
+            asked.add((name, i))
+    assert len(asked) > 40
+    with pytest.raises(ValueError, match="a C function got a "):
+        cpu._Angles.of(torch.ones(2, 4), UNREADABLE[how](torch.ones(2, 4)))
+
+
+def test_attention_operations_take_any_layout_and_no_misfit():
+    """Called by name, without the checks of kernels.flash_attention."""
+    forward, backward = torch.ops.nanostack.flash_attention_c, torch.ops.nanostack.flash_attention_backward_c
+    apart = UNREADABLE["gaps"]
+    q, k, v, dout = (torch.randn(1, 12, heads, 8) for heads in (4, 2, 2, 4))
+    edges, table = torch.tensor([0, 5, 12], dtype=torch.int32), torch.rand(12, 4)
+    out, lse = forward(q, k, v, table, table, edges, True, 0.3)
+    strided = forward(*map(apart, (q, k, v, table, table, edges)), True, 0.3)
+    assert torch.equal(strided[0], out) and torch.equal(strided[1], lse)
+    given = (dout, q, k, v, table, table, edges, out, lse)
+    results = [[torch.empty_like(x) for x in (q, k, v)] for _ in "ab"]
+    backward(*given, *results[0], True, 0.3)
+    backward(*map(apart, given), *results[1], True, 0.3)
+    assert all(map(torch.equal, *results))
+    for i, misfit in ((0, dout[:, :7]), (2, k[:, :7]), (3, v[:, :, :1]), (5, table[:3]), (6, edges * 9), (7, out[:, :2])):
+        with pytest.raises(ValueError, match=r"has shape .* the C function takes|must rise from 0 to 12"):
+            backward(*given[:i], misfit, *given[i + 1 :], *results[0], True, 0.3)
+    with pytest.raises(ValueError, match="lse has shape"):
+        backward(*given[:-1], lse[..., :3], *results[0], True, 0.3)
+    with pytest.raises(ValueError, match="contiguous along its last dimension"):
+        backward(*given, apart(results[0][0]), *results[0][1:], True, 0.3)
+
+
+def test_cross_entropy_rows_take_no_misfit():
+    x, weight = torch.ones(3, 8), torch.ones(5, 8)
+    with pytest.raises(ValueError, match="targets has shape"):
+        torch.ops.nanostack.linear_cross_entropy_rows(x, weight, torch.tensor([0]), None, -100, 0.0, False, "c")

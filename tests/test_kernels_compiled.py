@@ -116,7 +116,8 @@ def test_unsound_candidates_are_not_taken_however_fast():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")
-def test_torch_compile_sees_each_kernel_and_what_it_writes(monkeypatch):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_sees_each_kernel_and_what_it_writes(dynamic, monkeypatch):
     """One graph, no copies of inputs for fear that a kernel might write them: traced with fake tensors on a fake Hopper."""
     hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
@@ -144,7 +145,8 @@ def test_torch_compile_sees_each_kernel_and_what_it_writes(monkeypatch):
             torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((99, 64), (2, 99, 4, 64), (2, 99, 2, 64))
         )
         weight, angle = torch.empty(64, device="cuda"), torch.empty(99, 32, device="cuda")
-        torch.compile(block, backend=aot_autograd(fw_compiler=note), fullgraph=True)(x, weight, q, k, angle)
+        compiled = torch.compile(block, backend=aot_autograd(fw_compiler=note), fullgraph=True, dynamic=dynamic)
+        compiled(x, weight, q, k, angle)
     assert written == [
         ["y_ptr"],
         ["y_ptr", "residual_out_ptr"],

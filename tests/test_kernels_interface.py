@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_oracle import all_operations, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -152,12 +153,23 @@ def test_references_have_the_gradients_of_finite_differences():
         assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_double_backward_is_refused():
-    for function in (kernels.swiglu, lambda x: kernels.rms_norm(x, W, 1e-5)):
-        x = X.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+OPERATIONS = list(all_operations(("cpu", "torch", torch.float32)))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "documents"])  # their shapes depend on values
+def test_references_compile_once_for_every_size(name):
+    """Batch, sequence, heads, width and vocabulary; a second size compiles nothing."""
+    target = ("cpu", "torch", torch.float32)
+    sizes = {"batch": 5, "seq": 11, "heads": 8, "kv_heads": 4, "width": 40, "vocab": 50}, {"batch": 7, "seq": 17, "heads": 9}
+    sizes[1].update(kv_heads=3, width=44, vocab=70)
+    torch.compiler.reset()
+    function, _ = all_operations(target)[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size, stance in zip(sizes, ("default", "fail_on_recompile"), strict=True):
+        inputs = all_operations(target, d_head=26, **size)[name][1]
+        with torch.compiler.set_stance(stance):
+            found = outputs_and_gradients(compiled, inputs)
+        torch.testing.assert_close(found, outputs_and_gradients(function, inputs))
 
 
 class LargestTensor(TorchDispatchMode):

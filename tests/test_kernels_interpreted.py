@@ -11,7 +11,7 @@ import pytest
 import kernels.dispatch
 
 TESTS = Path(__file__).parent
-FILES = (TESTS / "test_kernels.py", TESTS / "test_kernels_attention.py")
+FILES = [TESTS / f"test_kernels{name}.py" for name in ("", "_attention", "_extremes")]
 
 
 @pytest.mark.slow

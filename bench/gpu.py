@@ -60,18 +60,8 @@ BOUND = ("bench/kernels.py", "--out", "{json}#memory_bound", "--op", "rms_norm",
 BOUND += ("linear_cross_entropy", "--way", "torch.compile", "Liger", "--samples", "20")
 START = ("bench/throughput.py", "config/1b.py", "--out", "{json}#start", "--rounds", "2", "--steps", "1", "--warmup", "1")
 TUNE = ("bench/tuning.py", "--out", "{json}#rows", "--patch", "{out}/tune.patch")
-SMALL = (
-    "bench/throughput.py",
-    "config/quickstart_base.py",
-    "--rounds",
-    "1",
-    "--steps",
-    "2",
-    "--warmup",
-    "1",
-    "--accumulate",
-    "1",
-)
+SMALL = ("bench/throughput.py", "config/quickstart_base.py", "--rounds", "1", "--steps", "2", "--warmup", "1")
+SMALL += ("--accumulate", "1")
 SMALL += ("--micro_batch", "2", "--out")
 PARTS = {
     "right": (

@@ -35,7 +35,7 @@ class Config:
     num_stages: int
     programs_per_sm: int = 1  # of a persistent kernel
     stack: int = 0  # bytes per thread that may be spilled: more than 0 needs its reason beside the row
-    odd_stack: int = 0  # the same, where it is more, for strides or head widths that 16 does not divide and for single tokens
+    odd_stack: int = 0  # the same, where it is more, for strides, widths or lengths that 16 does not divide
 
     def launch(self) -> dict[str, int]:
         """Keyword arguments of the kernel's launch."""
@@ -93,9 +93,9 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
     "attention_dk_dv": {
         90: {
             32: attention(64, 128, 8, 2, TMA=True),
-            64: attention(64, 128, 8, 3, TMA=True),
-            # 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width; 56 bytes by Triton 3.7, 88 by 3.6
-            128: attention(64, 128, 8, 2, TMA=True, stack=88),
+            64: attention(64, 128, 8, 3, TMA=True, odd_stack=64),  # by Triton 3.6, with documents
+            # with documents; 32 rows of q do not spill, but make every Sᵀ and dPᵀ a wgmma of half the width
+            128: attention(64, 128, 8, 2, TMA=True, stack=56, odd_stack=104),
             256: attention(32, 64, 8, 1, TMA=True),
         },
         80: {

@@ -75,13 +75,16 @@ def locate(n_row, n_head, BLOCK: tl.constexpr):
 
 @triton.jit
 def visible(row, column, bounds_ptr, q_len, kv_len, CAUSAL: tl.constexpr):
-    """Which columns each row attends to. row and column broadcast, so it serves S and Sᵀ."""
-    seen = column < kv_len
-    if CAUSAL:
-        seen = seen & (column <= row)
+    """Which columns each row attends to. row and column broadcast, so it serves S and Sᵀ.
+
+    What lies behind the last column, or behind the document of a row, lies behind the row: a causal mask hides it already. Rows
+    behind the last are not stored, and have p = 0 in the backward pass.
+    """
+    seen = column <= row if CAUSAL else column < kv_len
     if bounds_ptr is not None:
         seen = seen & (tl.load(bounds_ptr + row, mask=row < q_len, other=0) <= column)
-        seen = seen & (tl.load(bounds_ptr + q_len + row, mask=row < q_len, other=2**31 - 1) > column)
+        if not CAUSAL:
+            seen = seen & (tl.load(bounds_ptr + q_len + row, mask=row < q_len, other=2**31 - 1) > column)
     return seen
 
 

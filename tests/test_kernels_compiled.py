@@ -38,12 +38,15 @@ def gate(*arguments, **environment):
 @pytest.mark.timeout(1200)  # hundreds of compilations, on whatever cores there are
 def test_every_configuration_compiles_into_the_code_it_promises():
     reports = []
-    for arguments in (("--arch", "90"), ("--arch", "80", "--dtype", "bf16")):  # rows of fp32 are the same on both
+    # Rows of fp32 are the same on both, and odd calls of rows of 80 are for the dry GPU (make dry-gpu).
+    for arguments in (("--arch", "90"), ("--arch", "80", "--dtype", "bf16", "--usual")):
         done = gate(*arguments, "--json")
         assert done.returncode == 0, done.stderr
         reports += json.loads(done.stdout)["kernels"]
     for name in TABLE:
         for arch, dtype in ((90, "bf16"), (90, "fp16"), (90, "fp32"), (80, "bf16")):
+            if dtype == "fp16" and not name.startswith("attention"):
+                continue
             mine = [r for r in reports if (r["kernel"], r["arch"], r["dtype"]) == (name, arch, dtype)]
             sizes = rows_for(name, FP32 if dtype == "fp32" else arch)
             assert {r["size"] for r in mine} == {None if size == ANY else size for size in sizes}, (name, arch, dtype)

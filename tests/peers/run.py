@@ -81,26 +81,36 @@ def main(options: Options) -> dict:
     if options.table is not None:
         if not options.table.is_file():
             raise UserError(f"--table {options.table} is not there; --out writes such a file")
-        print(table(json.loads(options.table.read_text())))
+        print(table(recorded("table", options.table)))
         return {}
     known = adapters()
     check(options, known)
-    results = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    results, now = recorded("out", options.out) if options.out and options.out.exists() else {}, {}
     for adapter in options.only or known:
         checkout = options.peers / known[adapter].split("/")[1]
         for backend in options.backend:
             counts = run(options, adapter, checkout, backend)
             sample = {"cases": options.cases, "seconds": options.seconds, "seed": options.seed}
             entry = {"peer": known[adapter], "commit": commit_of(checkout), "backend": backend, **sample, **counts}
-            results[f"{adapter} {backend}"] = entry
+            now[f"{adapter} {backend}"] = results[f"{adapter} {backend}"] = entry
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
             if not options.json:
                 print(row(entry), *(f"  {line}" for line in counts.get("failures", [])), sep="\n", flush=True)
-    broken = [f"{name}: {entry['broken']}" for name, entry in results.items() if "broken" in entry]
+    broken = [f"{name}: {entry['broken']}" for name, entry in now.items() if "broken" in entry]
     if broken:
         raise UserError(f"no test could be run with {'; '.join(broken)}")
-    return results
+    return now
+
+
+def recorded(name: str, file: Path) -> dict:
+    """The results in a file that --`name` names."""
+    try:
+        found = json.loads(file.read_text())
+        table(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--{name} {file} is no file of results ({type(error).__name__}: {error}): move it away") from error
+    return found
 
 
 def check(options: Options, known: dict[str, str]) -> None:
@@ -116,6 +126,12 @@ def check(options: Options, known: dict[str, str]) -> None:
             raise UserError(f"{checkout} is not there: git clone https://github.com/{known[adapter]} {checkout}")
     if importlib.util.find_spec("pytest") is None:
         raise UserError("pytest is not installed; pip install pytest")
+    if options.out:
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.touch() if options.out.exists() else None
+        except OSError as error:
+            raise UserError(f"--out {options.out}: nothing can be written there: {error.strerror}") from error
 
 
 def listed(reasons: dict[str, int]) -> str:
@@ -140,4 +156,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    command_line(Options, main)
+    sys.exit(int(any(entry["failed"] for entry in command_line(Options, main).values())))

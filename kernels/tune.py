@@ -5,8 +5,8 @@
 For every kernel and size of the table it compiles a grid of candidates on all cores, as a launch would, so that this process
 finds them in Triton's cache; checks their results against those of the row in use; and times them in turn with cold caches. The
 fastest that passes the gate (kernels.aot: no spills, no more shared memory than there is) is printed. A new row is proposed
-only where its call is more than 2 % faster than with the row in use. For attention_dq and attention_dk_dv that call is the whole
-backward pass, both kernels together. `bench/tuning.py` makes a patch of them.
+only where its call is more than 2 % faster than with the row in use. For attention_dq and attention_dk_dv that call is the
+whole backward pass, both kernels together. `bench/tuning.py` makes a patch of them.
 """
 
 import argparse
@@ -92,10 +92,10 @@ Judge = Callable[[str, int, int, Config], str | None]
 Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
 
 
-def answers(work: Callable, jobs: list[tuple], seconds: float) -> dict[int, object]:
-    """What `work(*job)` returned, by the job's number: each in a process of its own, as many at a time as there are cores, begun
-    within so many seconds. A job whose process dies has a sentence that says so; one that takes longer than LAST beyond the end is
-    killed, and has no answer. When this returns, none of them runs.
+def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.0) -> dict[int, object]:
+    """What `work(*job)` returned, by the job's number: each in a process of its own, as many at a time as there are cores,
+    begun within so many seconds. A job whose process dies has a sentence that says so; one that takes longer, and `grace`
+    seconds more, is killed, and has no answer. When this returns, none of them runs.
 
     A CUDA error spoils its process for whatever comes next, so none serves twice. They are forked from one that has imported
     torch, and has not touched the GPU: starting one takes no seconds.
@@ -107,7 +107,7 @@ def answers(work: Callable, jobs: list[tuple], seconds: float) -> dict[int, obje
     try:
         while running or waiting:
             now = time.monotonic()
-            if now >= end + LAST or (now >= end and not running):
+            if now >= end + grace or (now >= end and not running):
                 break
             while waiting and len(running) < cores and now < end:
                 number, job = waiting.pop(0)
@@ -116,7 +116,7 @@ def answers(work: Callable, jobs: list[tuple], seconds: float) -> dict[int, obje
                 process.start()
                 says.close()
                 running[answer] = number, process
-            for answer in connection.wait(list(running), timeout=0.2):
+            for answer in connection.wait(running, timeout=0.2):
                 number, process = running.pop(answer)
                 try:
                     found[number] = answer.recv()
@@ -139,11 +139,11 @@ def _answer(says: connection.Connection, work: Callable, job: tuple) -> None:
 
 
 def launched(
-    kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float
+    kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float, grace: float = LAST
 ) -> list[Config]:
     """The candidates that compile and launch, found by all cores within so many seconds: Triton's cache has their machine code
     then. What breaks its process breaks none that times."""
-    found = answers(_launch, [(kernel, size, config, device, make) for config in configs], seconds)
+    found = answers(_launch, [(kernel, size, config, device, make) for config in configs], seconds, grace)
     dropped = [f"{as_row(configs[number])}: {fault}" for number, fault in sorted(found.items()) if fault]
     late = len(configs) - len(found)
     if dropped or late:
@@ -186,10 +186,8 @@ def _fault(kernel: str, size: int, arch: int, config: Config) -> str | None:
 def calls(kernel: str, size: int, arch: int, config: Config, odd: bool) -> list[aot.Case]:
     """All that the gate would ask of a row: calls that people train with, or odd ones, in every dtype that the row serves."""
     dtypes = ("bf16", "fp16") if FP32 in TABLE[kernel] else aot.DTYPES
-    asked = {call: how for call, how in aot.calls_of(kernel).items() if how.odd == odd}
-    asked = {
-        call: how for call, how in asked.items() if not (how.pointers and rows_of(arch // 10) == 90)
-    }  # 80's row serves them
+    by_80 = rows_of(arch // 10) == 90  # what serves tensors that TMA cannot read
+    asked = {c: how for c, how in aot.calls_of(kernel).items() if how.odd == odd and not (how.pointers and by_80)}
     return [aot.Case(kernel, size, call, arch, d, config) for call, how in asked.items() for d in dtypes if d in how.dtypes]
 
 
@@ -304,7 +302,7 @@ def tuned(
         share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
         now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
         others = [config for config in grid(kernel, arch) if config != replace(now, stack=0, odd_stack=0)]
-        tried = launched(kernel, size, others, device, make, most)
+        tried = launched(kernel, size, others, device, make, most, min(0.15 * share, LAST))
         _, times = fastest(kernel, size, [now, *tried], samples, device, make)
         faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]
         found, best = None, now
@@ -348,8 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [(name, size) for name, rows in sizes.items() for size in rows if not options.size or size in options.size]
     for found in tuned(todo, options.samples, options.seconds, device):
         label = "ANY" if found.size == ANY else found.size
-        gain = f"{1e3 * found.seconds:.4f} ms, {found.seconds_before / found.seconds:.2f} x as fast as with the row in use ({found.timed})"
-        print(f'"{found.kernel}" {label}: {found.row},  # {gain}, of {found.candidates} candidates', flush=True)
+        gain = f"{1e3 * found.seconds:.4f} ms, {found.seconds_before / found.seconds:.2f} x as fast as with the row in use"
+        print(f'"{found.kernel}" {label}: {found.row},  # {found.timed}: {gain}, of {found.candidates} candidates', flush=True)
     return 0
 
 

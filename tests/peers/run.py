@@ -103,6 +103,11 @@ def main(options: Options) -> dict:
     return now
 
 
+def failed(results: dict) -> bool:
+    """Whether a case of them failed."""
+    return any(entry["failed"] for entry in results.values())
+
+
 def recorded(name: str, file: Path) -> dict:
     """The results in a file that --`name` names."""
     try:
@@ -114,7 +119,7 @@ def recorded(name: str, file: Path) -> dict:
 
 
 def check(options: Options, known: dict[str, str]) -> None:
-    """Say in one line what is missing before anything runs."""
+    """Say in one line what is missing before anything runs; make the folder of --out."""
     if options.peers is None or not options.peers.is_dir():
         raise UserError(f"--peers {options.peers}: give the folder that holds checkouts of {', '.join(known.values())}")
     for name, given, choices in (("only", options.only, known), ("backend", options.backend, BACKENDS)):
@@ -129,7 +134,8 @@ def check(options: Options, known: dict[str, str]) -> None:
     if options.out:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.touch() if options.out.exists() else None
+            with tempfile.TemporaryFile(dir=options.out.parent):
+                pass
         except OSError as error:
             raise UserError(f"--out {options.out}: nothing can be written there: {error.strerror}") from error
 
@@ -156,4 +162,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(int(any(entry["failed"] for entry in command_line(Options, main).values())))
+    sys.exit(int(failed(command_line(Options, main))))

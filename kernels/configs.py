@@ -5,8 +5,8 @@ smallest size listed that holds it (d_head of attention, the width of a norm's r
 `python -m kernels.tune` measures a GPU and prints rows to paste here; `python -m kernels.aot` compiles every row without a GPU
 and reads registers, stack, shared memory and instructions off the machine code.
 
-No row has been measured yet: they were chosen from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and from
-what others report of such kernels.
+No row has been chosen by measuring yet: they follow from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and
+from what others report of such kernels. Those of rms_norm and rotary have been timed on an H100 (docs/kernels.md).
 
 Rows of 90 are for 9.0; 10.x uses them too, though nobody chose them for it and some spill there. Rows of 80 are for all the
 rest, for a kernel that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6,

@@ -32,7 +32,8 @@ class DryGPU:
 
     Raises ValueError for an architecture that nobody knows, and where Triton cannot compile; within the block a launch raises
     DryFault if it does not compile, spills more than its row allows, needs more shared memory than there is, exceeds a grid,
-    or gives TMA what it refuses: a box above 256, rows that do not start on 16 bytes.
+    or gives TMA what it refuses: a box above 256, rows that do not start on 16 bytes. What it allows to spill is what a row
+    allows to odd calls; of those that people train with, the gate (aot.py) asks for more.
     """
 
     multiprocessors = 132

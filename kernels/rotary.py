@@ -159,7 +159,7 @@ def _check_table(name, table, q, offset):
     require_like(name, table, "q", q, dtype=False)
     require(
         table.dtype == torch.promote_types(q.dtype, torch.float32),
-        lambda: f"{name} is {table.dtype}; it must be torch.float32: angles lose their meaning in less",
+        lambda: f"{name} is {table.dtype}; it must be {wide(q[:0]).dtype}: angles lose their meaning in less",
     )
     require(
         table.ndim == 2 and table.shape[0] >= offset + q.shape[1] and table.shape[1] == q.shape[3] // 2,

@@ -59,6 +59,8 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if torch.cuda.is_available():  # whatever takes longest begins first, as the minutes of a GPU are few
+        items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture(scope="session")

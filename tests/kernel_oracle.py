@@ -6,6 +6,7 @@ dtype: without it a torch that is exact by luck (one row, whose elements share o
 """
 
 import contextlib
+import functools
 import os
 
 import dry_gpu
@@ -79,11 +80,16 @@ def poisoned_memory(monkeypatch):
         yield
 
 
+@functools.lru_cache(maxsize=2)  # large ones take seconds, and a test sends the same back several times
+def upstream_noise(shape, seed):
+    return noise(*shape, seed=seed)
+
+
 def outputs_and_gradients(function, inputs):
     """The outputs of `function`, then the gradient of each input that wants one, for fixed upstream gradients."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sent = [noise(*out.shape, seed=97 + i) for i, out in enumerate(outputs)]
+    sent = [upstream_noise(out.shape, 97 + i) for i, out in enumerate(outputs)]
     upstream = [x.bfloat16().to(out.device, out.dtype) for x, out in zip(sent, outputs, strict=True)]  # exact in all dtypes
     wanted = [x for x in inputs if x.requires_grad]
     return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]

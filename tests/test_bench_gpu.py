@@ -169,7 +169,7 @@ def test_options_of_every_part_are_known_to_its_command(part):
 
 def test_gpu_tests_are_those_of_every_file_that_has_one():
     named = {Path(name).name for name in gpu.gpu_tests()}
-    assert {"test_kernels.py", "test_kernels_attention.py", "test_step.py", "test_data.py", "test_growth.py"} <= named
+    assert {"test_kernels_gpu.py", "test_fit.py", "test_data.py", "test_growth.py", "test_parallel.py"} <= named
     assert "test_flops.py" not in named
 
 

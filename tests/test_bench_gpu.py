@@ -388,7 +388,7 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
     source = (ROOT / "kernels/configs.py").read_text()
     kernel, new = "attention_dq", attention(64, 64, 4, 2, TMA=True)
     rows = [
-        asdict(Tuned(kernel, size, 90, as_row(new), as_row(TABLE[kernel][90][size]), 1e-3, 2e-3, 40, "the call"))
+        asdict(Tuned(kernel, size, 90, as_row(new), as_row(TABLE[kernel][90][size]), 1e-3, 2e-3, 40, "the whole backward"))
         for size in (64, 128)
     ]
     rows.append(
@@ -414,7 +414,9 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
         if as_row(scope["TABLE"][name][arch][size]) != as_row(by_size[size])
     ]
     assert changed == [(kernel, 90, 64), (kernel, 90, 128), ("swiglu_forward", 80, tuning.ANY)]
-    assert "×" in made and all(len(line) <= 128 for line in made.splitlines())
+    assert "2026-11-28: the whole backward 1000 µs, 2.00 × as fast as before\n" in made and all(
+        len(line) <= 128 for line in made.splitlines()
+    )
     with pytest.raises(ValueError, match="has no row of attention_dq, 70, 64"):
         tuning.patched(source, [rows[0] | {"arch": 70}], "")
 
@@ -432,6 +434,15 @@ def test_report_of_a_folder_without_results_leaves_the_page_alone(tmp_path, monk
         assert report_gpu.main() == 2 and page.read_text() == "the page"
         errors = capsys.readouterr().err
         assert said in errors and len(errors.splitlines()) == 1
+
+
+def test_torch_path_as_a_yardstick_on_a_gpu_has_no_attention_of_cudnn(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, allowed in (("torch", False), ("auto", before)):
+        with options.yardstick(replace(options.base(True), kernels=name)):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed and torch.backends.cuda.math_sdp_enabled()
+    assert before == torch.backends.cuda.cudnn_sdp_enabled() and before
 
 
 def test_option_that_is_apart_or_failed_is_told_by_the_exit_code():

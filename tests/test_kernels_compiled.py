@@ -116,18 +116,18 @@ def test_unsound_candidates_are_not_taken_however_fast():
     assert taken == [fine, None, None], "one that spills, and one that nobody has judged in time, are not"
 
 
-def of_a_candidate(number: int) -> int:
+def of_a_candidate(number: int) -> bool:
     if number == 1:
         os._exit(3)
     if number == 2:
         time.sleep(60)
-    return number
+    return not torch.cuda.is_initialized() and triton.runtime.driver._active is None  # or CUDA refuses a forked process
 
 
 def test_candidate_whose_process_dies_or_is_late_costs_only_itself():
     began = time.monotonic()
     found = tune.answers(of_a_candidate, [(0,), (1,), (3,)], 60)
-    assert found == {0: 0, 1: "its process ended with exit code 3", 2: 3}
+    assert found == {0: True, 1: "its process ended with exit code 3", 2: True}
     assert tune.answers(of_a_candidate, [(2,)], 0.5, 0.5) == {} and time.monotonic() - began < 50
     assert not multiprocessing.active_children(), "nothing runs beside what is timed"
 

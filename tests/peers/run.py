@@ -3,7 +3,7 @@
 DIR holds checkouts of them, in folders named as their repositories are. Their files are read from there; none is part of this
 repository. A child process for each peer and backend (session.py) puts our operations where the peer's would be imported from
 and runs the tests that are about them, in a sample with a fixed seed, at the peer's own tolerances. Beyond what nanostack's
-extra `dev` installs, their files import einops.
+extra `dev` installs, their files import einops. The exit code is 1 where a case of this run failed.
 """
 
 import ast

@@ -42,9 +42,11 @@ endif
 	PYTHONPATH=$(if $(TRITON),out/triton-$(TRITON)) $(RUN) -m pytest -q -n 2 --dry-gpu=$(ARCH) $(ARGS)
 
 # The same for one Triton, kept in CACHE under the keys of another Python's wheel of it (bench/carried.py), to travel to a GPU
+ifeq ($(filter gpu-cache,$(MAKECMDGOALS))$(CACHE),gpu-cache)
+$(error name the folder to fill, as in make gpu-cache CACHE=out/compiled)
+endif
 gpu-cache: TRITON ?= 3.6.0
 gpu-cache: $(READY)
-	test -n "$(CACHE)" || { echo "error: name the folder to fill, as in make gpu-cache CACHE=out/compiled" >&2; exit 2; }
 	test -d out/triton-$(TRITON)/triton || $(RUN) -m pip install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
 	test -d out/triton-$(TRITON)-$(FOR)/triton || $(RUN) -m pip install --quiet --no-deps --only-binary=:all: --python-version $(FOR) \
 		--platform manylinux_2_27_x86_64 --target out/triton-$(TRITON)-$(FOR) triton==$(TRITON)

@@ -38,6 +38,8 @@ from nanostack.metrics import device_name  # noqa: E402
 
 ROOFLINE = "roofline"
 NO_GPU_WAYS = (OURS, "torch eager", "F.linear_cross_entropy")
+# Where this GPU, this torch and what is installed have them
+WAYS = (*NO_GPU_WAYS, "torch.compile", "SDPA flash", "SDPA cuDNN", "Liger")
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def main(command: Command) -> dict:
     unknown = set(command.op) - set(OPS)
     if unknown:
         raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    if unknown := set(command.way) - set(WAYS):
+        raise UserError(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     if command.samples < 4:
         raise UserError(f"samples is {command.samples}; quartiles need at least 4")
     sizes = SHAPES["cuda" if command.floor else device.type]

@@ -5,9 +5,11 @@ after ten of them, losses beside those of the torch path.
 
 On a GPU this is a check of Triton's kernels, of the captured graph and of torch.compile in a real run; on a CPU, of those in C.
 An option is a process of its own, several at a time, since nothing is timed. The data are random ids (bench/ids.py). After
-every option that ends, the result file says what was found, and what is left to do.
+every option that ends, the result file says what was found, and what is left to do. The exit code is 1 where an option failed,
+or its losses are apart.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +22,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
@@ -32,7 +35,8 @@ from nanostack.metrics import device_name, read_run  # noqa: E402
 from nanostack.model import LlamaConfig  # noqa: E402
 
 STEPS = 20
-JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # at a time: each compiles on a core or two
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+JOBS = max(1, min(5, CORES // 3))  # at a time: each compiles on a core or two
 ALIKE = {"bfloat16": (1e-2, 3e-3), "float32": (1e-3, 3e-4)}  # of the loss: at any step, in the mean of all
 
 
@@ -103,11 +107,18 @@ def changed(config: Train, changes: dict) -> Train:
     return replace(config, parallel=parallel, optim=optim, data=data, **changes)
 
 
+def yardstick(config: Train) -> contextlib.AbstractContextManager:
+    """Within it the torch path on a GPU has attention without cuDNN's, which errs with single queries and with masks."""
+    if config.kernels != "torch" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def losses(config: Train) -> dict:
     """{"losses", "dtype", "kernels"} of a run of train.py's loop."""
     import train
 
-    with TemporaryDirectory() as out:
+    with TemporaryDirectory() as out, yardstick(config):
         run = train.Run(replace(config, out=out))
         run.save = lambda: None
         run.train()
@@ -216,5 +227,10 @@ def answer(worker: Worker) -> dict:
     return {"failed": f"exit {worker.process.returncode}: {lines[-1][:300] if lines else 'it said nothing'}"}
 
 
+def faulty(answer: dict) -> bool:
+    """Whether an option failed, or is apart from its reference."""
+    return any(of["state"] in ("failed", "APART") for of in answer.get("options", {}).values())
+
+
 if __name__ == "__main__":
-    command_line(Command, main)
+    sys.exit(int(faulty(command_line(Command, main))))

@@ -24,7 +24,7 @@ def pytest_configure(config):
 class Recorder:
     def __init__(self, place: Path):
         self.place = place
-        self.found = {"passed": 0, "skipped": 0, "failed": {}, "left": []}
+        self.found = {"passed": 0, "skipped": {}, "failed": {}, "left": []}
 
     def write(self) -> None:
         sections.write(self.place, self.found)
@@ -48,17 +48,21 @@ class Recorder:
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
             self.failed(report)
-        elif report.when == "call":
-            self.found["skipped" if report.skipped else "passed"] += 1
         elif report.skipped:
-            self.found["skipped"] += 1
+            expected = getattr(report, "wasxfail", None)
+            self.found["skipped"][report.nodeid] = report.longrepr[2] if expected is None else f"fails as expected: {expected}"
         if report.when == "teardown":
-            self.found["left"] = [name for name in self.found["left"] if name != report.nodeid]
-            self.write()
+            self.found["passed"] += not any(report.nodeid in self.found[how] for how in ("skipped", "failed"))
+            self.ended(report)
+
+    def ended(self, report) -> None:
+        self.found["left"] = [name for name in self.found["left"] if name != report.nodeid]
+        self.write()
 
     def failed(self, report) -> None:
         """One line: what the test, or its file, ended with."""
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = (crash.message if crash else str(report.longrepr)).splitlines() or [""]
-        self.found["failed"][report.nodeid] = (lines[0] if crash else lines[-1])[:300]
-        self.write()
+        self.found["skipped"].pop(report.nodeid, None)  # where it was skipped, and failed in its teardown
+        self.found["failed"].setdefault(report.nodeid, (lines[0] if crash else lines[-1])[:300])
+        self.ended(report)  # a test whose process dies has no teardown

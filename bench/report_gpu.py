@@ -8,7 +8,6 @@ bench/results/ has a folder for each device and day. A rehearsal's numbers are n
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from kernels.configs import ANY  # noqa: E402
 PAGE = ROOT / "docs/performance.md"
 MARKS = ("<!-- begin: python bench/report_gpu.py -->", "<!-- end: python bench/report_gpu.py -->")
 FILES = ("right", "fast", "tune")
-NOTHING = "No file of these three commands is in `bench/results/` yet: they have not run on a GPU, and there is no table."
+NOTHING = "These three commands have not run on a GPU yet: `bench/results/` has no file of theirs."
 
 
 def folders(results: Path) -> list[Path]:
@@ -54,9 +53,10 @@ def of_command(name: str, found: dict) -> str:
     carried = f" {before} kernels came compiled, {'?' if now is None else now} more were compiled." if before else ""
     texts = [head, ", ".join(with_what) + "." + lacking + carried]
     rows = [
-        [part, of["state"], f"{of['seconds']:g}", f"{of['limit']:g}", cell(of["said"])] for part, of in found["parts"].items()
+        [part, of["state"], f"{of['seconds']:g}", f"{of['limit']:g}", (of["git_commit"] or "unknown")[:12], cell(of["said"])]
+        for part, of in found["parts"].items()
     ]
-    texts.append(markdown(["part", "state", "seconds", "of", "last line"], rows))
+    texts.append(markdown(["part", "state", "seconds", "of", "commit", "last line"], rows))
     texts += [TABLES[key](found[key]) for key in TABLES if key in found]
     return "\n\n".join(texts)
 
@@ -66,11 +66,11 @@ def cell(text: str) -> str:
 
 
 def of_tests(found: dict) -> str:
-    told = (
-        f"Tests: {found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed, {len(found['left'])} cut."
-    )
+    counts = ", ".join(f"{len(found[how])} {word}" for how, word in (("skipped",) * 2, ("failed",) * 2, ("left", "cut")))
+    told = f"Tests: {found['passed']} passed, {counts}."
     lines = [f"- failed: `{name}`: {cell(why)}" for name, why in found["failed"].items()]
     lines += [f"- cut: `{name}`" for name in found["left"]]
+    lines += [f"- skipped: `{name}`: {cell(why)}" for name, why in found["skipped"].items()]
     return "\n\n".join([told, "\n".join(lines)] if lines else [told])
 
 
@@ -157,7 +157,7 @@ def of_rows(found: dict) -> str:
     for row in found["rows"]:
         size = "any" if row["size"] == ANY else str(row["size"])
         gain = f"{row['seconds_before'] / row['seconds']:.2f}"
-        numbers = [f"{1e3 * row['seconds']:.3f}", gain, str(row["candidates"])]
+        numbers = [f"{1e3 * row['seconds']:.3f}, {row['timed']}", gain, str(row["candidates"])]
         rows.append([f"{row['kernel']} {size} ({row['arch']})", f"`{row['row']}`", f"`{row['row_before']}`", *numbers])
     told = f"Rows tuned on {found['device']}; {found['patch']} sets them."
     left = ", ".join(f"{kernel} {size}" for kernel, size in found["left"])
@@ -190,21 +190,32 @@ def placed(page: str, tables: str) -> str:
     return f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
-def main() -> None:
+def told(mistake: str) -> int:
+    print(f"error: {mistake}", file=sys.stderr)
+    return 2
+
+
+def main() -> int:
     parser = argparse.ArgumentParser("bench/report_gpu.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", nargs="*", type=Path, help="folders of results (default: all of bench/results/)")
     parser.add_argument("--print", action="store_true", dest="only_print", help="write nothing")
     options = parser.parse_args()
     try:
-        tables = page_of([files_of(folder) for folder in options.folder or folders(RESULTS)])
-    except (json.JSONDecodeError, KeyError) as error:
-        sys.exit(f"error: a file of results is damaged, or of another version: {type(error).__name__} {error}")
+        found = {folder: files_of(folder) for folder in options.folder or folders(RESULTS)}
+        tables = page_of(list(found.values()))
+    except sections.Damaged as error:
+        return told(str(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        return told(f"a file of results is damaged, or of another version: {type(error).__name__} {error}")
+    if empty := [str(folder) for folder, files in found.items() if not any(files.values())]:
+        return told(f"{' and '.join(empty)} holds no {', '.join(FILES)} or kernels.json: nothing is written")
     if options.only_print:
         print(tables)
     else:
         PAGE.write_text(placed(PAGE.read_text(), tables))
         print(f"wrote {PAGE}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

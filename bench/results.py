@@ -29,6 +29,11 @@ def place(stem: str, device: str, out: Path | None) -> Path:
             pass
     except OSError as error:
         raise UserError(f"--out: nothing can be written in {file.parent}: {error.strerror}") from error
+    if sections.split(out)[1]:  # what else the file holds is kept
+        try:
+            sections.read(file)
+        except sections.Damaged as error:
+            raise UserError(f"--out: {error}") from error
     return out
 
 

@@ -3,7 +3,6 @@
 Nothing but the standard library: bench/gpu.py uses it before it knows what is installed.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,11 +14,21 @@ def split(place: Path) -> tuple[Path, str | None]:
     return Path(file), key or None
 
 
+class Damaged(ValueError):
+    """A file holds something else. The message is one line that says what to do."""
+
+
 def read(file: Path) -> dict:
-    """What the file holds; nothing where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(file.read_text())
-    return {}
+    """What the file holds; nothing where there is none. Raises Damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:  # no JSON, or no text
+        raise Damaged(f"{file} is damaged ({error}): move it away") from error
+    if not isinstance(found, dict):
+        raise Damaged(f"{file} holds no JSON object: move it away")
+    return found
 
 
 def write(place: Path, value: dict) -> None:

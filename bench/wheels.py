@@ -13,10 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {  # by the name it is imported by
     **{name: name for name in ("numpy", "tiktoken", "tyro", "rich", "matplotlib", "zstandard", "rustbpe", "typeguard")},
-    **{"docstring_parser": "docstring-parser", "pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
+    "docstring_parser": "docstring-parser",
+}
+TESTS = {  # what the tests need, with what that needs; all of it travels
+    **{name: name for name in ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "execnet", "hypothesis")},
+    **{"xdist": "pytest-xdist", "sortedcontainers": "sortedcontainers"},
 }
 PEERS = {"liger_kernel": "liger-kernel", "transformers": "transformers"}  # without one, its own column is missing
-TRAVEL = ("tyro", "docstring-parser", "typeguard", "zstandard", "rustbpe", "liger-kernel")  # not in usual images with torch
+TRAVEL = ("tyro", "docstring-parser", "typeguard", "zstandard", "rustbpe", "liger-kernel", *TESTS.values())
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
@@ -28,14 +32,14 @@ def missing(packages: dict[str, str]) -> list[str]:
     return [package for module, package in packages.items() if find_spec(module) is None]
 
 
-def complete(folder: Path | None, target: Path) -> list[str]:
-    """Install into `target` what this Python lacks of NEEDED and PEERS, from wheels in `folder`. Returns what is still lacking
-    of PEERS. Raises Unusable."""
+def complete(folder: Path | None, target: Path, tests: bool) -> list[str]:
+    """Install into `target` what this Python lacks of NEEDED and PEERS, and of TESTS where they are to run, from wheels in
+    `folder`. Returns what is still lacking of PEERS. Raises Unusable."""
     this = f"{sys.executable} (Python {sys.version_info.major}.{sys.version_info.minor})"
     for name in ("torch", "triton"):
         if find_spec(name) is None:
             raise Unusable(f"{this} has no {name}: name a Python that has it, as in PYTHON=python3")
-    needed, peers = missing(NEEDED), missing(PEERS)
+    needed, peers = missing(NEEDED | (TESTS if tests else {})), missing(PEERS)
     if needed and folder is None:
         told = f"{this} lacks {', '.join(needed)}: add WHEELS=DIR"
         raise Unusable(f"{told}, a folder that `make gpu-wheels WHEELS=DIR` fills where there is a network")
@@ -46,9 +50,8 @@ def complete(folder: Path | None, target: Path) -> list[str]:
     there = {package: files_of(package, folder) for package in needed + peers}
     for package in needed:
         if not there[package]:
-            raise Unusable(
-                f"{this} lacks {package}, and {folder} has no wheel of it: fill it with make gpu-wheels WHEELS={folder}"
-            )
+            how = f"make gpu-wheels WHEELS={folder} fetches it" if package in TRAVEL else "install it there"
+            raise Unusable(f"{this} lacks {package}, and {folder} has no wheel of it; {how}")
     wanted = [package for package, files in there.items() if files]
     if wanted:
         install(wanted, there, folder, target, this)

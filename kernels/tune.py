@@ -5,7 +5,8 @@
 For every kernel and size of the table it compiles a grid of candidates on all cores, as a launch would, so that this process
 finds them in Triton's cache; checks their results against those of the row in use; and times them in turn with cold caches. The
 fastest that passes the gate (kernels.aot: no spills, no more shared memory than there is) is printed. A new row is proposed
-only where it is more than 2 % faster than the row in use. `bench/tuning.py` makes a patch of them.
+only where its call is more than 2 % faster than with the row in use. For attention_dq and attention_dk_dv that call is the
+whole backward pass, both kernels together. `bench/tuning.py` makes a patch of them.
 """
 
 import argparse
@@ -15,12 +16,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from statistics import median
 
 import torch
@@ -32,9 +31,11 @@ from .configs import ANY, FP32, TABLE, Config, attention, lookup, row, rows_for,
 from .dispatch import triton
 from .timing import interleaved
 
-BETTER = 0.98  # of the time of the row in use
+BETTER = 0.98  # of the seconds of the call with the row in use
 AT_THE_GATE = 8  # the fastest, of which one should pass
 LAST = 30  # seconds that a candidate which has begun may take
+MOST_WORKERS = 16  # beyond it their memory on the GPU counts
+WHOLE_BACKWARD = ("attention_dq", "attention_dk_dv")  # whose call launches the other one too
 
 
 def candidates(kernel: str, arch: int) -> list[Config]:
@@ -87,26 +88,68 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
     return lambda: ops.linear_cross_entropy_rows(x, weight, targets, None, -100, 0.0, True, "triton")
 
 
-Judge = Callable[[tuple[str, int, int, Config]], str | None]
+Judge = Callable[[str, int, int, Config], str | None]
 Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
 
 
+def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.0) -> dict[int, object]:
+    """What `work(*job)` returned, by the job's number: each in a process of its own, as many at a time as there are cores,
+    begun within so many seconds. A job whose process dies has a sentence that says so; one that takes longer, and `grace`
+    seconds more, is killed, and has no answer. When this returns, none of them runs.
+
+    A CUDA error spoils its process for whatever comes next, so none serves twice. They are forked from one that has imported
+    torch, and has not touched the GPU: starting one takes no seconds.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "kernels.tune"])
+    cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    waiting, running, found, end = list(enumerate(jobs)), {}, {}, time.monotonic() + seconds
+    try:
+        while running or waiting:
+            now = time.monotonic()
+            if now >= end + grace or (now >= end and not running):
+                break
+            while waiting and len(running) < cores and now < end:
+                number, job = waiting.pop(0)
+                answer, says = context.Pipe(duplex=False)
+                process = context.Process(target=_answer, args=(says, work, job), daemon=True)
+                process.start()
+                says.close()
+                running[answer] = number, process
+            for answer in connection.wait(running, timeout=0.2):
+                number, process = running.pop(answer)
+                try:
+                    found[number] = answer.recv()
+                    process.join(1)
+                except EOFError:
+                    process.join()
+                    found[number] = f"its process ended with exit code {process.exitcode}"
+                finally:
+                    process.kill()
+                    process.join()
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+    return found
+
+
+def _answer(says: connection.Connection, work: Callable, job: tuple) -> None:
+    says.send(work(*job))
+
+
 def launched(
-    pool: Executor, kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float
+    kernel: str, size: int, configs: list[Config], device: torch.device, make: Workload, seconds: float, grace: float = LAST
 ) -> list[Config]:
     """The candidates that compile and launch, found by all cores within so many seconds: Triton's cache has their machine code
     then. What breaks its process breaks none that times."""
-    jobs = {pool.submit(_launch, kernel, size, config, device, make): config for config in configs}
-    done, late = wait(jobs, timeout=max(0.0, seconds))
-    begun = {job for job in late if not job.cancel()}
-    done |= wait(begun, timeout=LAST).done  # nobody times while they run
-    late -= done
-    answers = {jobs[job]: job.result() for job in done}
-    dropped = [f"{as_row(config)}: {fault}" for config, fault in answers.items() if fault]
+    found = answers(_launch, [(kernel, size, config, device, make) for config in configs], seconds, grace)
+    dropped = [f"{as_row(configs[number])}: {fault}" for number, fault in sorted(found.items()) if fault]
+    late = len(configs) - len(found)
     if dropped or late:
-        told = f"{len(dropped)} of {len(configs)} do not work, {len(late)} were too late"
+        told = f"{len(dropped)} of {len(configs)} do not work, {late} were too late"
         print(f"# {kernel} {size}: {told}; {dropped[0] if dropped else ''}", file=sys.stderr)
-    return [config for config in configs if config in answers and answers[config] is None]
+    return [config for number, config in enumerate(configs) if found.get(number, "late") is None]
 
 
 def _launch(kernel: str, size: int, config: Config, device: torch.device, make: Workload) -> str | None:
@@ -121,36 +164,51 @@ def _launch(kernel: str, size: int, config: Config, device: torch.device, make: 
     return None
 
 
-def gated(
-    pool: Executor, kernel: str, size: int, arch: int, configs: list[Config], seconds: float, judge: Judge
-) -> Config | None:
-    """The first of them that passes the gate in every way the kernel is called; None where that cannot be told in time."""
-    jobs = [pool.submit(judge, (kernel, size, arch, config)) for config in configs]
-    end = time.monotonic() + seconds
-    for config, job in zip(configs, jobs, strict=True):
-        try:
-            fault = job.result(timeout=max(0.0, end - time.monotonic()))
-        except FutureTimeout:
-            return None
-        if fault is None:
+def gated(kernel: str, size: int, arch: int, configs: list[Config], seconds: float, judge: Judge) -> Config | None:
+    """The first of them that is found in time to pass the gate in every way the kernel is called; None where there is none."""
+    found = answers(judge, [(kernel, size, arch, config) for config in configs], seconds)
+    for number, config in enumerate(configs):
+        if found.get(number, "late") is None:
             return config
-        print(f"# {kernel} {size}: fast, but {fault}", file=sys.stderr)
+        if number in found:
+            print(f"# {kernel} {size}: fast, but {found[number]}", file=sys.stderr)
     return None
 
 
-def _fault(job: tuple[str, int, int, Config]) -> str | None:
+def _fault(kernel: str, size: int, arch: int, config: Config) -> str | None:
     """Why a candidate is not worth trying."""
-    kernel, size, arch, config = job
-    for call in aot.calls_of(kernel):
-        if aot.calls_of(kernel)[call].odd:
-            continue
-        try:
-            faults = aot.inspect(aot.Case(kernel, size, call, arch, "bf16", config)).faults
-        except Exception as error:  # the compiler's own limits: a tile that is too small for the matrix unit, for example
-            faults = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"]
-        if faults:
-            return f"{as_row(config)}, {call}: {faults[0]}"
+    for case in calls(kernel, size, arch, config, odd=False):
+        if faults := aot.inspect(case).faults:
+            return f"{as_row(config)}, {case.call}, {case.dtype}: {faults[0]}"
     return None
+
+
+def calls(kernel: str, size: int, arch: int, config: Config, odd: bool) -> list[aot.Case]:
+    """All that the gate would ask of a row: calls that people train with, or odd ones, in every dtype that the row serves."""
+    dtypes = ("bf16", "fp16") if FP32 in TABLE[kernel] else aot.DTYPES
+    by_80 = rows_of(arch // 10) == 90  # what serves tensors that TMA cannot read
+    asked = {c: how for c, how in aot.calls_of(kernel).items() if how.odd == odd and not (how.pointers and by_80)}
+    return [aot.Case(kernel, size, call, arch, d, config) for call, how in asked.items() for d in dtypes if d in how.dtypes]
+
+
+def _odd_stack(case: aot.Case) -> int | str:
+    """Bytes of stack that an odd call needs, or its fault."""
+    report = aot.inspect(replace(case, config=replace(case.config, odd_stack=sys.maxsize)))
+    return report.faults[0] if report.faults else report.stack
+
+
+def with_odd_calls(kernel: str, size: int, arch: int, config: Config, seconds: float) -> Config | None:
+    """The row with the stack that its odd calls need by this Triton; None where one of them does not work. Says so where time
+    did not do for all of them."""
+    asked = calls(kernel, size, arch, config, odd=True)
+    found = answers(_odd_stack, [(case,) for case in asked], seconds)
+    if faults := [f"{asked[number].call}: {fault}" for number, fault in found.items() if isinstance(fault, str)]:
+        print(f"# {kernel} {size}: {as_row(config)}: {faults[0]}", file=sys.stderr)
+        return None
+    if len(found) < len(asked):
+        print(f"# {kernel} {size}: {as_row(config)}: {len(asked) - len(found)} odd calls were too late", file=sys.stderr)
+    most = max(found.values(), default=0)
+    return replace(config, odd_stack=most if most > config.stack else 0)
 
 
 @contextlib.contextmanager
@@ -221,6 +279,7 @@ class Tuned:
     seconds: float
     seconds_before: float
     candidates: int  # that gave the right results
+    timed: str  # whose seconds these are
 
 
 def tuned(
@@ -231,26 +290,33 @@ def tuned(
     make: Workload = workload,
     grid: Callable[[str, int], list[Config]] = candidates,
     judge: Judge = _fault,
+    finish: Callable[[str, int, int, Config, float], Config | None] = with_odd_calls,
 ) -> Iterator[Tuned]:
     """Tune these (kernel, size) in turn, as many as begin within so many seconds. The last one may end with less candidates."""
     device = device or torch.device("cuda", torch.cuda.current_device())
     arch, end = machine(device), time.monotonic() + seconds
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
-    try:
-        for number, (kernel, size) in enumerate(todo):
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
-            now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
-            tried = launched(pool, kernel, size, [c for c in grid(kernel, arch) if c != now], device, make, most)
-            _, times = fastest(kernel, size, [now, *tried], samples, device, make)
-            faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]
-            best = gated(pool, kernel, size, arch, faster, max(10.0, min(end - time.monotonic(), 3600)), judge) or now
-            rows = rows_of(arch // 10) if rows_of(arch // 10) in TABLE[kernel] else 80
-            yield Tuned(kernel, size, rows, as_row(best), as_row(now), times[best], times[now], len(times))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    for number, (kernel, size) in enumerate(todo):
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
+        now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
+        others = [config for config in grid(kernel, arch) if config != replace(now, stack=0, odd_stack=0)]
+        tried = launched(kernel, size, others, device, make, most, min(0.15 * share, LAST))
+        _, times = fastest(kernel, size, [now, *tried], samples, device, make)
+        faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]
+        found, best = None, now
+        while faster and found is None and (best := gated(kernel, size, arch, faster, in_time(end), judge)):
+            found, faster = finish(kernel, size, arch, best, in_time(end)), faster[faster.index(best) + 1 :]
+        best, found = (best, found) if found else (now, now)
+        rows = rows_of(arch // 10) if rows_of(arch // 10) in TABLE[kernel] else 80
+        timed = "the whole backward" if kernel in WHOLE_BACKWARD else "the call"
+        yield Tuned(kernel, size, rows, as_row(found), as_row(now), times[best], times[now], len(times), timed)
+
+
+def in_time(end: float) -> float:
+    """Seconds that judging may still take."""
+    return max(10.0, min(end - time.monotonic(), 3600))
 
 
 def machine(device: torch.device) -> int:
@@ -280,8 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [(name, size) for name, rows in sizes.items() for size in rows if not options.size or size in options.size]
     for found in tuned(todo, options.samples, options.seconds, device):
         label = "ANY" if found.size == ANY else found.size
-        gain = f"{1e3 * found.seconds:.4f} ms, {found.seconds_before / found.seconds:.2f} x as fast as the row in use"
-        print(f'"{found.kernel}" {label}: {found.row},  # {gain}, of {found.candidates} candidates', flush=True)
+        gain = f"{1e3 * found.seconds:.4f} ms, {found.seconds_before / found.seconds:.2f} x as fast as with the row in use"
+        print(f'"{found.kernel}" {label}: {found.row},  # {found.timed}: {gain}, of {found.candidates} candidates', flush=True)
     return 0
 
 

@@ -34,8 +34,9 @@ def exits_cleanly():
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # no waiting for a process group that will never answer
 
 
-def command_line(options: type, main: Callable[[object], dict]) -> None:
-    """Parse the command line into `options`, call main with it and, where it has --json, print the answer as one object.
+def command_line(options: type, main: Callable[[object], dict]) -> dict:
+    """Parse the command line into `options`, call main with it, return its answer and, where it has --json, print that as one
+    object.
 
     Options that it does not know, with what follows them, go to its field `overrides` if it has one: a run's config has them.
     """
@@ -47,6 +48,7 @@ def command_line(options: type, main: Callable[[object], dict]) -> None:
         answer = main(replace(command, overrides=tuple(others)) if others else command)
         if command.json:
             print(json.dumps(answer))
+    return answer
 
 
 def split(known: set[str], arguments: list[str]) -> tuple[list[str], list[str]]:

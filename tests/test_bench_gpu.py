@@ -7,6 +7,7 @@ import sys
 import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from conftest import ROOT
 
 from bench import anchors, carried, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
 from bench.recorded import Recorder
+from bench.results import place
 from kernels import tune
 from kernels.configs import TABLE, attention
 from kernels.tune import Tuned, as_row
 from nanostack.config import load
-from nanostack.errors import split
+from nanostack.errors import UserError, split
 
 H100 = "NVIDIA H100 80GB HBM3"
 COMMANDS = {"throughput": throughput, "kernels": kernels, "growth": growth, "options": options, "tuning": tuning}
@@ -47,18 +49,24 @@ def told(done):
     return done.stderr
 
 
-def test_results_of_another_device_or_commit_are_refused_in_one_line(tmp_path, with_h100):
+def test_results_of_another_device_or_a_file_of_another_commit_are_refused_in_one_line(tmp_path, with_h100, monkeypatch):
     out = tmp_path / "results"
     out.mkdir()
     about = {"device": "NVIDIA H200", "git_commit": gpu.git_commit()}
     sections.write(out / "right.json", {"about": about})
     said = told(command("fast", "--out", out, environment=with_h100))
     assert f"right.json is of the device NVIDIA H200, this is {H100}: add ARGS='--out DIR'" in said
-    sections.write(out / "right.json", {"about": {"device": H100, "git_commit": "a" * 40}})
-    assert f"is of commit {'a' * 40}, this is {gpu.git_commit()}: add ARGS" in told(
-        command("fast", "--out", out, environment=with_h100)
-    )
-    assert not (out / "fast.json").exists()
+    of_another = {"about": {"device": H100, "git_commit": "a" * 40}}
+    sections.write(out / "right.json", of_another)
+    said = told(command("right", "--out", out, environment=with_h100))
+    assert f"is of commit {'a' * 40}, this is {gpu.git_commit()}: add ARGS" in said
+    assert sections.read(out / "right.json") == of_another
+    now = {"out": out, "device": H100, "commit": "b" * 40}
+    for name, only, rehearse in (("fast", [], False), ("right", ["tests"], False), ("right", [], True)):
+        gpu.refuse_others(SimpleNamespace(name=name, only=only, rehearse=rehearse, **now))
+    for damaged, why in (("{", "is damaged"), ("[]", "holds no JSON object"), ('{"about": {}}', "does not say of what device")):
+        (out / "tune.json").write_text(damaged)
+        assert why in told(command("fast", "--out", out, environment=with_h100))
     assert gpu.short(H100) == "h100" and gpu.short("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb" and gpu.short("cpu") == "cpu"
 
 
@@ -67,6 +75,14 @@ def test_mistakes_of_the_commands_are_told_in_one_line(tmp_path, with_h100):
     assert "there is no GPU here" in told(command("right", environment=nobody))
     assert "right has no part fun; it has tests, options" in told(command("right", "--only", "fun"))
     assert "name the folder" in told(command("wheels"))
+    with pytest.raises(UserError, match="there is no way nobody; there are nanostack, torch eager"):
+        kernels.main(kernels.Command(way=("nobody",)))
+    (tmp_path / "fast.json").write_text("{")
+    with pytest.raises(UserError, match=r"--out: .*fast.json is damaged"):
+        place("step", "cpu", tmp_path / "fast.json#step")
+    make = ["make", "gpu-cache", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "name the folder to fill" in done.stderr and not (tmp_path / "venv").exists()
     said = told(command("right", "--rehearse", "--wheels", tmp_path / "none", "--out", tmp_path / "out"))
     assert f"there is no folder {tmp_path / 'none'}: `make gpu-wheels" in said and not (tmp_path / "out").exists()
 
@@ -77,13 +93,17 @@ def test_what_this_python_lacks_comes_from_wheels_and_those_of_another_python_ar
     monkeypatch.setattr(wheels, "NEEDED", {"no_such_module": "no-such.module"})
     monkeypatch.setattr(wheels, "PEERS", {"no_such_peer": "no-such-peer"})
     with pytest.raises(wheels.Unusable, match=r"lacks no-such\.module: add WHEELS=DIR"):
-        wheels.complete(None, target)
-    with pytest.raises(wheels.Unusable, match=r"lacks no-such\.module, and .* has no wheel of it: fill it with make"):
-        wheels.complete(folder, target)
+        wheels.complete(None, target, False)
+    with pytest.raises(wheels.Unusable, match=r"lacks no-such\.module, and .* has no wheel of it; install it there"):
+        wheels.complete(folder, target, False)
+    monkeypatch.setattr(wheels, "TRAVEL", ("no-such.module", *wheels.TRAVEL))
+    with pytest.raises(wheels.Unusable, match=r"no wheel of it; make gpu-wheels WHEELS=\S+ fetches it"):
+        wheels.complete(folder, target, False)
+    monkeypatch.setattr(wheels, "TESTS", {"no_such_test": "no-such-test"})
     other = folder / "no_such_module-1.0-cp27-cp27m-manylinux1_x86_64.whl"
     other.write_bytes(b"")
     with pytest.raises(wheels.Unusable, match=r"no_such_module-1.0-cp27\S+, which is for another Python than .*FOR=3\.\d+$"):
-        wheels.complete(folder, target)
+        wheels.complete(folder, target, False)
     other.unlink()
     about = "no_such_module-1.0.dist-info"
     with zipfile.ZipFile(folder / "no_such_module-1.0-py3-none-any.whl", "w") as wheel:
@@ -93,7 +113,9 @@ def test_what_this_python_lacks_comes_from_wheels_and_those_of_another_python_ar
         )
         wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{about}/RECORD", "")
-    assert wheels.complete(folder, target) == ["no-such-peer"] and (target / "no_such_module.py").is_file()
+    with pytest.raises(wheels.Unusable, match="lacks no-such-test"):
+        wheels.complete(folder, target, tests=True)
+    assert wheels.complete(folder, target, tests=False) == ["no-such-peer"] and (target / "no_such_module.py").is_file()
 
 
 STOPPABLE = (
@@ -127,6 +149,8 @@ def test_options_of_every_part_are_known_to_its_command(part):
         words = [word.format(json="fast.json", out="out") for word in words]
         if words[:2] == ["-m", "pytest"]:
             assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+            file, _, test = gpu.LEFT_OUT[0].removeprefix("--deselect=").partition("::")
+            assert f"def {test}(" in (ROOT / file).read_text()
             continue
         module = COMMANDS[Path(words[0]).stem]
         mine, others = split({field.name for field in fields(module.Command)}, words[1:])
@@ -153,8 +177,13 @@ TESTS = """
 import os, pytest
 def test_a(): pass
 def test_b(): assert 1 == 2, "not the same"
-@pytest.mark.skip
+@pytest.mark.skip("no reason")
 def test_c(): pass
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("on its way out")
+def test_t(broken): pass
 def test_d(): os.kill(os.getpid(), 9)
 def test_e(): pass
 """
@@ -168,9 +197,16 @@ def test_recorded_tests_of_a_killed_run_say_what_failed_and_what_is_left(tmp_pat
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*words, tmp_path / "test_some.py"], cwd=tmp_path, env=environment, capture_output=True)
     found = json.loads(out.read_text())
-    assert found["about"] == 1 and (found["tests"]["passed"], found["tests"]["skipped"]) == (1, 1)
-    assert found["tests"]["failed"] == {"test_some.py::test_b": "AssertionError: not the same"}
+    assert found["about"] == 1 and found["tests"]["passed"] == 1
+    assert found["tests"]["skipped"] == {"test_some.py::test_c": "Skipped: no reason"}
+    assert found["tests"]["failed"] == {
+        "test_some.py::test_b": "AssertionError: not the same",
+        "test_some.py::test_t": "OSError: on its way out",
+    }
     assert found["tests"]["left"] == ["test_some.py::test_d", "test_some.py::test_e"]
+    subprocess.run([*words, "-n", "1", tmp_path / "test_some.py"], cwd=tmp_path, env=environment, capture_output=True)
+    found = json.loads(out.read_text())["tests"]
+    assert "crashed" in found["failed"]["test_some.py::test_d"] and (found["passed"], found["left"]) == (2, [])
 
 
 def test_key_of_an_unpacked_triton_is_the_one_that_it_computes_itself(tmp_path):
@@ -200,7 +236,7 @@ def test_rehearsal_of_a_command_keeps_every_part_in_one_file(name, tmp_path, mon
     stand_ins = [gpu.Part(part.name, 1, (), ("-c", KEEPS, f"{{json}}#{part.name}")) for part in gpu.PARTS[name][:-1]]
     stand_ins.append(gpu.Part("last", 1, (), ("-c", "raise SystemExit('it broke')")))
     monkeypatch.setitem(gpu.PARTS, name, tuple(stand_ins))
-    monkeypatch.setattr(wheels, "complete", lambda folder, target: ["liger-kernel"])
+    monkeypatch.setattr(wheels, "complete", lambda folder, target, tests: ["liger-kernel"])
     cache = tmp_path / "cache"
     (cache / "KEY").mkdir(parents=True)
     (cache / "KEY/kernel.cubin").touch()
@@ -269,7 +305,12 @@ def written() -> dict[str, dict]:
     about = {"device": H100, "git_commit": "a" * 40, "date": "2026-11-28", "versions": wheels.versions()}
     about |= {"rehearsal": False, "lacking": ["liger-kernel"], "compiled_before": 17, "compiled_now": 3}
     recorder = Recorder(Path("unused"))
-    recorder.found |= {"passed": 3, "failed": {"tests/test_a.py::test_b": "AssertionError: not | the same"}, "left": ["test_c"]}
+    recorder.found |= {
+        "passed": 3,
+        "failed": {"tests/test_a.py::test_b": "AssertionError: not | the same"},
+        "left": ["test_c"],
+        "skipped": {"test_d": "needs two"},
+    }
     ran = {"losses": [2.0, 1.0], "dtype": "bfloat16", "kernels": "triton"}
     found = {"torch": options.judged(options.OPTIONS["torch"], ran, ran)}
     found["plain"] = options.judged(options.OPTIONS["plain"], ran | {"losses": [2.0, 1.5]}, ran)
@@ -287,9 +328,23 @@ def written() -> dict[str, dict]:
     )
     for added in ("versions", "git_commit", "date"):  # of a file of its own
         del kernel[added], grown[added]
-    rows = [asdict(Tuned("attention_dq", 64, 90, "attention(64, 64, 4, 2)", "attention(128, 128, 8, 2)", 1e-3, 2e-3, 40))]
+    rows = [
+        asdict(
+            Tuned(
+                "attention_dq",
+                64,
+                90,
+                "attention(64, 64, 4, 2)",
+                "attention(128, 128, 8, 2)",
+                1e-3,
+                2e-3,
+                40,
+                "the whole backward",
+            )
+        )
+    ]
     tuned = {"device": H100, "rows": rows, "left": [["attention_dq", 128]], "patch": "tune.patch"}
-    parts = {"tests": {"state": "cut", "seconds": 60.0, "limit": 60, "said": "interrupted"}}
+    parts = {"tests": {"state": "cut", "seconds": 60.0, "limit": 60, "said": "interrupted", "git_commit": "c" * 40}}
     whole = {"about": about, "parts": parts}
     fast = {"step": step, "start": step, "attention": kernel, "memory_bound": kernel, "growth": grown}
     return {"right": whole | {"tests": recorder.found, "options": kept}, "fast": whole | fast, "tune": whole | {"rows": tuned}}
@@ -306,6 +361,9 @@ def test_every_field_that_the_commands_write_is_read_by_the_report():
         "### gpu-right, " + H100,
         "not \\| the same",
         "- cut: `test_c`",
+        "- skipped: `test_d`: needs two",
+        "1.000, the whole backward",
+        "cccccccccccc",
         "| plain | APART |",
         "Cut: compile.",
         "published",
@@ -329,9 +387,16 @@ def test_page_says_where_there_is_no_result_and_leaves_rehearsals_out(tmp_path):
 def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only(tmp_path):
     source = (ROOT / "kernels/configs.py").read_text()
     kernel, new = "attention_dq", attention(64, 64, 4, 2, TMA=True)
-    rows = [asdict(Tuned(kernel, size, 90, as_row(new), as_row(TABLE[kernel][90][size]), 1e-3, 2e-3, 40)) for size in (64, 128)]
-    rows.append(asdict(Tuned("swiglu_forward", tuning.ANY, 80, "row(8, BLOCK=512)", "row(4, BLOCK=1024)", 1e-4, 2e-4, 20)))
-    rows.append(asdict(Tuned("attention_forward", 64, 90, "attention(1, 1, 1, 1)", "attention(1, 1, 1, 1)", 1e-3, 1e-3, 40)))
+    rows = [
+        asdict(Tuned(kernel, size, 90, as_row(new), as_row(TABLE[kernel][90][size]), 1e-3, 2e-3, 40, "the whole backward"))
+        for size in (64, 128)
+    ]
+    rows.append(
+        asdict(Tuned("swiglu_forward", tuning.ANY, 80, "row(8, BLOCK=512)", "row(4, BLOCK=1024)", 1e-4, 2e-4, 20, "the call"))
+    )
+    rows.append(
+        asdict(Tuned("attention_forward", 64, 90, "attention(1, 1, 1, 1)", "attention(1, 1, 1, 1)", 1e-3, 1e-3, 40, "the call"))
+    )
     made = tuning.patched(source, rows, f"{H100}, triton 3.6.0, 2026-11-28")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/configs.py").write_text(source)
@@ -349,9 +414,42 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
         if as_row(scope["TABLE"][name][arch][size]) != as_row(by_size[size])
     ]
     assert changed == [(kernel, 90, 64), (kernel, 90, 128), ("swiglu_forward", 80, tuning.ANY)]
-    assert "×" in made and all(len(line) <= 128 for line in made.splitlines())
+    assert "2026-11-28: the whole backward 1000 µs, 2.00 × as fast as before\n" in made and all(
+        len(line) <= 128 for line in made.splitlines()
+    )
     with pytest.raises(ValueError, match="has no row of attention_dq, 70, 64"):
         tuning.patched(source, [rows[0] | {"arch": 70}], "")
+
+
+def test_report_of_a_folder_without_results_leaves_the_page_alone(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("the page")
+    monkeypatch.setattr(report_gpu, "PAGE", page)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/right.json").write_text("{")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/right.json").write_text('{"about": {}}')
+    for folder, said in (("typo", "holds no right, fast, tune or kernels.json"), ("bad", "is damaged"), ("old", "is damaged")):
+        monkeypatch.setattr(sys, "argv", ["report_gpu.py", str(tmp_path / folder)])
+        assert report_gpu.main() == 2 and page.read_text() == "the page"
+        errors = capsys.readouterr().err
+        assert said in errors and len(errors.splitlines()) == 1
+
+
+def test_torch_path_as_a_yardstick_on_a_gpu_has_no_attention_of_cudnn(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, allowed in (("torch", False), ("auto", before)):
+        with options.yardstick(replace(options.base(True), kernels=name)):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed and torch.backends.cuda.math_sdp_enabled()
+    assert before == torch.backends.cuda.cudnn_sdp_enabled() and before
+
+
+def test_option_that_is_apart_or_failed_is_told_by_the_exit_code():
+    states = ("reference", "alike", "APART", "failed")
+    found = [options.faulty({"options": {"torch": {"state": "reference"}, "plain": {"state": state}}}) for state in states]
+    assert found == [False, False, True, True]
+    assert not options.faulty({"losses": [1.0]})
 
 
 def test_tuning_begins_no_row_when_its_time_is_over():

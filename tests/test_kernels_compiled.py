@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,16 +108,41 @@ def test_tune_measures_a_kernel():
 
 def test_unsound_candidates_are_not_taken_however_fast():
     fine, spills = row(4, BLOCK=1024), attention(128, 256, 4, 1)
-    with ThreadPoolExecutor(1) as pool:
-        taken = [
-            tune.gated(pool, kernel, size, 90, [config], seconds, tune._fault)
-            for kernel, size, config, seconds in (
-                ("swiglu_forward", ANY, fine, 200),
-                ("attention_forward", 128, spills, 200),
-                ("swiglu_forward", ANY, fine, 0),
-            )
-        ]
+    taken = [
+        tune.gated(kernel, size, 90, [config], seconds, tune._fault)
+        for kernel, size, config, seconds in (
+            ("swiglu_forward", ANY, fine, 200),
+            ("attention_forward", 128, spills, 200),
+            ("swiglu_forward", ANY, fine, 0),
+        )
+    ]
     assert taken == [fine, None, None], "one that spills, and one that nobody has judged in time, are not"
+
+
+def of_a_candidate(number: int) -> bool:
+    if number == 1:
+        os._exit(3)
+    if number == 2:
+        time.sleep(60)
+    return not torch.cuda.is_initialized() and triton.runtime.driver._active is None  # or CUDA refuses a forked process
+
+
+def test_candidate_whose_process_dies_or_is_late_costs_only_itself():
+    began = time.monotonic()
+    found = tune.answers(of_a_candidate, [(0,), (1,), (3,)], 60)
+    assert found == {0: True, 1: "its process ended with exit code 3", 2: True}
+    assert tune.answers(of_a_candidate, [(2,)], 0.5, 0.5) == {} and time.monotonic() - began < 50
+    assert not multiprocessing.active_children(), "nothing runs beside what is timed"
+
+
+def test_tuned_row_allows_its_odd_calls_what_they_need_and_none_that_breaks_is_taken(monkeypatch):
+    config, asked = row(4, BLOCK=1024), tune.calls("attention_dk_dv", 64, 90, attention(64, 64, 4, 2), odd=True)
+    assert {(case.call, case.dtype) for case in asked} >= {("one token", "fp16"), ("causal, narrow", "bf16")}
+    assert "causal, pointers" not in {case.call for case in asked}, "which the row of 80 serves"
+    assert tune.with_odd_calls("swiglu_forward", ANY, 90, config, 200) == config
+    for needs, taken in (({0: 0, 1: 24}, replace(config, odd_stack=24)), ({0: 8, 1: "does not compile"}, None), ({}, config)):
+        monkeypatch.setattr(tune, "answers", lambda *_, needs=needs: needs)
+        assert tune.with_odd_calls("attention_dk_dv", 64, 90, config, 1) == taken
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")

@@ -9,6 +9,7 @@ from conftest import ROOT, python
 from nanostack.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tests/peers"))
+import run as runner
 from run import Options, adapters, main, table
 
 sys.path.remove(str(ROOT / "tests/peers"))  # adapters are named as the peers are: `import torchtune` must not find one of ours
@@ -47,6 +48,15 @@ def test_missing_things_are_named_in_one_line(tmp_path, monkeypatch):
             main(options)
         assert "\n" not in str(error.value)
     (tmp_path / "Liger-Kernel").mkdir()
+    (tmp_path / "damaged.json").write_text("{")
+    for options, said in (
+        (Options(table=tmp_path / "damaged.json"), "--table .* is no file of results"),
+        (Options(peers=tmp_path, only=("liger",), out=tmp_path / "damaged.json"), "--out .* is no file of results"),
+        (Options(peers=tmp_path, only=("liger",), out=tmp_path / "damaged.json/a.json"), "nothing can be written there"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            main(options)
+        assert "\n" not in str(error.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install pytest"):
         main(Options(peers=tmp_path, only=("liger",)))
@@ -70,6 +80,21 @@ def test_an_adapter_runs_the_peers_test_on_our_kernel(tmp_path):
     assert "test_loss_forward[0-None-0.0]" in counts["failures"][0]
     lines = table({"cce torch": counts | {"peer": "apple/ml-cross-entropy", "commit": "abc", "backend": "torch"}}).splitlines()
     assert lines[2] == "| apple/ml-cross-entropy | abc | torch | 4 of 4 | 2 | 1 | 1: bias 1 | – |"
+
+
+def test_only_pairs_that_were_run_now_decide_and_the_file_keeps_the_others(tmp_path, monkeypatch):
+    (tmp_path / "Liger-Kernel").mkdir()
+    counts = {"passed": 1, "failed": 0, "refused": {}, "skipped": {}, "left_out": 0}
+    before = {"cce torch": {"peer": "a/b", "commit": "c", "backend": "torch", **counts, "failed": 1}}
+    before["fla c"] = {"peer": "a/b", "commit": "c", "backend": "c", "broken": "it broke"}
+    out = tmp_path / "new/peers.json"
+    monkeypatch.setattr(runner, "run", lambda *_: counts)
+    options = Options(peers=tmp_path, only=("liger",), backend=("torch",), out=out, json=True)
+    assert set(main(options)) == {"liger torch"} and out.exists(), "a folder that is missing is made"
+    out.write_text(json.dumps(before))
+    assert not runner.failed(main(options)) and set(json.loads(out.read_text())) == {*before, "liger torch"}
+    counts["failed"] = 1
+    assert runner.failed(main(options))
 
 
 def test_there_is_an_adapter_for_each_peer():

@@ -3,7 +3,7 @@
 DIR holds checkouts of them, in folders named as their repositories are. Their files are read from there; none is part of this
 repository. A child process for each peer and backend (session.py) puts our operations where the peer's would be imported from
 and runs the tests that are about them, in a sample with a fixed seed, at the peer's own tolerances. Beyond what nanostack's
-extra `dev` installs, their files import einops.
+extra `dev` installs, their files import einops. The exit code is 1 where a case of this run failed.
 """
 
 import ast
@@ -81,30 +81,45 @@ def main(options: Options) -> dict:
     if options.table is not None:
         if not options.table.is_file():
             raise UserError(f"--table {options.table} is not there; --out writes such a file")
-        print(table(json.loads(options.table.read_text())))
+        print(table(recorded("table", options.table)))
         return {}
     known = adapters()
     check(options, known)
-    results = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    results, now = recorded("out", options.out) if options.out and options.out.exists() else {}, {}
     for adapter in options.only or known:
         checkout = options.peers / known[adapter].split("/")[1]
         for backend in options.backend:
             counts = run(options, adapter, checkout, backend)
             sample = {"cases": options.cases, "seconds": options.seconds, "seed": options.seed}
             entry = {"peer": known[adapter], "commit": commit_of(checkout), "backend": backend, **sample, **counts}
-            results[f"{adapter} {backend}"] = entry
+            now[f"{adapter} {backend}"] = results[f"{adapter} {backend}"] = entry
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
             if not options.json:
                 print(row(entry), *(f"  {line}" for line in counts.get("failures", [])), sep="\n", flush=True)
-    broken = [f"{name}: {entry['broken']}" for name, entry in results.items() if "broken" in entry]
+    broken = [f"{name}: {entry['broken']}" for name, entry in now.items() if "broken" in entry]
     if broken:
         raise UserError(f"no test could be run with {'; '.join(broken)}")
-    return results
+    return now
+
+
+def failed(results: dict) -> bool:
+    """Whether a case of them failed."""
+    return any(entry["failed"] for entry in results.values())
+
+
+def recorded(name: str, file: Path) -> dict:
+    """The results in a file that --`name` names."""
+    try:
+        found = json.loads(file.read_text())
+        table(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--{name} {file} is no file of results ({type(error).__name__}: {error}): move it away") from error
+    return found
 
 
 def check(options: Options, known: dict[str, str]) -> None:
-    """Say in one line what is missing before anything runs."""
+    """Say in one line what is missing before anything runs; make the folder of --out."""
     if options.peers is None or not options.peers.is_dir():
         raise UserError(f"--peers {options.peers}: give the folder that holds checkouts of {', '.join(known.values())}")
     for name, given, choices in (("only", options.only, known), ("backend", options.backend, BACKENDS)):
@@ -116,6 +131,13 @@ def check(options: Options, known: dict[str, str]) -> None:
             raise UserError(f"{checkout} is not there: git clone https://github.com/{known[adapter]} {checkout}")
     if importlib.util.find_spec("pytest") is None:
         raise UserError("pytest is not installed; pip install pytest")
+    if options.out:
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.out.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"--out {options.out}: nothing can be written there: {error.strerror}") from error
 
 
 def listed(reasons: dict[str, int]) -> str:
@@ -140,4 +162,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    command_line(Options, main)
+    sys.exit(int(failed(command_line(Options, main))))

@@ -119,7 +119,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
     },
     "rms_norm_backward": {
         80: {
-            256: row(4, 3, 4, BLOCK_ROWS=8),
+            256: row(4, 3, 4, BLOCK_ROWS=8, odd_stack=8),
             512: row(4, 3, 4, BLOCK_ROWS=4, odd_stack=8),
             1024: row(4, 3, 4, BLOCK_ROWS=2),
             2048: row(4, 3, 4, BLOCK_ROWS=1),

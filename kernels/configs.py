@@ -99,7 +99,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             256: attention(32, 64, 8, 1, TMA=True),
         },
         80: {
-            32: attention(64, 64, 4, 2, stack=48),  # by Triton 3.6, with documents; by 3.7 none
+            32: attention(64, 64, 4, 2, stack=48, odd_stack=88),  # by Triton 3.6, with documents; by 3.7 none
             64: attention(32, 128, 8, 2, odd_stack=16),
             128: attention(64, 64, 8, 2, odd_stack=40),
             256: attention(32, 32, 8, 2),
@@ -108,7 +108,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
     },
     "rms_norm_forward": {
         80: {
-            256: row(4, BLOCK_ROWS=8),
+            256: row(4, BLOCK_ROWS=8, odd_stack=8),
             512: row(4, BLOCK_ROWS=4),
             1024: row(4, BLOCK_ROWS=2),
             2048: row(4, BLOCK_ROWS=1),

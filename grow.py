@@ -7,7 +7,6 @@ written: `python grow.py smollm --g 2 --out smollm-x2`.
 
 import json
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,25 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from nanostack import checkpoint, export, hf
-from nanostack.config import Growth, Optim
-from nanostack.data import Tokens, manifest_sha256
-from nanostack.depth import connection_rate
+from nanostack import checkpoint, models
+from nanostack.device import check_room, choose_device, free_bytes
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
-from nanostack.growth import Shape, caution, ramp_left
-from nanostack.model import Llama, LlamaConfig
-from nanostack.moments import RESET
-from nanostack.parallel import Placement, check_room, free_bytes
+from nanostack.growth import Growth, GrowthPlan, ramp_left
+from nanostack.growth.depth import connection_rate
+from nanostack.growth.moments import RESET
+from nanostack.hf import export
+from nanostack.memory import growth_bytes
+from nanostack.micro_step import MicroStep
+from nanostack.model import LlamaConfig
+from nanostack.parallel import Placement
 from nanostack.state import State
+from nanostack.text.dataset import Prefetcher, Tokens
+from nanostack.text.manifest import manifest_sha256
+from nanostack.validation import Validation
 
-TOGETHER = 4  # sequences that go through the model at a time
+TOGETHER = 4  # sequences that go through the model at a time, at most
+VAL_TOKENS = 131072
 
 
 @dataclass(frozen=True)
@@ -59,160 +64,128 @@ class Command:
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    folder = command.checkpoint.is_dir()
+    how, folder = command.growth, command.checkpoint.is_dir()
     if command.checkpoint.is_file():
         console.print(f"reading and checking {command.checkpoint} ({command.checkpoint.stat().st_size / 2**30:.2f} GiB)")
-    saved = hf.load(command.checkpoint) if folder else checkpoint.load(command.checkpoint)
+    saved = models.read(command.checkpoint)
     base = LlamaConfig(**saved["config"])
-    grown = command.growth.shape(base)
-    source = command.checkpoint.resolve() if folder else command.checkpoint
-    name = f"{source.name}-{suffix(base, grown.config)}" if folder else f"{source.stem}-{suffix(base, grown.config)}.pt"
-    out = command.out or source.with_name(name)
+    plan, out = how.plan(base), place(command, base)
     check(command, saved, out)
-    texts = [Tokens(command.data, split, base.seq_len, saved["seed"] or 0) for split in ("train", "val") if command.data]
-    if texts and texts[0].vocab_size > base.vocab_size:
-        raise UserError(f"{command.data} holds token ids up to {texts[0].vocab_size - 1}, the model has {base.vocab_size}")
+    text = val = None
+    if command.data:
+        text = Tokens(command.data, "train", base.seq_len, saved["seed"] or 0)
+        if text.vocab_size > base.vocab_size:
+            raise UserError(f"{command.data} holds token ids up to {text.vocab_size - 1}, the model has {base.vocab_size}")
+        val = Validation(Tokens(command.data, "val", base.seq_len), VAL_TOKENS)
 
     device = choose_device(command.device)
-    if command.growth.moments() == RESET:
+    if plan.moments == RESET:
         saved["optimizer"] = {}  # never to be read
-    forecast = foresee(saved, command.growth, grown) | {"device": str(device), "out": str(out)}
+    forecast = foresee(saved, how, plan) | {"device": str(device), "out": str(out)}
     if command.dry_run:
         return forecast | {"bytes_free": free_bytes(device)}
     check_room(device, forecast["bytes_needed"], "growing")
     if device.type != "cpu":
-        at_once = min(forecast["bytes_written"], export.SHARD_BYTES) if folder else forecast["bytes_written"]
-        check_room(torch.device("cpu"), at_once, "putting the file together")
+        most = export.SHARD_BYTES if folder else forecast["bytes_written"]
+        check_room(torch.device("cpu"), min(most, forecast["bytes_written"]), "putting the file together")
 
     console.print(
         f"growing on {device}, {forecast['n_params_before'] / 1e6:.1f}M to {forecast['n_params'] / 1e6:.1f}M parameters"
     )
-    state = State.restore(saved, Optim(), Placement(device))
-    state.model.end_of_text = texts[0].manifest["tokenizer"]["eot"] if texts and command.document_mask else None
+    state = models.restore(saved, Placement(device), optimizer=True)
+    state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
     probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
-    before = mean_loss(state.model, texts[1]) if texts else None
-    with Progress(console=console, disable=command.growth.learning_steps() == 0) as progress:
-        task = progress.add_task("learning how to grow", total=command.growth.learning_steps())
-        receipt = state.grow(
-            command.growth,
-            probe,
-            gradients_of(state, texts[0], command.batch_tokens, lambda: progress.advance(task)) if texts else None,
-        )
-    receipt |= {"loss_before": before, "loss_after": mean_loss(state.model, texts[1]) if texts else None}
+    before = val(state.model, TOGETHER).nats_per_token if val else None
+    with Progress(console=console, disable=how.learning_steps() == 0) as progress:
+        task = progress.add_task("learning how to grow", total=how.learning_steps())
+        gradients = gradients_of(state, text, command, lambda: progress.advance(task)) if text else None
+        receipt = state.grow(how, probe, gradients)
+    receipt.loss_before, receipt.loss_after = before, val(state.model, TOGETHER).nats_per_token if val else None
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
     if folder:
         options = {"dtype": saved["dtype"], "tokenizer": command.checkpoint, "eot": saved["eot"]}
         export.save(state, out, saved["manifest_sha256"], **options)
     else:
         checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
-    return receipt | {"out": str(out), "n_params": n_params(state.model.config)}
+    if caution := receipt.caution():
+        console.print(f"warning: {caution}")
+    return receipt.as_dict() | {"out": str(out), "n_params": n_params(state.model.config)}
+
+
+def place(command: Command, base: LlamaConfig) -> Path:
+    """Where the grown model goes: --out, else beside the old one, under a name that says how it grew."""
+    if command.out:
+        return command.out
+    suffix = command.growth.plan(base).suffix(base)
+    if command.checkpoint.is_dir():
+        folder = command.checkpoint.resolve()
+        return folder.with_name(f"{folder.name}-{suffix}")
+    return command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix}.pt")
 
 
 def check(command: Command, saved: dict, out: Path) -> None:
     """Raise UserError for what can be known before any weight is read."""
-    if out.exists() and out.samefile(command.checkpoint):
+    source, how, learns = command.checkpoint, command.growth, command.growth.learning_steps() > 0
+    if out.exists() and out.samefile(source):
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
-    if command.checkpoint.is_dir():
-        export.check_place(out, command.checkpoint, command.overwrite)
+    if source.is_dir():
+        export.check_place(out, source, command.overwrite)
     elif out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
     if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
-        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
-    if command.growth.learning_steps() and not command.data:
+        raise UserError(f"{source} is still ramping in its last growth, for {left} tokens: train it on first")
+    if learns and not command.data:
         raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
-    if command.growth.learning_steps() and command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
+    if learns and command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
         raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {seq_len} tokens")
-    trained_on = saved["manifest_sha256"]  # None where others did
-    if command.growth.learning_steps() and trained_on not in (None, manifest_sha256(command.data)):
-        raise UserError(f"{command.checkpoint} was trained on other text than {command.data}: learn goes on where it stopped")
-    if command.checkpoint.is_dir() and "random" in (command.growth.op, command.growth.width):
+    if learns and saved["manifest_sha256"] not in (None, manifest_sha256(command.data)):  # None where others trained it
+        raise UserError(f"{source} was trained on other text than {command.data}: learn goes on where it stopped")
+    if source.is_dir() and how.makes_random:
         raise UserError(
             "what begins at random is ramped in during training, which a Hugging Face folder has no place for: make a "
-            "checkpoint of it (python -m nanostack.import_hf), grow that, and train on"
+            "checkpoint of it (nanostack import), grow that, and train on"
         )
 
 
-def suffix(base: LlamaConfig, grown: LlamaConfig) -> str:
-    """What the name of a grown checkpoint says of it: x4, d2048, x4-d2048, 9-layers, ..."""
-    times, rest = divmod(grown.n_layer, base.n_layer)
-    said = [] if times == 1 and not rest else [f"{grown.n_layer}-layers" if rest else f"x{times}"]
-    said += [f"d{grown.d_model}"] if grown.d_model != base.d_model else []
-    return "-".join(said) or f"kv{grown.n_kv_head}-ff{grown.d_ff}"
-
-
-def gradients_of(state: State, text: Tokens, batch_tokens: int, done: Callable[[], object]) -> Callable[[], torch.Tensor]:
+def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[], object]) -> Callable[[], torch.Tensor]:
     """A function that puts the gradients of the next batch into the model, moves the cursor past it, and returns the loss."""
+    size, first, steps = command.batch_tokens // text.seq_len, state.cursor.samples, command.growth.learning_steps()
+    each = max(n for n in range(1, TOGETHER + 1) if size % n == 0)
+    step = MicroStep(size // each, graphed=False)
+    starts = range(first, first + steps * size, each)
+    batches = Prefetcher(text, ((start, start + each) for start in starts), device=state.placement.device)
 
     def gradients() -> torch.Tensor:
-        model, first, loss = state.model, state.cursor.samples, torch.zeros((), device=state.placement.device)
-        size = batch_tokens // model.config.seq_len
-        for start in range(first, first + size, TOGETHER):
-            block = torch.from_numpy(text.batch(start, min(start + TOGETHER, first + size))).to(loss.device)
-            part = model(block[:, :-1], block[:, 1:]) * len(block) / size
-            part.backward()
-            loss += part.detach()
-        state.cursor.advance(size, model.config)
+        loss = step.accumulate(state.model, batches)
+        state.cursor.advance(size, state.model.config)
         done()
         return loss
 
     return gradients
 
 
-@torch.no_grad()
-def mean_loss(model: Llama, text: Tokens, tokens: int = 131072) -> float:
-    """Loss in nats per token over the first validation tokens."""
-    device, blocks = model.cos.device, max(1, min(text.n_blocks, tokens // text.seq_len))
-    total = 0.0
-    for start in range(0, blocks, TOGETHER):
-        block = torch.from_numpy(text.blocks(start, min(start + TOGETHER, blocks))).to(device)
-        total += len(block) * model(block[:, :-1], block[:, 1:]).item()
-    return total / blocks
-
-
-def foresee(saved: dict, how: Growth, grown: Shape) -> dict:
+def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
     """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
-    base, config = LlamaConfig(**saved["config"]), grown.config
+    base, sources = LlamaConfig(**saved["config"]), [layer.source for layer in plan.layers]
     moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
-    old, new = n_params(base), n_params(config) - n_params(base)
-    numbers = old * (1 + moments) + new * (1 if how.moments().new == "zero" else 1 + moments)
-    if how.width:
-        numbers = (old + new) * (1 + moments)
-    if how.width or how.noise:  # the largest tensor is there twice
-        numbers += max(config.vocab_size, 2 * config.d_ff) * config.d_model
-    if how.learning_steps():  # the old weights, and gradients of the new ones
-        numbers += old + (old + new)
     return {
         "growth": vars(how),
-        "op": grown.op,
-        "layers": [layer.source for layer in grown.layers],
-        "rules": [layer.rule for layer in grown.layers],
-        "rc": round(connection_rate([layer.source for layer in grown.layers]), 6),
-        "shape": vars(config),
-        "preserves": grown.preserves and not how.noise,
-        "n_params_before": old,
-        "n_params": old + new,
-        "bytes_needed": 4 * numbers,
-        "bytes_written": saved.get("dtype", torch.float32).itemsize * (old + new) * (1 + moments),
+        "op": plan.op,
+        "layers": sources,
+        "rules": [layer.rule for layer in plan.layers],
+        "rc": round(connection_rate(sources), 6),
+        "shape": vars(plan.config),
+        "preserves": plan.preserves and not how.noise,
+        "n_params_before": n_params(base),
+        "n_params": n_params(plan.config),
+        "bytes_needed": growth_bytes(base, how, moments),
+        "bytes_written": saved.get("dtype", torch.float32).itemsize * n_params(plan.config) * (1 + moments),
     }
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":
     with exits_cleanly():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half file behind
         command = tyro.cli(Command, use_underscores=True)
-        receipt = main(command)
-        if not command.dry_run and (said := caution(receipt)):
-            print(f"warning: {said}", file=sys.stderr)
-        if command.json:
-            print(json.dumps(receipt))
-        else:
-            print("\n".join(f"{name:>22}  {value}" for name, value in receipt.items()))
+        answer = main(command)
+        print(json.dumps(answer) if command.json else "\n".join(f"{name:>22}  {value}" for name, value in answer.items()))

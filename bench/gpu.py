@@ -26,10 +26,7 @@ from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench import sections, wheels  # noqa: E402
+from bench import ROOT, sections, wheels
 
 PATIENCE = 5  # seconds that a part which is told to stop may take
 

@@ -31,19 +31,17 @@ from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench.results import place, write_result  # noqa: E402
-from nanostack import growth  # noqa: E402
-from nanostack.config import Optim, load  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.flops import n_params  # noqa: E402
-from nanostack.metrics import device_name  # noqa: E402
-from nanostack.model import Llama, LlamaConfig  # noqa: E402
-from nanostack.moments import COPY, RESET  # noqa: E402
-from nanostack.optimizer import make_optimizer  # noqa: E402
-from nanostack.parallel import free_bytes  # noqa: E402
+from bench import ROOT
+from bench.results import place, write_result
+from nanostack import growth
+from nanostack.config import Optim, load
+from nanostack.device import free_bytes
+from nanostack.errors import UserError, command_line
+from nanostack.flops import n_params
+from nanostack.growth.moments import COPY, RESET
+from nanostack.model import Llama, LlamaConfig
+from nanostack.optimizer import make_optimizer
+from nanostack.provenance import device_name
 
 G = 4
 WAYS = ("in place", "in place, moments", "by way of the host")

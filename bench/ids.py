@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from nanostack.config import Train
-from nanostack.data import FORMAT, MANIFEST, SPLITS, advised
-from nanostack.prepare import Shards
-from nanostack.tokenizer import BYTES_PATTERN, EOT, Tokenizer
+from nanostack.text.corpus import Shards
+from nanostack.text.manifest import FORMAT, MANIFEST, SPLITS, advised
+from nanostack.text.tokenizer import BYTES_PATTERN, EOT, Tokenizer
 
 DOCUMENT = 500  # tokens in the mean
 PIECE = 1 << 22  # ids drawn at a time

@@ -24,15 +24,13 @@ import torch
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench import ids  # noqa: E402
-from bench.results import place, write_result  # noqa: E402
-from nanostack.config import Data, Stage, Train, grow  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.metrics import device_name, read_run  # noqa: E402
-from nanostack.model import LlamaConfig  # noqa: E402
+from bench import ROOT, ids
+from bench.results import place, write_result
+from nanostack.config import Data, Stage, Train, grow
+from nanostack.errors import UserError, command_line
+from nanostack.model import LlamaConfig
+from nanostack.provenance import device_name
+from nanostack.runs import read_run
 
 STEPS = 20
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,12 +12,9 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench import anchors, growth, sections, throughput  # noqa: E402
-from bench.results import RESULTS, markdown  # noqa: E402
-from kernels.configs import ANY  # noqa: E402
+from bench import ROOT, anchors, growth, sections, throughput
+from bench.results import RESULTS, markdown
+from kernels.configs import ANY
 
 PAGE = ROOT / "docs/performance.md"
 MARKS = ("<!-- begin: python bench/report_gpu.py -->", "<!-- end: python bench/report_gpu.py -->")

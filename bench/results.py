@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 
 from bench import sections
 from nanostack.errors import UserError
-from nanostack.metrics import git_commit, versions
+from nanostack.provenance import git_commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 

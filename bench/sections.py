@@ -4,8 +4,9 @@ Nothing but the standard library: bench/gpu.py uses it before it knows what is i
 """
 
 import json
-import os
 from pathlib import Path
+
+from nanostack import files
 
 
 def split(place: Path) -> tuple[Path, str | None]:
@@ -35,6 +36,5 @@ def write(place: Path, value: dict) -> None:
     """Put `value` where `place` says. Whoever is killed leaves the file as it was before, or as it is after."""
     file, key = split(place)
     whole = value if key is None else read(file) | {key: value}
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(partial, file)
+    with files.replacing(file) as new:
+        new.write(json.dumps(whole, indent=1) + "\n")

@@ -14,6 +14,7 @@ ours is, round by round (median, least, most), as a machine may be slow for minu
 more than a few long ones. MFU is nanostack/flops.py's. JSON and picture go to bench/results/.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,35 +22,30 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-BEGAN = time.time()  # before torch is imported
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
-import contextlib  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from tempfile import TemporaryDirectory  # noqa: E402
-
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench import anchors  # noqa: E402
-from bench.ids import fed, names_text  # noqa: E402
-from bench.results import picture, place, write_result  # noqa: E402
-from nanostack.config import Stage, Train, load  # noqa: E402
-from nanostack.data import Prefetcher, Tokens, load_manifest  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.flops import MFU, mfu, n_params, peak_flops  # noqa: E402
-from nanostack.metrics import device_name  # noqa: E402
-from nanostack.parallel import compute_dtype  # noqa: E402
+from bench import ROOT, anchors
+from bench.ids import fed, names_text
+from bench.results import picture, place, write_result
+from nanostack.config import Stage, Train, load
+from nanostack.device import compute_dtype
+from nanostack.errors import UserError, command_line
+from nanostack.flops import MFU, mfu, n_params, peak_flops
+from nanostack.provenance import device_name
+from nanostack.text.dataset import Prefetcher, Tokens
+from nanostack.text.manifest import load_manifest
 
 OURS = "nanostack"
+STARTED = "NANOSTACK_BENCH_STARTED"  # in the environment: when the process of a way was started
 PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face"}
 
 
@@ -167,6 +163,7 @@ def liger(device: torch.device) -> bool:
 
 def work(command: Command, config: Train) -> dict:
     """Be one of the ways: run warm-up and timed steps in this process."""
+    began = float(os.environ.get(STARTED, time.time()))  # before Python was started
     cuda, marks = torch.cuda.is_available(), []
 
     def mark():
@@ -180,7 +177,7 @@ def work(command: Command, config: Train) -> dict:
         if len(marks) == 1:
             if cuda:
                 torch.cuda.synchronize()
-            first.append(time.time() - BEGAN)
+            first.append(time.time() - began)
 
     first: list[float] = []
     kernels = ours(config, mark) if command.worker == OURS else theirs(command.worker, config, mark)
@@ -259,7 +256,7 @@ def in_process(name: str, path: str, command: Command, data: str, caches: Path, 
     arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--data.path", data, "--worker", name, "--json"]
     arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
-    environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
+    environment |= {STARTED: str(time.time()), "TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     if done.returncode == 2:  # a mistake in what was asked, which it tells in its last line
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -19,17 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-from bench.results import place, write_result  # noqa: E402
-from bench.throughput import default_config, ours, timed  # noqa: E402
-from kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS  # noqa: E402
-from nanostack.config import Train, load  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.flops import MFU, mfu, n_params  # noqa: E402
-from nanostack.metrics import device_name  # noqa: E402
-from nanostack.model import LlamaConfig  # noqa: E402
+from bench import ROOT
+from bench.results import place, write_result
+from bench.throughput import default_config, ours, timed
+from kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from nanostack.config import Train, load
+from nanostack.errors import UserError, command_line
+from nanostack.flops import MFU, mfu, n_params
+from nanostack.model import LlamaConfig
+from nanostack.provenance import device_name
 
 KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
     "attention": r"attention|flash|fmha|cudnn.*sdpa",

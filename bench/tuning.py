@@ -9,7 +9,6 @@ the 1B model's, comes first.
 import difflib
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -17,15 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would stand before the package of that name
-
-import kernels  # noqa: E402
-from bench.results import place, write_result  # noqa: E402
-from kernels import tune  # noqa: E402
-from kernels.configs import ANY, TABLE, Config  # noqa: E402
-from nanostack.errors import UserError, command_line  # noqa: E402
-from nanostack.metrics import device_name, versions  # noqa: E402
+import kernels
+from bench import ROOT
+from bench.results import place, write_result
+from kernels import tune
+from kernels.configs import ANY, TABLE, Config
+from nanostack.errors import UserError, command_line
+from nanostack.provenance import device_name, versions
 
 CONFIGS = "kernels/configs.py"
 

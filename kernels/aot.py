@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from .attention_triton import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
 from .configs import ANY, FP32, TABLE, Config, fitting, rows_for, rows_of
 from .dispatch import HAS_TRITON, INTERPRETED, triton
-from .flash_attention import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
 from .linear_cross_entropy import cross_entropy_kernel
 from .rms_norm import rms_norm_backward_kernel, rms_norm_forward_kernel
 from .rotary import rotary_kernel

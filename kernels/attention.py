@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cpu
+from .attention_triton import LN_2, MAX_D_HEAD, document_bounds, flash_attention_op
 from .dispatch import (
     once_differentiable,
     require,
@@ -17,7 +18,6 @@ from .dispatch import (
     use_triton,
     wide,
 )
-from .flash_attention import LN_2, MAX_D_HEAD, document_bounds, flash_attention_op
 from .rotary import check as check_rotary
 from .rotary import require_heads, rotary
 

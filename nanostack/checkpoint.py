@@ -5,7 +5,6 @@ step. A process killed at any moment leaves either the old checkpoint or the new
 plain values, read with `weights_only=True`; it carries a SHA-256 per tensor and one of all plain values.
 """
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -20,10 +19,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from nanostack import files
 from nanostack.config import Train
 from nanostack.errors import UserError
-from nanostack.growth import ramp_left
-from nanostack.parallel import on_rank_0, rank
+from nanostack.growth import Receipt, ramp_left
+from nanostack.parallel import Placement, is_main_rank, on_rank_0
 from nanostack.state import State
 
 FORMAT = "nanostack-checkpoint-1"
@@ -60,7 +60,7 @@ class Saver:
         if state.placement.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        if rank() == 0:
+        if is_main_rank():
             self._writing = self._pool.submit(self._write, contents, copied)
 
     def wait(self) -> None:
@@ -95,21 +95,12 @@ class Saver:
 
 
 def write(contents: dict, path: Path) -> None:
-    """Write one checkpoint file: beside its place first, synced, then renamed into it."""
-    partial = path.with_name(path.name + ".partial")
+    """Write one checkpoint file. UserError where it cannot be written; what was there before is intact then."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with files.replacing(path, "wb") as file:
             torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError, KeyboardInterrupt) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
 
 
@@ -135,6 +126,22 @@ def load(path: str | Path) -> dict:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
     return saved
+
+
+def begin(config: Train, source: str | None, resuming: bool, manifest_sha256: str, placement: Placement) -> State:
+    """The state that a run begins with: that of the checkpoint `source`, if any, on the run's first stage unless `resuming`.
+
+    manifest_sha256 is that of the text at hand. UserError for a checkpoint that the config cannot go on from.
+    """
+    if source is None:
+        return State.create(config.model, config.optim, placement, config.seed)
+    saved = load(source)
+    check_fits(saved, source, config, manifest_sha256 if resuming else None)
+    state = State.restore(saved, config.optim, placement)
+    state.seed = config.seed
+    if not resuming:
+        state.cursor.stage = state.cursor.stage_tokens = 0
+    return state
 
 
 def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str | None) -> None:
@@ -169,7 +176,7 @@ def _check_growths(saved: dict, source: str | Path, config: Train) -> None:
     left, until = ramp_left(saved["growth"], saved["cursor"]["tokens"]), sum(stage.tokens for stage in config.stages[:first])
     if first < len(config.stages) and left > until:
         raise UserError(f"{source} is still ramping in its last growth, for {left} tokens; stage {first} grows after {until}")
-    new_layers = saved["growth"] and any(rule != "kept" for rule in saved["growth"][-1].get("rules", ()))
+    new_layers = saved["growth"] and Receipt.of(saved["growth"][-1]).new_layers
     if not new_layers and any(stage.freeze for stage in config.stages[:first]):
         raise UserError(f"freeze trains new layers only, and {source} has none: no growth made any")
 
@@ -182,8 +189,8 @@ def pack(state: State, manifest_sha256: str | None) -> dict | None:
 
 def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str, Tensor], Tensor]) -> dict | None:
     """What `pack` gives, but for the hashes. `to_host(name, tensor)` brings a tensor to the host."""
-    model, optimizer = state.whole_tensors(to_host if rank() == 0 else None)
-    if rank() != 0:
+    model, optimizer = state.whole_tensors(to_host if is_main_rank() else None)
+    if not is_main_rank():
         return None
     rng = {"cpu": torch.get_rng_state()}
     if state.placement.device.type == "cuda":
@@ -195,7 +202,7 @@ def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str,
         "optimizer": optimizer,
         "cursor": dataclasses.asdict(state.cursor),
         "rng": rng,
-        "growth": copy.deepcopy(state.growth),
+        "growth": [copy.deepcopy(receipt.as_dict()) for receipt in state.growth],
         "manifest_sha256": manifest_sha256,
         "seed": state.seed,
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
@@ -205,7 +212,7 @@ def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str,
 def _write_and_link(contents: dict, path: Path, keep: int) -> None:
     numbered = path.with_name(f"{path.stem}-{contents['cursor']['samples']}{path.suffix}")
     write(contents, numbered)
-    link = path.with_name(path.name + ".partial")
+    link = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         link.unlink(missing_ok=True)
         try:
@@ -216,7 +223,7 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
                 copy.flush()
                 os.fsync(copy.fileno())
         os.replace(link, path)
-        _sync_folder(path.parent)
+        files.sync(path.parent)
     except OSError as error:
         raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
     for old in numbered_checkpoints(path)[:-keep]:
@@ -266,11 +273,3 @@ def _verify(saved: dict, path: Path) -> None:
 def _reason(error: Exception) -> str:
     cause = error if isinstance(error, OSError) else error.__context__
     return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

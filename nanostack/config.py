@@ -14,23 +14,21 @@ import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import tyro
 
-from nanostack import depth
 from nanostack.errors import UserError
-from nanostack.growth import Shape, check, shape
+from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
-from nanostack.moments import Moments
-from nanostack.width import OPERATORS as WIDTH_OPERATORS
-from nanostack.width import Width
+from nanostack.old_fields import current, renamed
+from nanostack.schedule import scheduled
 
 
 @dataclass(frozen=True)
 class Data:
     path: str = "data/stdlib"
-    """Folder written by `python -m nanostack.prepare`."""
+    """Folder written by `nanostack prepare`."""
     val_tokens: int = 131072
     """Validation tokens: always the first ones of the validation split (all of it where it is shorter)."""
     document_mask: bool = False
@@ -39,74 +37,6 @@ class Data:
     def __post_init__(self):
         if self.val_tokens < 1:
             raise UserError(f"data.val_tokens must be at least 1, not {self.val_tokens}")
-
-
-DepthOperator = Literal[*depth.OPERATORS]
-WidthOperator = Literal[*WIDTH_OPERATORS]
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How a stage makes its model from the one before it; see nanostack/growth.py."""
-
-    op: DepthOperator | None = None
-    """How its depth grows. None: stack, or not at all where only its width does."""
-    g: int | None = None
-    """How many times deeper: stack, interleave, zero, random and learn. 4 where nothing is given."""
-    layers: str | None = None
-    """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
-    optimizer: Literal["reset", "copy"] = "reset"
-    """Adam's moments and steps after growth: all zero (the paper), or copied with the layers."""
-    k: int | None = None
-    """Layers that middle repeats, solar drops at the seam, insert lets stand between two new ones."""
-    moments_old: Literal["keep", "zero", "scale"] | None = None
-    """Moments of the layers that were there; None: as `optimizer` says."""
-    moments_new: Literal["copy", "zero", "scale"] | None = None
-    """Moments of new layers: their source's, none, or their source's times moments_factor (squared for the second)."""
-    moments_factor: float = 1.0
-    noise: float = 0.0
-    """Share of fresh noise mixed into every matrix; the paper finds 0.2 slightly better than 0."""
-    ramp_tokens: int | None = None
-    """Tokens over which what is random is ramped in; None: the warm-up of the stage, or a tenth of it."""
-    width: WidthOperator | None = None
-    """How its width grows, before its depth does; on one device, or by grow.py."""
-    d_model: int | None = None
-    """Width to grow to, by whole heads: d_head stays."""
-    n_kv_head: int | None = None
-    """Key/value heads of the wider model; None: more by the factor of d_model, as d_ff."""
-    d_ff: int | None = None
-    alpha: float | None = None
-    """What the first of several copies carries after split, from 0 to 1; None: as much as the others, which then stay alike."""
-    learn_steps: int = 100
-    """Batches on which learn trains its map; they are no part of the stage's tokens, but of the run's."""
-
-    def moments(self) -> Moments:
-        old, new = ("keep", "copy") if self.optimizer == "copy" else ("zero", "zero")
-        return Moments(self.moments_old or old, self.moments_new or new, self.moments_factor)
-
-    def wider(self) -> Width | None:
-        given = {name: getattr(self, name) for name in ("d_model", "n_kv_head", "d_ff", "alpha")}
-        if self.width is not None:
-            return Width(self.width, **given)
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(f"{name} belongs to a growth in width: say how (width {', '.join(WIDTH_OPERATORS)})")
-        return None
-
-    def learning_steps(self) -> int:
-        """Batches that the growth takes for itself."""
-        return self.learn_steps * (self.width, self.op).count("learn")
-
-    def shape(self, base: LlamaConfig) -> Shape:
-        """What becomes of a model of shape `base`. UserError where there is no such growth."""
-        wider = self.wider()
-        grown = shape(base, self.op, self.g, self.layers, self.k, wider)
-        check(grown, wider, self.moments(), self.noise, self.learn_steps)
-        if self.moments_factor != 1 and "scale" not in (self.moments_old, self.moments_new):
-            raise UserError(f"moments_factor {self.moments_factor} is for moments that are scaled, and none are")
-        if self.ramp_tokens is not None and (self.ramp_tokens < 1 or "random" not in (self.op, self.width)):
-            raise UserError(f"ramp_tokens {self.ramp_tokens} must be at least 1, and be for random layers or channels")
-        return grown
 
 
 @dataclass(frozen=True)
@@ -147,30 +77,21 @@ class Stage:
             raise UserError(f"decay_tokens must be positive, not {self.decay_tokens}")
 
 
-def scheduled(stages: tuple[Stage, ...], number: int) -> Stage:
-    """The stage whose schedule rules over stage `number`, with the tokens of all the stages that continue it."""
-    first, last = number, number + 1
-    while first and stages[first].continues:
-        first -= 1
-    while last < len(stages) and stages[last].continues:
-        last += 1
-    return dataclasses.replace(stages[first], tokens=sum(stage.tokens for stage in stages[first:last]))
-
-
 def grow(op: str | None = None, g: int | None = None, **options) -> Stage:
     """A stage that starts by growing the model: `grow("stack", g=4, tokens=..., lr=...)`, with fields of Growth and Stage."""
     how = {field.name: options.pop(field.name) for field in dataclasses.fields(Growth) if field.name in options}
     return Stage(growth=Growth(op, g, **how), **options)
 
 
+@renamed(decay="weight_decay", clip="grad_clip")
 @dataclass(frozen=True)
 class Optim:
     """AdamW; weight decay reaches matrices only."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    decay: float = 0.1
-    clip: float = 1.0
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
     """Largest global gradient norm."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """What Adam's moments are kept in."""
@@ -181,16 +102,17 @@ class Optim:
                 f"optim.moments bfloat16 needs betas[1] ≤ 0.99, not {self.betas[1]}: the second moment would move by less than "
                 "bfloat16 can tell apart"
             )
-        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.decay >= 0 and self.clip > 0):
-            raise UserError(f"optim needs betas in [0, 1), eps > 0, decay ≥ 0 and clip > 0, not {self}")
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.weight_decay >= 0 and self.grad_clip > 0):
+            raise UserError(f"optim needs betas in [0, 1), eps > 0, weight_decay ≥ 0 and grad_clip > 0, not {self}")
 
 
+@renamed(replicate="dp_replicate", shard="dp_shard")
 @dataclass(frozen=True)
 class Parallel:
-    """The device mesh: `replicate` groups of `shard` devices. None stands for all that the other leaves."""
+    """The device mesh: `dp_replicate` groups of `dp_shard` devices. None stands for all that the other leaves."""
 
-    replicate: int | None = None
-    shard: int | None = None
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes anew instead of keeping: norms, rotary and SwiGLU (selective), or whole blocks (full)."""
 
@@ -238,6 +160,13 @@ class Samples(Sampling):
             raise UserError(f"interval must be at least 1, not {self.interval}")
         if not self.prompt:
             raise UserError("prompt needs at least one text, which may be empty")
+
+
+class Position(Protocol):
+    """Where a run is: the stage, and the tokens that it has trained on (nanostack.state.Cursor)."""
+
+    stage: int
+    stage_tokens: int
 
 
 @dataclass(frozen=True)
@@ -309,10 +238,10 @@ class Train:
         for number, stage in enumerate(self.stages):  # a bad list must not end a run that has trained for days
             if stage.growth is not None:
                 try:
-                    layers, model, *_ = stage.growth.shape(model)
+                    plan = stage.growth.plan(model)
                 except UserError as error:
                     raise UserError(f"stages.{number}.growth: {error}") from None
-                new_layers = any(layer.rule != "kept" for layer in layers)
+                model, new_layers = plan.config, any(layer.rule != "kept" for layer in plan.layers)
             if (stage.freeze or (stage.rewarm_tokens and stage.rewarm == "new")) and not new_layers:
                 raise UserError(
                     f"stages.{number}: to freeze all but new layers, or to re-warm new ones, a growth must make some"
@@ -329,8 +258,19 @@ class Train:
         """The model of every stage; the last is the largest, as growth makes nothing smaller."""
         models = [self.model]
         for stage in self.stages:
-            models.append(stage.growth.shape(models[-1]).config if stage.growth else models[-1])
+            models.append(stage.growth.plan(models[-1]).config if stage.growth else models[-1])
         return models[1:]
+
+    def steps_of(self, stages: "tuple[Stage, ...]") -> int:
+        """Steps that these stages take; the last one of each is a whole one."""
+        return sum(-(-stage.tokens // self.batch_tokens) for stage in stages)
+
+    def steps_done(self, cursor: "Position") -> int:
+        return self.steps_of(self.stages[: cursor.stage]) + cursor.stage_tokens // self.batch_tokens
+
+    def steps_left(self, cursor: "Position") -> int:
+        here = self.stages[cursor.stage].tokens - cursor.stage_tokens
+        return self.steps_of(self.stages[cursor.stage + 1 :]) + max(0, -(-here // self.batch_tokens))
 
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run."""
@@ -368,7 +308,7 @@ def load(path: str, overrides: list[str]) -> Train:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 Train,
-                args=overrides,
+                args=current(overrides),
                 default=config,
                 prog=f"train.py {path}",
                 use_underscores=True,

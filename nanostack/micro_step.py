@@ -1,12 +1,16 @@
-"""Forward and backward of one micro-batch: as it is, or captured in a CUDA graph and replayed.
+"""One batch forward and backward: micro-batch after micro-batch, each as it is or captured in a CUDA graph and replayed.
 
 A graph spares the CPU the launching of some thousand kernels, which is what a small model on a fast GPU waits for. It is
 captured at the first micro-batch of a stage, and anew whenever what it would run has changed: growth, freezing, a ramp's end.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from nanostack import parallel
+from nanostack.growth.ramp import is_ramping
 from nanostack.model import Llama
 
 WARM_UP = 3  # runs before a capture, as torch asks for
@@ -24,7 +28,7 @@ class MicroStep:
         if not self.graphed:
             return self._run(model, tokens_BT, targets_BT)
         about = [(id(p), p.requires_grad) for p in model.parameters()]
-        about = (tuple(about), getattr(model, "ramp", None) is None, tokens_BT.shape)
+        about = (tuple(about), is_ramping(model), tokens_BT.shape)
         if about != self._captured:
             self._capture(model, tokens_BT, targets_BT)
             self._captured = about
@@ -34,6 +38,14 @@ class MicroStep:
         self._targets_BT.copy_(targets_BT)
         self._graph.replay()
         return self._loss
+
+    def accumulate(self, model: Llama, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Add the gradients of the next `parts` micro-batches to the model's. Returns their mean loss, over all ranks."""
+        loss = torch.zeros((), device=model.cos.device)
+        for number in range(self.parts):
+            parallel.sync_gradients(model, now=number + 1 == self.parts)
+            loss += self(model, *next(batches))
+        return parallel.mean(loss)
 
     def forget(self) -> None:
         """Give the graph's memory back: the model is about to change."""

@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from nanostack import kernels
 from nanostack.errors import UserError
+from nanostack.shards import local_shard
+
+RESIDUAL_OUTPUTS = ("attn.out.weight", "mlp.down.weight")  # the weights that write to the residual stream
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,7 @@ class Llama(nn.Module):
             parameter.fill_(math.nan)  # what is not written below is found below
             write(parameter, initial_value(name, parameter.shape, self.config, seed, parameter.device))
         for name, parameter in self.named_parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if not local.isfinite().all():
+            if not local_shard(parameter).isfinite().all():
                 raise RuntimeError(f"parameter {name} was not initialised")
 
 
@@ -287,7 +289,7 @@ def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int, 
     if len(shape) == 1:
         return torch.ones(shape, device=device)
     fan_in = shape[1]
-    writes_to_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+    writes_to_residual = name.endswith(RESIDUAL_OUTPUTS)
     std = 1 / (math.sqrt(fan_in) * config.n_layer) if writes_to_residual else math.sqrt(2 / (5 * fan_in))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nanostack.config import Optim
-from nanostack.parallel import whole
+from nanostack.shards import whole
 
 
 class LowMomentAdamW(torch.optim.AdamW):
@@ -50,7 +50,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """torch's fused AdamW. Weight decay on matrices only: norm gains have no reason to shrink."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if optim.moments == "float32" else LowMomentAdamW
@@ -75,7 +75,7 @@ def set_rate_of(optimizer: torch.optim.Optimizer, which: set[Tensor], rate: floa
 
 @torch.no_grad()
 def guarded_step(
-    optimizer: torch.optim.AdamW, loss: Tensor, lr: float, clip: float, free: bool = True
+    optimizer: torch.optim.AdamW, loss: Tensor, lr: float, grad_clip: float, set_to_none: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Clip by global norm and step; where loss or norm is not finite, leave weights, moments and step counts as they are.
 
@@ -88,10 +88,10 @@ def guarded_step(
     norm = whole(torch.nn.utils.get_total_norm(gradients)).float()
     skipped = (~(norm.isfinite() & loss.isfinite())).float()
     # The fused kernel divides gradients by grad_scale (clipping without a pass of its own) and obeys found_inf.
-    optimizer.grad_scale = torch.clamp((norm + 1e-6) / clip, min=1.0)
+    optimizer.grad_scale = torch.clamp((norm + 1e-6) / grad_clip, min=1.0)
     optimizer.found_inf = skipped
     optimizer.step()
     # The fused kernel does not say that it has written to the weights; copies of them go by this.
     torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
-    optimizer.zero_grad(set_to_none=free)
+    optimizer.zero_grad(set_to_none=set_to_none)
     return norm, skipped

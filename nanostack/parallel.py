@@ -4,16 +4,12 @@ A model is built without storage, each block is prepared (activation checkpointi
 it gets storage and values. Nothing here changes what is computed; one device is simply a mesh that is not there.
 """
 
-import ctypes
 import functools
-import math
 import os
-import signal
 import sys
 import types
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import dispatch
 from nanostack.config import Parallel
+from nanostack.device import StopFlag, check_compiler, compute_dtype, keep_freed_memory
 from nanostack.errors import UserError
+from nanostack.growth import Hooks
 from nanostack.model import Llama, LlamaConfig
+from nanostack.shards import assign
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,10 @@ class Placement:
                 state = module._get_fsdp_state()
                 state._is_root = None
                 state._state_ctx = type(state._state_ctx)()
+
+    def hooks(self) -> Hooks:
+        """What a model that lives here needs while it grows."""
+        return Hooks(self.block, self.grown, assign, self.sum_shards)
 
     @property
     def shards(self) -> int:
@@ -126,21 +127,6 @@ def initialise(model: Llama, seed: int) -> None:
     model.init_weights(seed, write=assign)
 
 
-@torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a parameter, or what this rank holds of it into its shard."""
-    if isinstance(parameter, DTensor):
-        parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(parts.to_local())
-    else:
-        parameter.copy_(value)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full value of a tensor on every rank (a collective where it is sharded)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def sync_gradients(model: Llama, now: bool) -> None:
     """Whether the next backward sums gradients over the replicas too. Every backward sums them over the shards: whole ones,
     kept from one micro-batch to the next, would be 4 bytes per parameter on every device."""
@@ -157,6 +143,10 @@ def reshard(model: Llama) -> None:
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
+
+
+def is_main_rank() -> bool:
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -190,7 +180,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if compile:
-        _check_compiler(device)
+        check_compiler(device)
     if cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
@@ -201,40 +191,13 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     mesh = None
     if world > 1:
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile)
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Raise `UserError` where torch.compile would find no compiler at the first step."""
-    if device.type == "cuda":
-        missing = None if dispatch.HAS_TRITON and dispatch.launcher_compiler() else "triton and a C compiler (gcc or clang)"
-    else:
-        from torch._inductor import cpp_builder
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        missing = None
-        try:
-            cpp_builder.get_cpp_compiler()
-        except InvalidCxxCompiler:
-            missing = "a C++ compiler"
-    if missing:
-        raise UserError(f"--compile: torch.compile needs {missing}, which this machine has not; install that, or leave it out")
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc's malloc keep the tensors a step frees for the next: handed back to the kernel, every step faults its pages
-    in again, which took 12 % of a quickstart step on two cores."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt is not None:
-        mmap_max, trim_threshold = -4, -1  # <malloc.h>: no allocation by mmap, no giving back from the top of the heap
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _join(backend: str) -> None:
@@ -248,37 +211,12 @@ def _join(backend: str) -> None:
 
 def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     """(replicate, shard); what is not given takes all that is left, sharding first."""
-    replicate = parallel.replicate or (world // parallel.shard if parallel.shard else 1)
-    shard = parallel.shard or world // replicate
-    if replicate < 1 or shard < 1 or replicate * shard != world or 0 in (parallel.replicate, parallel.shard):
-        asked = f"parallel.replicate {parallel.replicate} × parallel.shard {parallel.shard}"
+    replicate = parallel.dp_replicate or (world // parallel.dp_shard if parallel.dp_shard else 1)
+    shard = parallel.dp_shard or world // replicate
+    if replicate < 1 or shard < 1 or replicate * shard != world or 0 in (parallel.dp_replicate, parallel.dp_shard):
+        asked = f"parallel.dp_replicate {parallel.dp_replicate} × parallel.dp_shard {parallel.dp_shard}"
         raise UserError(f"{asked} does not make the number of processes, {world}")
     return replicate, shard
-
-
-def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
-    """The dtype that a config names; "auto" is bfloat16 where the device multiplies it in hardware."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free there, what torch holds in reserve included; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
-
-
-def check_room(device: torch.device, needed: float, what: str) -> None:
-    """Raise `UserError` unless so many bytes are free there."""
-    if needed > (free := free_bytes(device)):
-        raise UserError(f"{what} needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
 
 
 def on_rank_0(work, *args) -> Any:
@@ -302,35 +240,6 @@ def mean(value: Tensor) -> Tensor:
         dist.all_reduce(value)  # gloo knows no average
         value = value / dist.get_world_size()
     return value
-
-
-class StopFlag:
-    """SIGTERM and Ctrl-C ask the run to end; the ranks agree on the step after which it does."""
-
-    def __init__(self):
-        self._asked = False
-        self._votes, self._pending = torch.zeros(1), None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)  # a second signal asks again, which changes nothing
-
-    def _ask(self, *_) -> None:
-        self._asked = True
-
-    def agreed(self) -> bool:
-        """Called once per step by all ranks: whether any of them had been asked by its last call. Waits for no GPU."""
-        if not dist.is_initialized():
-            return self._asked
-        if self._pending is not None:
-            self._pending.wait()
-        stop = bool(self._votes.item())
-        self._votes.fill_(float(self._asked or stop))
-        self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
-        return stop
-
-    def wait(self) -> None:
-        """Let the vote in flight end."""
-        if self._pending is not None:
-            self._pending.wait()
 
 
 def leave(stop: "StopFlag | None" = None) -> None:

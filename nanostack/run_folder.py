@@ -42,7 +42,7 @@ def make_ready(config: Train, resuming: bool) -> None:
         if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
             raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
         out.mkdir(parents=True, exist_ok=True)
-        for file in [*old, *out.glob("ckpt*.pt.partial")]:  # a killed process leaves half a file behind
+        for file in [*old, *out.glob("ckpt*.pt*.partial")]:  # a killed process leaves half a file behind
             file.unlink(missing_ok=True)
         (out / MARK).write_text(agent())
     except OSError as error:

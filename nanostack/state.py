@@ -1,21 +1,25 @@
 """The one state of a run: model, optimizer, cursor, growth receipts. What is not in it cannot influence the run."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanostack import growth, width
-from nanostack.config import Growth, Optim, Stage
+from nanostack import growth
+from nanostack.config import Optim, Stage
+from nanostack.device import check_room
 from nanostack.errors import UserError
 from nanostack.flops import flops_exact_per_token, flops_per_token, n_params
-from nanostack.learn import local
+from nanostack.growth import Growth, Receipt, width
+from nanostack.growth.ramp import is_ramping
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import make_optimizer, set_rate_of
-from nanostack.parallel import Placement, assign, check_room, initialise, reshard, whole
+from nanostack.parallel import Placement, initialise, reshard
 from nanostack.schedule import rewarming
+from nanostack.shards import assign, local_shard, whole
 
 
 @dataclass
@@ -43,7 +47,7 @@ class State:
     optimizer: torch.optim.AdamW
     placement: Placement
     cursor: Cursor = field(default_factory=Cursor)
-    growth: list[dict] = field(default_factory=list)  # receipts
+    growth: list[Receipt] = field(default_factory=list)
     seed: int = 0  # of the order of the text, and of what growth draws
 
     @classmethod
@@ -55,7 +59,7 @@ class State:
         return cls(model, make_optimizer(model, optim), placement, seed=seed)
 
     @classmethod
-    def restore(cls, saved: dict, optim: Optim, placement: Placement) -> "State":
+    def restore(cls, saved: Mapping[str, Any], optim: Optim, placement: Placement) -> "State":
         """The state that `checkpoint.load` read, on whatever mesh there is now."""
         config = LlamaConfig(**saved["config"])
         model = placement.model(config)
@@ -73,48 +77,35 @@ class State:
         torch.set_rng_state(saved["rng"]["cpu"])
         if placement.device.type == "cuda" and "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], placement.device)
-        cursor, receipts = Cursor(**saved["cursor"]), list(saved["growth"])
-        if receipts and growth.ramps(receipts[-1]) and (share := _ramp_share(receipts[-1], cursor)) < 1:
+        cursor, receipts = Cursor(**saved["cursor"]), [Receipt.of(receipt) for receipt in saved["growth"]]
+        if receipts and receipts[-1].ramps and (share := receipts[-1].ramp_share(cursor.tokens)) < 1:
             growth.attach_ramp(model, receipts[-1], share)
         return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0)
 
-    def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> dict:
+    def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> Receipt:
         """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.
 
         `probe`: tokens (B, T), the same on all ranks, by whose logits the receipt tells what a preserving operator changed.
         `gradients()`, for learn: puts those of the next batch into the model, moves the cursor on, and returns the loss.
         """
-        grown = how.shape(self.model.config)
-        probe = probe if grown.preserves and not how.noise else None
-        if self.growth and self.growth[-1].get("ramp_tokens"):
-            growth.set_ramp(self.model, _ramp_share(self.growth[-1], self.cursor))
+        plan = how.plan(self.model.config)
+        probe = probe if plan.preserves and not how.noise else None
+        if self.growth and self.growth[-1].ramp_tokens:
+            growth.set_ramp(self.model, self.growth[-1].ramp_share(self.cursor.tokens))
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)  # whatever was frozen so far
-        more = n_params(grown.config) - n_params(self.model.config)
-        copies = 1 if how.moments().new == "zero" else 3  # of the weights, and of both moments
+        more = n_params(plan.config) - n_params(self.model.config)
+        copies = 1 if plan.moments.new == "zero" else 3  # of the weights, and of both moments
         check_room(self.placement.device, 4 * copies * more / self.placement.shards, "growing")
         logits = self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(
-            self.model,
-            self.optimizer,
-            *(how.op, how.g, how.layers, how.k, how.wider(), how.moments(), how.noise),
-            seed=self._growth_seed(),
-            gradients=gradients,
-            learn_steps=how.learn_steps,
-            prepare_block=self.placement.block,
-            rejoin=self.placement.grown,
-            write=assign,
-            sum_shards=self.placement.sum_shards,
+            self.model, self.optimizer, how, self.placement.hooks(), seed=self._growth_seed(), gradients=gradients
         )
-        receipt |= {
-            "ramp_tokens": how.ramp_tokens if growth.ramps(receipt) else 0,
-            "max_logit_change": None if probe is None else (self._logits(probe) - logits).abs().max().item(),
-            "samples": self.cursor.samples,
-            "tokens": self.cursor.tokens,
-            "loss_before": None,
-            "loss_after": None,
-        }
+        receipt.ramp_tokens = how.ramp_tokens if receipt.ramps else 0
+        if logits is not None:
+            receipt.max_logit_change = (self._logits(probe) - logits).abs().max().item()
+        receipt.samples, receipt.tokens = self.cursor.samples, self.cursor.tokens
         self.growth.append(receipt)
         return receipt
 
@@ -136,12 +127,12 @@ class State:
 
     def ramp(self, stage: Stage) -> None:
         """Let random layers count for as much as the tokens since their growth entitle them to."""
-        if getattr(self.model, "ramp", None) is None:
+        if not is_ramping(self.model):
             return
         receipt = self.growth[-1]  # no growth begins before the ramp of the last one has ended
-        if receipt["ramp_tokens"] is None:
-            receipt["ramp_tokens"] = stage.warmup_tokens or max(1, stage.tokens // 10)
-        growth.set_ramp(self.model, _ramp_share(receipt, self.cursor))
+        if receipt.ramp_tokens is None:
+            receipt.ramp_tokens = stage.warmup_tokens or max(1, stage.tokens // 10)
+        growth.set_ramp(self.model, receipt.ramp_share(self.cursor.tokens))
 
     def rewarm(self, stage: Stage, tokens: int) -> None:
         """Set the learning rate of what is re-warmed after the last growth, as the stage says, for the step to `tokens`."""
@@ -160,18 +151,23 @@ class State:
 
     def _new_layers(self) -> dict[str, Tensor]:
         """The parameters of the layers that the last growth made."""
-        new = {i for i, rule in enumerate(self.growth[-1].get("rules", ())) if rule != "kept"} if self.growth else set()
+        new = set(self.growth[-1].new_layers) if self.growth else set()
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
-    def dead(self) -> list[str]:
-        """Names of parameters of which all that is new has a gradient of zero, in this rank's share of them."""
-        maps = width.recorded(self.growth[-1].get("width"), self.model.config, self.placement.device)
+    def look_for_dead(self, batch_tokens: int) -> list[str]:
+        """After the gradients of the second step since a growth: parameters of which all that is new has none, in this rank's
+        share of them. They are noted in the receipt; after any other step there is nothing to look for.
+        """
+        if not self.growth or self.cursor.tokens - self.growth[-1].tokens != 2 * batch_tokens:
+            return []
+        maps = width.recorded(self.growth[-1].width, self.model.config, self.placement.device)
         new_layers, dead = self._new_layers(), []
         for name, parameter in self.model.named_parameters():
-            gradient = local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            gradient = local_shard(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
             new = [gradient] if name in new_layers else width.new_parts(name, gradient, maps)
             if parameter.requires_grad and any(part.numel() and not part.any() for part in new):
                 dead.append(name)
+        self.growth[-1].dead = dead
         return dead
 
     def whole_tensors(self, to_host: Callable[[str, Tensor], Tensor] | None) -> tuple[dict, dict]:
@@ -189,9 +185,3 @@ class State:
             if to_host and moments:
                 optimizer[name] = {key: to_host(f"{name}.{key}", value) for key, value in moments.items()}
         return model, optimizer
-
-
-def _ramp_share(receipt: dict, cursor: Cursor) -> float:
-    """How much the random layers of a growth count by now; 0 where it is not decided yet over how many tokens they come."""
-    length = receipt["ramp_tokens"]
-    return min(1.0, (cursor.tokens - receipt["tokens"]) / length) if length else 0.0

@@ -20,15 +20,10 @@ import os
 import secrets
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import tyro
-
-from nanostack.errors import UserError, command_line
-from nanostack.growth import describe
-from nanostack.metrics import read_run
+from nanostack.errors import UserError
+from nanostack.growth import Receipt
 
 EVENTS = "events.out.tfevents.{}.nanostack"  # the name by which TensorBoard knows its files, and we ours
 WANDB_ID = "wandb_id"
@@ -119,7 +114,7 @@ class Tracker:
         self._layers = len(grown["layers"]) if grown else self._layers
         values = record | {f"growth/{name}": value for name, value in grown.items()} | {"layers": self._layers}
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        notes = {"growth/receipt": describe(grown)} if grown else {}
+        notes = {"growth/receipt": str(Receipt.of(grown))} if grown else {}
         if texts := record.get("texts"):
             notes["texts"] = "\n\n".join(texts)
         self._shown.add(self._number, numbers, notes)
@@ -184,38 +179,3 @@ def check(name: str) -> None:
 def files(folder: Path) -> list[Path]:
     """What makes a tracker go on with the run in a folder."""
     return [*folder.glob(EVENTS.format("*")), *folder.glob(WANDB_ID)]
-
-
-@dataclass(frozen=True)
-class Command:
-    """Show runs in TensorBoard or wandb, from their metrics.jsonl."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
-    to: Literal["tensorboard", "wandb"] = "tensorboard"
-    json: bool = False
-    """Print where each run is to be seen as one JSON object; everything else goes to standard error."""
-
-
-def main(command: Command) -> dict:
-    if not command.runs:
-        raise UserError("name at least one folder of a run")
-    check(command.to)
-    runs = {folder: read_run(folder) for folder in command.runs}
-    shown = {}
-    for folder, (header, records) in runs.items():
-        try:
-            tracker = Tracker(command.to, folder, header, records)
-            tracker.close()
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder} was not written by this version of train.py: {error}") from error
-        except Exception as error:  # of the network, of the disk, of the library: it has many
-            raise UserError(f"{folder} could not be shown: {type(error).__name__}: {error}") from error
-        shown[str(folder)] = {"where": tracker.where, "records": len(records)}
-        if not command.json:
-            print(f"{folder}: {len(records)} records in {tracker.where}")
-    return {"to": command.to, "runs": shown}
-
-
-if __name__ == "__main__":
-    command_line(Command, main)

@@ -12,12 +12,13 @@ import runpy
 import sys
 import warnings
 
-import grow  # noqa: F401
 import nanostack.evaluate
 import nanostack.fit
 import nanostack.import_hf
 import nanostack.plan
 import nanostack.prepare  # noqa: F401
+
+import grow  # noqa: F401
 import train  # noqa: F401
 
 gc.freeze()  # a collection would copy every page

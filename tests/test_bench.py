@@ -14,10 +14,10 @@ from conftest import ROOT, TINY, take_weights
 from bench import anchors
 from bench.ids import fed
 from bench.throughput import timed
-from nanostack import data
 from nanostack.config import load
-from nanostack.data import Tokens
 from nanostack.flops import n_params
+from nanostack.text import dataset as data
+from nanostack.text.dataset import Tokens
 
 GPU = torch.cuda.is_available()
 

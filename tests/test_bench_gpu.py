@@ -15,7 +15,8 @@ import triton
 import tyro
 from conftest import ROOT
 
-from bench import anchors, carried, gpu, growth, kernels, options, report_gpu, sections, throughput, tuning, wheels
+from bench import anchors, carried, gpu, growth, options, report_gpu, sections, throughput, tuning, wheels
+from bench import kernel_ops as kernels
 from bench.recorded import Recorder
 from bench.results import place
 from kernels import tune

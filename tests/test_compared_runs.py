@@ -7,10 +7,10 @@ import pytest
 from conftest import TINY, Trainer, python
 
 import train
-from bench.runs import collect
-from bench.speedup import curve, speedup
 from nanostack.config import Stage, load
-from nanostack.metrics import read_run
+from nanostack.runs import read_run
+from study.results import curve, speedup
+from study.runs import collect
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanostack import data as module
-from nanostack.data import Prefetcher, Tokens, load_manifest, manifest_sha256, permute, verify
 from nanostack.errors import UserError
-from nanostack.prepare import Args, prepare
+from nanostack.text import dataset as module
+from nanostack.text.corpus import Args, prepare
+from nanostack.text.dataset import Prefetcher, Tokens, permute, verify
+from nanostack.text.manifest import load_manifest, manifest_sha256
 
 EMAIL = Path(sysconfig.get_path("stdlib")) / "email"
 

@@ -15,13 +15,16 @@ import torch
 from conftest import TINY, python
 
 import train
-from nanostack import checkpoint, evaluate, export, tokenizer
+from nanostack import checkpoint
+from nanostack.commands import evaluate
 from nanostack.config import Optim, load
-from nanostack.data import Tokens
 from nanostack.errors import UserError
+from nanostack.hf import export
 from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
 from nanostack.state import State
+from nanostack.text import tokenizer
+from nanostack.text.dataset import Tokens
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 pytest.importorskip("lm_eval")
@@ -29,7 +32,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nanostack.harness import HubTokenizer, LiveModel
+from nanostack.commands.harness import HubTokenizer, LiveModel
 
 CONFIG = LlamaConfig(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=48, vocab_size=384, seq_len=32)
 LONG = "It was the best of times, it was the worst of times. " * 4  # some 100 tokens, seq_len is 32
@@ -263,7 +266,7 @@ def test_table_stands_beside_the_papers_numbers(place, corpus, capsys):
 
 
 def test_logiqa_is_parsed_as_its_script_does(place):
-    from nanostack.harness import data_from, logiqa
+    from nanostack.commands.harness import data_from, logiqa
 
     with data_from(place / "data"):
         found = datasets.load_dataset("EleutherAI/logiqa", "logiqa")

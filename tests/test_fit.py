@@ -11,8 +11,8 @@ from kernels import dispatch
 from kernels.linear_cross_entropy import scratch_bytes
 from nanostack.config import Data, Optim, Parallel, Stage, Train, load
 from nanostack.errors import UserError
-from nanostack.fit import capacity, check_batch, need, scratch_of
 from nanostack.flops import n_params
+from nanostack.memory import capacity, check_batch, need, scratch_of
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement

@@ -10,11 +10,11 @@ import torch
 
 from nanostack import growth
 from nanostack.config import Optim
-from nanostack.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, plan
+from nanostack.growth.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, plan
+from nanostack.growth.moments import COPY, RESET, Moments
+from nanostack.growth.width import Width
 from nanostack.model import Llama, LlamaConfig
-from nanostack.moments import COPY, RESET, Moments
 from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of
-from nanostack.width import Width
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 

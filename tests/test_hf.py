@@ -12,13 +12,16 @@ import torch
 from conftest import ROOT, TINY, python
 
 import train
-from nanostack import checkpoint, export, hf, tokenizer
+from nanostack import checkpoint
 from nanostack.config import Growth, Optim, load
 from nanostack.errors import UserError
+from nanostack.hf import export
+from nanostack.hf import weights as hf
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
-from nanostack.prepare import Args, prepare
 from nanostack.state import State
+from nanostack.text import tokenizer
+from nanostack.text.corpus import Args, prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")

@@ -23,10 +23,10 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.compiler import GPUTarget
 
-from kernels import aot, tune  # noqa: E402
-from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for  # noqa: E402
+from kernels import aot, tune
+from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for
 
 ROOT = Path(__file__).parents[1]
 

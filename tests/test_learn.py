@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_width import GQA, MHA, TOKENS, trained
 
-from nanostack import growth, learn, width
+from nanostack import growth
+from nanostack.growth import learn, width
+from nanostack.growth.moments import COPY
+from nanostack.growth.width import Width
 from nanostack.model import Llama
-from nanostack.moments import COPY
-from nanostack.width import Width
 
 
 def gradients_of(model):

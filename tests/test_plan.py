@@ -6,7 +6,7 @@ import pytest
 from conftest import python
 
 from nanostack.config import load
-from nanostack.plan import Command, advise, config_text, growth_tokens, in_range
+from nanostack.growth.budget import Command, advise, config_text, growth_tokens, in_range
 
 
 @pytest.mark.parametrize(

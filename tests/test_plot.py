@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import python
 
-from nanostack import plot
+from nanostack import curves as plot
 
 
 def run(folder, losses, growth_at=None):

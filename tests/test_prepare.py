@@ -21,12 +21,13 @@ import pytest
 import tyro
 import zstandard
 
-from nanostack import encoding, tokenizer
-from nanostack import prepare as module
-from nanostack.data import Tokens, load_manifest, manifest_sha256, verify
 from nanostack.errors import UserError
-from nanostack.prepare import Args, prepare
-from nanostack.sources import list_files
+from nanostack.text import corpus as module
+from nanostack.text import encoding, tokenizer
+from nanostack.text.corpus import Args, prepare
+from nanostack.text.dataset import Tokens, verify
+from nanostack.text.manifest import load_manifest, manifest_sha256
+from nanostack.text.sources import list_files
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 FILES = sorted((STDLIB / "email").glob("*.py")) + sorted(STDLIB.glob("a*.py"))

@@ -13,13 +13,15 @@ from conftest import ROOT, TINY, Trainer, assert_same_state, records
 
 import train
 from kernels import dispatch
-from nanostack import checkpoint, export, tokenizer
+from nanostack import checkpoint
 from nanostack.config import Optim, Sampling, load
 from nanostack.errors import UserError
+from nanostack.generate import Command, Console, Sample, Writer, continue_rows, draw, encode, main, probabilities, write
+from nanostack.hf import export
 from nanostack.model import KVCache, Llama, LlamaConfig
 from nanostack.parallel import Placement
-from nanostack.sample import Command, Console, Sample, Writer, continue_rows, draw, encode, main, probabilities, write
 from nanostack.state import State
+from nanostack.text import tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 MHA = LlamaConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=64, d_ff=96, vocab_size=320, seq_len=24)

@@ -16,13 +16,13 @@ import torch
 import zstandard
 from hub_server import COMMIT, Hub
 
-from nanostack import export
 from nanostack.config import Optim
 from nanostack.errors import UserError
+from nanostack.hf import export
 from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
-from nanostack.sources import LONGEST, Reader, list_files
 from nanostack.state import State
+from nanostack.text.sources import LONGEST, Reader, list_files
 
 
 def reader(source: Path, field: str = "text") -> Reader:

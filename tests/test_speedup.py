@@ -7,8 +7,10 @@ from dataclasses import asdict
 import pytest
 from conftest import python
 
-from bench.report import parabola
-from bench.speedup import (
+from nanostack.model import LlamaConfig
+from nanostack.runs import read_run
+from study.report import parabola
+from study.results import (
     Crossing,
     at_best_pace,
     crossing,
@@ -22,8 +24,6 @@ from bench.speedup import (
     summarise,
     t_95,
 )
-from nanostack.metrics import read_run
-from nanostack.model import LlamaConfig
 
 SCRATCH = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]
 

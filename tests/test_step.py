@@ -15,10 +15,10 @@ import train
 from bench.peers import PlainLlama
 from nanostack import checkpoint
 from nanostack.config import Optim, load
-from nanostack.data import Prefetcher
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step, make_optimizer
 from nanostack.parallel import Placement, initialise
+from nanostack.text.dataset import Prefetcher
 
 CPU = torch.device("cpu")
 SHAPE = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=64, d_ff=96, vocab_size=64, seq_len=32)

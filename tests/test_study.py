@@ -15,11 +15,11 @@ import pytest
 from conftest import ROOT, python
 from rich.console import Console
 
-from bench.runner import Runner, execute, tune
-from bench.speedup import path_of, read_results, summarise
-from bench.study import Arm, Plan, Size, Study
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
+from study.plan import Arm, Plan, Size, Study
+from study.results import path_of, read_results, summarise
+from study.runner import Runner, execute, tune
 
 STUDY_WITH = """
 from bench.study import Arm, Jump, Size, Study

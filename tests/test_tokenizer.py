@@ -18,10 +18,11 @@ from hub_server import COMMIT, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanostack import export, tokenizer
 from nanostack.errors import UserError
-from nanostack.prepare import Args, prepare
-from nanostack.tokenizer import JsonTokenizer
+from nanostack.hf import export
+from nanostack.text import tokenizer
+from nanostack.text.corpus import Args, prepare
+from nanostack.text.tokenizer import JsonTokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXTS = [path.read_text("utf-8") for path in [*sorted((STDLIB / "json").glob("*.py")), STDLIB / "typing.py"]]

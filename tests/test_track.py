@@ -16,7 +16,7 @@ from nanostack import track
 from nanostack.config import load
 from nanostack.errors import UserError
 from nanostack.growth import describe
-from nanostack.metrics import read_run
+from nanostack.runs import read_run
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("wandb")

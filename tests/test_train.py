@@ -53,7 +53,7 @@ def test_ledger_counts_the_base_and_every_trained_token(finished):
 def test_validation_loss_per_byte_is_the_loss_per_token_in_other_units(finished, corpus):
     import numpy as np
 
-    from nanostack.data import Tokens
+    from nanostack.text.dataset import Tokens
 
     val = Tokens(corpus, "val", 32)
     text_bytes = val.token_bytes[val.blocks(0, 32)[:, 1:]].sum()

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanostack import growth, width
+from nanostack import growth
 from nanostack.config import Growth, Optim
+from nanostack.growth import width
+from nanostack.growth.moments import COPY, POWER, Moments
+from nanostack.growth.width import Width
 from nanostack.model import Llama, LlamaConfig
-from nanostack.moments import COPY, POWER, Moments
 from nanostack.optimizer import guarded_step, make_optimizer
 from nanostack.parallel import Placement
 from nanostack.state import State
-from nanostack.width import Width
 
 MHA = LlamaConfig(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 GQA = replace(MHA, n_kv_head=2)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanostack.errors import UserError, command_line  # noqa: E402
+from nanostack.errors import UserError, command_line
 
 FOLDER = Path(__file__).resolve().parent
 BACKENDS = ("torch", "c", "triton")

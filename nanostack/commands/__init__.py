@@ -1,0 +1,1 @@
+"""What `nanostack COMMAND` runs: a command parses, calls the library, and reports."""

@@ -1,0 +1,386 @@
+"""How good a checkpoint is: standard tasks through EleutherAI's lm-eval, and bits per byte of validation text.
+
+    python -m nanostack.evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks paper    the eight tasks of the G_stack paper
+    python -m nanostack.evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks arc_easy,hellaswag --limit 100
+    python -m nanostack.evaluate out/1b/ckpt.pt --val data/texts                        validation loss; needs no extra
+    python -m nanostack.evaluate exported/1b --tasks paper                              a Hugging Face folder, its own tokenizer
+
+The live model is evaluated, nothing is exported. --tasks and --val may come together, and --val's tokenizer then serves both.
+The result is written beside the checkpoint as NAME.eval.json (or --out).
+
+Tasks come from the Hub. Where there is no network, `--data DIR` reads each from DIR/<its dataset's name>, as this leaves it:
+
+    for name in allenai/ai2_arc baber/piqa allenai/sciq allenai/winogrande EleutherAI/lambada_openai \\
+            EleutherAI/wikitext_document_level; do
+        hf download --repo-type dataset $name --local-dir DIR/$name
+    done
+    git clone https://github.com/lgw863/LogiQA-dataset DIR/EleutherAI/logiqa              (the Hub has only a script)
+
+Files of one's own do as well: DIR/<dataset>/<configuration, if the task names one>/{train,validation,test}.jsonl or .parquet.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nanostack import models
+from nanostack.config import describe_tokens
+from nanostack.errors import UserError, command_line
+from nanostack.files import replacing
+from nanostack.flops import n_params
+from nanostack.generate import check_tokenizer
+from nanostack.hf import weights as hf
+from nanostack.model import Llama, LlamaConfig
+from nanostack.parallel import Placement
+from nanostack.provenance import device_name, git_commit, versions
+from nanostack.text import tokenizer
+from nanostack.text.dataset import Tokens
+from nanostack.text.manifest import manifest_sha256
+from nanostack.validation import Validation
+
+
+class PaperTask(NamedTuple):
+    """One of the paper's tasks, and the paper's numbers: % of answers, or perplexity per word."""
+
+    label: str
+    folder: str  # among lm-eval's tasks
+    metric: str
+    scratch: float
+    stack: float
+
+
+# Figure 3 of arXiv 2405.15319: 1.1B from scratch and 6 layers stacked ×4, at 8e20 FLOPs each. It does not say which accuracy
+# was taken. Its table 3 has ARC, PIQA and WinoGrande of TinyLlama as TinyLlama's EVAL.md has them, which is acc_norm.
+PAPER = {
+    "lambada_openai": PaperTask("LAMBADA", "lambada", "acc", 47.87, 48.20),
+    "arc_challenge": PaperTask("ARC-c", "arc", "acc_norm", 27.21, 29.18),
+    "arc_easy": PaperTask("ARC-e", "arc", "acc_norm", 48.86, 54.25),
+    "logiqa": PaperTask("LogiQA", "logiqa", "acc_norm", 25.96, 28.87),
+    "piqa": PaperTask("PIQA", "piqa", "acc_norm", 69.64, 71.98),
+    "sciq": PaperTask("SciQ", "sciq", "acc_norm", 76.8, 81.1),
+    "winogrande": PaperTask("WinoGrande", "winogrande", "acc", 54.53, 56.03),
+    "wikitext": PaperTask("Wikitext", "wikitext", "word_perplexity", 17.98, 16.73),
+}
+SHARES = ("acc", "acc_norm")  # shown in %
+
+
+@dataclass(frozen=True)
+class Command:
+    """Evaluate a checkpoint, or a Hugging Face folder, on tasks of lm-eval and on validation text."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    tasks: str = ""
+    """`paper`, or names of lm-eval's tasks, with commas between them."""
+    tokenizer: Path | None = None
+    """The prepared folder whose tokenizer the model was trained with."""
+    data: Path | None = None
+    """Folder with the tasks' data, instead of the Hub."""
+    val: Path | None = None
+    """A prepared folder: loss and bits per byte on its whole validation split."""
+    num_fewshot: int | None = None
+    """Examples before each question, instead of what the task says."""
+    limit: int | None = None
+    """Only the first so many examples of each task: a trial, not a result."""
+    batch: int = 16
+    """Texts that go through the model at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    document_mask: bool = False
+    """The model was trained with --data.document_mask."""
+    out: Path | None = None
+    overwrite: bool = False
+    """Replace an earlier result."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+def main(command: Command) -> dict:
+    out = checked(command)
+    names = task_names(command.tasks)
+    if names:
+        require_extra(command.data)
+    saved = models.read(command.checkpoint) if command.checkpoint.is_dir() else None  # which reads no weights yet
+    text = tokenizer_of(command, saved) if names or command.document_mask else None
+    tasks = load_tasks(names, command.data) if names else []
+    saved = saved or models.read(command.checkpoint)
+    config = LlamaConfig(**saved["config"])
+    if text and text.n_vocab > config.vocab_size:
+        raise UserError(f"the tokenizer has {text.n_vocab} entries, the model only {config.vocab_size}")
+    for folder in {command.tokenizer, command.val} - {None}:
+        if saved["manifest_sha256"] not in (None, manifest_sha256(folder)):
+            check_tokenizer(folder, command.checkpoint.parent / "metrics.jsonl")
+            print(f"note: the model was trained on other data than {folder}: is it the same tokenizer?", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    placement = Placement(device, getattr(torch, command.dtype))
+    state = models.restore(saved, placement)
+    state.model.end_of_text = text.eot if command.document_mask else None
+    answer = {
+        "checkpoint": str(command.checkpoint),
+        "cursor": dataclasses.asdict(state.cursor),
+        "n_params": n_params(config),
+        "growth": [{key: receipt[key] for key in ("op", "g", "tokens")} for receipt in state.growth],
+        "tokenizer": getattr(text, "name", None) or (str(command.checkpoint) if text else None),
+        "device": device_name(device),
+        "dtype": command.dtype,
+        "versions": versions() | {name: version(name) for name in (("lm_eval", "datasets", "transformers") if names else ())},
+        "git_commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "val": None,
+        "tasks": None,
+    }
+    try:
+        if command.val:
+            answer["val"] = validation(state.model, command.val, command.batch)
+        if tasks:
+            answer |= run_tasks(state.model, text, tasks, command)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error
+    write(finite(answer), out)
+    if not command.json:
+        show(answer)
+        print(f"wrote {out}")
+    return finite(answer)
+
+
+def checked(command: Command) -> Path:
+    """Where the result goes. UserError for options that cannot be."""
+    if not task_names(command.tasks) and not command.val:
+        raise UserError("nothing to evaluate: give --tasks (paper, or names of lm-eval's), --val (a prepared folder) or both")
+    for name in ("limit", "batch"):
+        if getattr(command, name) is not None and getattr(command, name) < 1:
+            raise UserError(f"{name} must be positive, not {getattr(command, name)}")
+    if command.num_fewshot is not None and command.num_fewshot < 0:
+        raise UserError(f"num_fewshot must not be negative, as {command.num_fewshot} is")
+    if command.data and not command.data.is_dir():
+        raise UserError(f"there is no folder {command.data}")
+    if not command.checkpoint.exists():
+        raise UserError(f"there is no checkpoint {command.checkpoint}")
+    place = command.checkpoint.resolve()
+    out = command.out or place.with_name(f"{place.name if place.is_dir() else place.stem}.eval.json")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; --out names the file of the result")
+    if out.exists() and not command.overwrite:
+        raise UserError(f"{out} exists already: choose another place (--out), or replace it (--overwrite)")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} to write the result to")
+    return out
+
+
+def task_names(given: str) -> list[str]:
+    """The tasks asked for, each once."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    return list(dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else [name])))
+
+
+def require_extra(data: Path | None) -> None:
+    """Import lm-eval and what it needs. UserError with the line that installs what is missing."""
+    if data:  # read when they are imported
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval forks to bootstrap, which hung: torch's threads do not survive a fork
+    try:
+        import datasets
+        import lm_eval.evaluator  # noqa: F401
+
+        import nanostack.harness  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"tasks need {error.name}: pip install 'nanostack[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def load_tasks(names: list[str], data: Path | None) -> list:
+    """lm-eval's tasks and groups of these names, with their data. UserError for what is unknown or cannot be had."""
+    import jinja2
+    import lm_eval.tasks
+
+    from nanostack.commands.harness import data_from
+
+    where = None
+    if all(name in PAPER for name in names):  # reading the other ten thousand files takes longer than a small evaluation
+        root = Path(lm_eval.tasks.__file__).parent
+        where = sorted({str(root / PAPER[name].folder) for name in names})
+    manager = lm_eval.tasks.TaskManager(include_path=where, include_defaults=where is None)
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, ["paper", *manager.all_tasks], 3)
+            raise UserError(f"lm-eval has no task {name}" + (f". Perhaps you meant {', '.join(near)}" if near else ""))
+    found = []
+    with data_from(data):
+        for name in names:
+            try:
+                loaded = manager.load([name])
+            except (KeyError, jinja2.UndefinedError) as error:  # a split, or a column in a task's function or its template
+                place = f" in {data}" if data else ""
+                raise UserError(f"the data of {name}{place} lacks what the task reads: {error}") from error
+            except ImportError as error:
+                raise UserError(f"the task {name} needs {error.name}: pip install {error.name}") from error
+            found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+            for task in loaded["tasks"].values():
+                if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                    raise UserError(f"the task {name} runs code that the model wrote, or shows it pictures or sounds: not here")
+    return found
+
+
+def tokenizer_of(command: Command, saved: dict | None):
+    """The tokenizer named, that of --val, or that of the Hugging Face folder itself."""
+    if folder := command.tokenizer or command.val:
+        return tokenizer.load(folder)
+    if saved and any((command.checkpoint / name).is_file() for name in hf.TOKENIZER_FILES):
+        if saved["manifest_sha256"]:  # trained here, where texts begin with no token of their own
+            return tokenizer.get(str(command.checkpoint))
+        from nanostack.commands.harness import HubTokenizer
+
+        return HubTokenizer(command.checkpoint)
+    raise UserError("tasks are text: name the prepared folder whose tokenizer the model was trained with (--tokenizer)")
+
+
+def validation(model: Llama, folder: Path, batch: int) -> dict:
+    """Mean loss over the whole validation split of a prepared folder, as train.py counts it.
+
+    loss in nats per token, perplexity = e^loss, bits_per_byte of the text that the targets stand for. Every token but the first
+    is a target once; those after the last whole block of seq_len are left out. UserError where the split has no whole block.
+    """
+    tokens = Tokens(folder, "val", model.config.seq_len)
+    if tokens.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer of {folder} has {tokens.vocab_size} entries, the model only {model.config.vocab_size}")
+    text = Validation(tokens)
+    steps = iter(progress(list(range(0, text.n_blocks, batch)), "validation"))
+    loss = text(model, batch, lambda: next(steps, None))
+    next(steps, None)
+    return {
+        "data": str(folder),
+        "manifest_sha256": manifest_sha256(folder),
+        "tokens": text.n_tokens,
+        "bytes": text.n_bytes,
+        "loss": loss.nats_per_token,
+        "perplexity": math.exp(loss.nats_per_token),
+        "bits_per_byte": loss.bits_per_byte,
+    }
+
+
+def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
+    """{"tasks": {name: version, n_shot, n (examples), metrics {name: {value, stderr}}}, "limit", "average_accuracy"}.
+
+    The average is that of the paper: its seven accuracies, where all of them were measured, in %.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from nanostack.commands.harness import LiveModel
+
+    live = LiveModel(model, text, command.batch, progress)
+    options = {"num_fewshot": command.num_fewshot, "limit": command.limit, "bootstrap_iters": 1000, "log_samples": False}
+    options["task_manager"] = TaskManager(include_defaults=False)  # the tasks are here; another index would take a minute
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answer
+        found = simple_evaluate(live, tasks=tasks, **options)
+    answer = {}
+    for name, values in found["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(f"{metric}_stderr,{chosen}")
+            metrics[metric if chosen == "none" else key] = {
+                "value": value,
+                "stderr": stderr if isinstance(stderr, float) else None,
+            }
+        answer[name] = {
+            "version": found["versions"].get(name),
+            "n_shot": found["n-shot"].get(name),
+            "n": found["n-samples"].get(name, {}).get("effective"),
+            "metrics": metrics,
+        }
+    shares = [name for name, task in PAPER.items() if task.metric in SHARES]
+    average = None
+    if all(name in answer for name in shares):
+        average = sum(100 * answer[name]["metrics"][PAPER[name].metric]["value"] for name in shares) / len(shares)
+    return {"tasks": answer, "limit": command.limit, "average_accuracy": average}
+
+
+def progress(batches: list, label: str) -> Iterator:
+    """The batches one by one, and on standard error how far they are: a bar on a terminal, else a line for each tenth."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        yield from track(batches, label, console=console, transient=True)
+        return
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        if 10 * done // len(batches) > 10 * (done - 1) // len(batches):
+            print(f"{label}: {100 * done // len(batches)} %", file=sys.stderr, flush=True)
+
+
+def finite(value):
+    """The same, with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(answer: dict, out: Path) -> None:
+    try:
+        with replacing(out) as file:
+            file.write(json.dumps(answer, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"could not write {out}: {error.strerror}") from error
+
+
+def show(answer: dict) -> None:
+    """The result for people, the paper's numbers beside it."""
+    console, cursor = Console(highlight=False, soft_wrap=True), answer["cursor"]
+    trained = f"{describe_tokens(cursor['tokens'])} tokens, {cursor['flops']:.3g} FLOPs"
+    console.print(f"{answer['checkpoint']}: {answer['n_params'] / 1e6:.1f}M parameters, {trained}")
+    if val := answer["val"]:
+        of = f"over {val['tokens']:,} tokens of {val['data']}"
+        console.print(
+            f"{val['loss']:.4f} nats a token (perplexity {val['perplexity']:.2f}), {val['bits_per_byte']:.4f} bits a byte, {of}"
+        )
+    if not answer["tasks"]:
+        return
+    table = Table("task", "metric", "n", "value", "±", "scratch*", "stack*")
+    for column in table.columns[2:]:
+        column.justify, column.no_wrap = "right", True
+    for name, task in answer["tasks"].items():
+        paper = PAPER.get(name)
+        for metric, found in task["metrics"].items():
+            if paper and metric != paper.metric:
+                continue
+            numbers = [shown(metric, found["value"]), shown(metric, found["stderr"])]
+            theirs = [f"{paper.scratch:.2f}", f"{paper.stack:.2f}"] if paper else ["", ""]
+            table.add_row(paper.label if paper else name, metric, str(task["n"] or ""), *numbers, *theirs)
+    if answer["average_accuracy"] is not None:
+        shares = [task for task in PAPER.values() if task.metric in SHARES]
+        theirs = [f"{sum(numbers) / len(shares):.2f}" for numbers in zip(*((t.scratch, t.stack) for t in shares), strict=True)]
+        table.add_row("average", "accuracy", "", f"{answer['average_accuracy']:.2f}", "", *theirs)
+    console.print(table)
+    if any(name in PAPER for name in answer["tasks"]):
+        console.print("accuracies in %. * the paper's 1.1B at 8e20 FLOPs, one seed (arXiv 2405.15319, figure 3)")
+    if answer["limit"]:
+        console.print(f"only {answer['limit']} examples of each task: a trial, not a result")
+
+
+def shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}"
+
+
+def run() -> None:
+    command_line(Command, main)

@@ -1,0 +1,73 @@
+"""Export."""
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from nanostack import checkpoint, models
+from nanostack.errors import UserError, command_line
+from nanostack.generate import check_tokenizer
+from nanostack.growth import ramp_left
+from nanostack.hf import weights as hf
+from nanostack.hf.export import check_place, save
+from nanostack.parallel import Placement
+from nanostack.runs import read_run
+from nanostack.text import tokenizer
+from nanostack.text.manifest import load_manifest, manifest_sha256
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write a checkpoint for Hugging Face's transformers."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path]
+    data: Path | None = None
+    """The prepared folder whose tokenizer the model was trained with."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights; the masters are float32."""
+    shard_gb: float = 5.0
+    """Size of a safetensors file at most, in 10^9 bytes."""
+    overwrite: bool = False
+    """Replace what is at the folder."""
+    json: bool = False
+    """Print what was written as one JSON object."""
+
+
+def main(command: Command) -> dict:
+    if command.shard_gb <= 0:
+        raise UserError(f"shard_gb must be positive, not {command.shard_gb:g}")
+    hf.require_extra()
+    check_place(command.folder, command.checkpoint, command.overwrite)
+    saved = checkpoint.load(command.checkpoint)
+    if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
+        raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
+    text = tokenizer.load(command.data) if command.data else None
+    if text and manifest_sha256(command.data) != saved["manifest_sha256"]:
+        check_tokenizer(command.data, command.checkpoint.parent / "metrics.jsonl")
+        print(f"note: the model was trained on other data than {command.data}: is it the same tokenizer?", file=sys.stderr)
+    state = models.restore(saved, Placement(torch.device("cpu")))
+    folder = command.checkpoint.parent
+    records = read_run(folder)[1] if (folder / "metrics.jsonl").is_file() else None
+    if any(not isinstance(record, dict) or not record.keys() >= {"tokens", "flops"} for record in records or ()):
+        raise UserError(f"{folder / 'metrics.jsonl'} was not written by this version of train.py: move it away to export")
+    records = [record for record in records or [] if record["tokens"] <= state.cursor.tokens]
+    if state.growth and state.growth[-1].tokens == state.cursor.tokens and "growth" not in (records or [{}])[-1]:
+        records = None  # grown on disk, not trained since: they are its base's
+    how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "records": records}
+    if text:
+        how |= {"tokenizer": text, "text": f"{', '.join(load_manifest(command.data)['sources'])}, in tokens of {text.name}"}
+    save(state, command.folder, saved["manifest_sha256"], **how)
+    if not command.json:
+        print(f"wrote {command.folder}" + ("" if text else "; no tokenizer, as --data was not given"))
+    return {"folder": str(command.folder), "files": sorted(path.name for path in command.folder.iterdir())}
+
+
+def run() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half folder behind
+    command_line(Command, main)

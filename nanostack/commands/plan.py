@@ -1,0 +1,72 @@
+"""Plan."""
+
+from dataclasses import dataclass
+
+from nanostack.config import describe_tokens
+from nanostack.errors import command_line
+from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise
+
+
+@dataclass(frozen=True)
+class Command(Budget):
+    """Advice on growing: shapes, tokens, FLOPs, hours and the config to run."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+def config_text(advice: dict) -> str:
+    """A file for config/ that follows the advice, with the paper's learning rates and batch. Unlike the paper's, the rate is
+    not warmed up again after growth and old layers keep their moments: the best, by little, of twelve ways in docs/study.md."""
+    base = advice["base"]
+    batch = 2_097_152 // base["seq_len"] * base["seq_len"]
+    stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]
+    lr = 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
+    shape = ", ".join(f"{name}={base[name]!r}" for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff"))
+    warmup = min(3000 * batch, stages[0] * 3 // 5)
+    return f"""from nanostack.config import Data, Stage, Train, grow
+from nanostack.model import LlamaConfig
+
+config = Train(
+    data=Data("data/YOURS"),
+    model=LlamaConfig({shape}, vocab_size={base["vocab_size"]}, seq_len={base["seq_len"]}),
+    stages=(
+        Stage(tokens={stages[0]:_}, warmup_tokens={warmup:_}, lr=1e-3, schedule="constant"),
+        grow(
+            "stack", g={advice["g"]}, moments_old="keep", moments_new="zero",
+            tokens={stages[1]:_}, lr={lr:.1e}, min_lr={lr / 10:.1e},
+        ),
+    ),
+    batch_tokens={batch:_},
+    micro_batch=8,
+    out="out/planned",
+)
+"""
+
+
+def main(command: Command) -> dict:
+    advice = advise(command)
+    if command.json:
+        return advice
+    target, base = advice["target"], advice["base"]
+    d_tokens, formula = (describe_tokens(advice[name]) for name in ("d_tokens", "d_tokens_formula"))
+    machine = f"on {command.count} × {command.gpu} at {command.mfu:.0%} MFU"
+    print(f"target    {target['n_layer']} layers × {target['d_model']}, {advice['n_params'] / 1e9:.2f}B parameters")
+    print(
+        f"base      {base['n_layer']} layers, {advice['n_params_base'] / 1e9:.2f}B parameters, grown ×{advice['g']} by stacking"
+    )
+    print(f"grow at   {d_tokens} tokens (the formula says {formula})")
+    if advice["capped"]:
+        print(f"          capped at {MOST_OF_TOKENS:.0%} of the tokens, as the formula breaks at small ones: try a pilot")
+    if not advice["in_range"]:
+        print("          outside the range that the formula was fitted on (0.4B to 3B parameters, 8e19 to 1.2e21 FLOPs)")
+    print(f"scratch   {advice['flops']:.3g} FLOPs, {advice['hours']:,.0f} h {machine}")
+    print(
+        f"grown     {advice['flops_grown']:.3g} FLOPs, {advice['hours_grown']:,.0f} h, if the speedup is {command.speedup:.0%}"
+    )
+    print("hours are estimates. A config to begin with:\n\n" + config_text(advice))
+    return advice
+
+
+def run() -> None:
+    command_line(Command, main)

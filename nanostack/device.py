@@ -1,0 +1,103 @@
+"""A device."""
+
+import ctypes
+import math
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanostack.errors import UserError
+from nanostack.kernels import dispatch
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `UserError` where torch.compile would find no compiler at the first step."""
+    if device.type == "cuda":
+        missing = None if dispatch.HAS_TRITON and dispatch.launcher_compiler() else "triton and a C compiler (gcc or clang)"
+    else:
+        from torch._inductor import cpp_builder
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        missing = None
+        try:
+            cpp_builder.get_cpp_compiler()
+        except InvalidCxxCompiler:
+            missing = "a C++ compiler"
+    if missing:
+        raise UserError(f"--compile: torch.compile needs {missing}, which this machine has not; install that, or leave it out")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep the tensors a step frees for the next: handed back to the kernel, every step faults its pages
+    in again, which took 12 % of a quickstart step on two cores."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # <malloc.h>: no allocation by mmap, no giving back from the top of the heap
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The dtype that a config names; "auto" is bfloat16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free there, what torch holds in reserve included; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def check_room(device: torch.device, needed: float, what: str) -> None:
+    """Raise `UserError` unless so many bytes are free there."""
+    if needed > (free := free_bytes(device)):
+        raise UserError(f"{what} needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
+
+
+class StopFlag:
+    """SIGTERM and Ctrl-C ask the run to end; the ranks agree on the step after which it does."""
+
+    def __init__(self):
+        self._asked = False
+        self._votes, self._pending = torch.zeros(1), None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)  # a second signal asks again, which changes nothing
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Called once per step by all ranks: whether any of them had been asked by its last call. Waits for no GPU."""
+        if not dist.is_initialized():
+            return self._asked
+        if self._pending is not None:
+            self._pending.wait()
+        stop = bool(self._votes.item())
+        self._votes.fill_(float(self._asked or stop))
+        self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+    def wait(self) -> None:
+        """Let the vote in flight end."""
+        if self._pending is not None:
+            self._pending.wait()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the GPU where there is one. UserError where there is none of that name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error

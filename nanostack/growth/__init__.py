@@ -1,0 +1,268 @@
+"""Grow a model in place, on the device it is on: first in width, then in depth, its optimizer with it.
+
+A growth is a map and a rule for what is new: depth.py has the maps of layers, width.py those of channels and heads, learn.py
+trains them, moments.py says what becomes of the optimizer's state, ramp.py lets in slowly what is random. config.py is what a
+user asks for, receipt.py what a growth tells.
+
+In depth, the first occurrence of a base layer *is* that layer: it keeps its storage. Every other layer is allocated once and
+filled on the device. Nothing passes through the host and, sharded, no collective runs: each rank fills its own shards. Width
+needs new storage for every parameter, one at a time.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanostack.errors import UserError
+from nanostack.growth import learn, width
+from nanostack.growth.config import Growth, GrowthPlan
+from nanostack.growth.depth import TAKES_G, Layer, connection_rate
+from nanostack.growth.moments import POWER, Moments
+from nanostack.growth.ramp import attach_ramp, is_ramping, set_ramp
+from nanostack.growth.receipt import Receipt, ramp_left
+from nanostack.growth.traffic import HostTraffic
+from nanostack.growth.width import Width
+from nanostack.model import RESIDUAL_OUTPUTS, Llama, LlamaConfig, initial_value
+from nanostack.shards import local_shard
+
+__all__ = ["Growth", "GrowthPlan", "Hooks", "Receipt", "attach_ramp", "grow", "ramp_left", "set_ramp"]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a sharded, compiled or checkpointed model needs while it grows; the defaults are for a plain one."""
+
+    prepare_block: Callable[[nn.Module], nn.Module] = lambda block: block
+    """Is given each new block, still without storage, and returns it as the model's own blocks are."""
+    rejoin: Callable[[Llama], object] = lambda model: None
+    """Is given the model when it has its new blocks: FSDP2 has to find its root again."""
+    write: Callable[[Tensor, Tensor], object] = Tensor.copy_
+    """`write(parameter, value)` puts a whole value into a parameter."""
+    sum_shards: Callable[[Tensor], object] = lambda value: None
+    """Adds up a value, in place, over the ranks that hold parts of the same weight."""
+
+
+def grow(
+    model: Llama,
+    optimizer: torch.optim.Optimizer | None = None,
+    how: Growth | str | None = None,
+    hooks: Hooks | None = None,
+    *,
+    seed: int = 0,
+    gradients: Callable[[], Tensor] | None = None,
+    **fields,
+) -> Receipt:
+    """Grow the model in place, in width and then in depth, and `optimizer` with it.
+
+    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`; a `Width` as
+               `wider` and `Moments` as `moments` stand for theirs
+    optimizer  its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
+    hooks      for a model that is sharded, compiled or checkpointed; width grows on one device only
+    seed       of noise and of what is random, which depend on nothing else
+    gradients  learn needs it: puts the gradients of the next batch into the model's parameters, returns the loss
+
+    What is random is ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Losses before and after are the
+    caller's to add to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
+    """
+    if not isinstance(how, Growth):
+        how = _growth_of(**({"op": how} if how is not None else {}), **fields)
+    elif fields:
+        raise TypeError(f"{', '.join(fields)} would change `how`, which is a Growth already: dataclasses.replace does that")
+    hooks = hooks or Hooks()
+    plan, base = how.plan(model.config), model.config
+    _check_state(model, optimizer, plan, gradients)
+    receipt = _receipt(how, plan, base, optimizer is not None)
+    device = next(model.parameters()).device
+    _wait_for(device)
+    started = time.perf_counter()
+    moved = Bytes()
+    moments = plan.moments.settled()
+    if optimizer is not None and (moments.old, moments.new) == ("zero", "zero"):
+        optimizer.state.clear()  # before anything is allocated: that may go where the moments were
+    learned = []
+    if plan.width is not None:
+        mixed = learn.width_map(model, plan.width, seed) if plan.width.op == "learn" else None
+        with HostTraffic() as traffic:
+            moved += Bytes(*width.widen(model, optimizer, plan.width, seed, mixed))
+        receipt.bytes_through_host += traffic.bytes
+        if mixed is not None:
+            learned.append(learn.train(model, mixed, gradients, how.learn_steps))
+    with HostTraffic() as traffic:
+        if plan.op is not None:
+            # After a growth in width every moment is settled at once, below.
+            in_depth = moments if plan.width is None else moments._replace(old="keep")
+            moved += _deepen(model, optimizer, plan, in_depth, seed, hooks)
+            hooks.rejoin(model)
+        if receipt.width is not None and optimizer is not None:
+            _settle_width(model, optimizer, receipt, moments)
+        if receipt.ramps:
+            attach_ramp(model, receipt)
+    receipt.bytes_through_host += traffic.bytes
+    if plan.op == "learn":
+        mixed = learn.DepthMap(model, base.n_layer, hooks.write)
+        learned.append(learn.train(model, mixed, gradients, how.learn_steps, hooks.sum_shards))
+    if how.noise:
+        _add_noise(model, base, how.noise, seed, hooks.write)
+    _wait_for(device)
+    receipt.learned = learned or None
+    receipt.bytes_allocated, receipt.bytes_copied_on_device = moved
+    receipt.seconds = round(time.perf_counter() - started, 6)
+    return receipt
+
+
+def _growth_of(wider: Width | None = None, moments: Moments | None = None, **fields) -> Growth:
+    """The config that has these fields, a growth in width and moments given whole among them."""
+    if wider is not None:
+        fields |= {"width": wider.op} | {name: value for name, value in vars(wider).items() if name != "op"}
+    if moments is not None:
+        fields |= {"moments_old": moments.old, "moments_new": moments.new}
+        fields |= {"moments_factor": moments.factor} if "scale" in moments else {}
+    return Growth(**fields)
+
+
+class Bytes(NamedTuple):
+    """On this rank."""
+
+    allocated: int = 0
+    copied: int = 0
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.allocated + other.allocated, self.copied + other.copied)
+
+
+def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: bool) -> Receipt:
+    """What is known before anything is done."""
+
+    def sizes(config: LlamaConfig) -> dict:
+        return {name: getattr(config, name) for name in ("d_model", "n_head", "n_kv_head", "d_ff")}
+
+    sources = [layer.source for layer in plan.layers]
+    return Receipt(
+        op="layers" if how.layers is not None and plan.op == "stack" else plan.op,
+        g=len(sources) // base.n_layer if how.layers is None and plan.op in TAKES_G else None,
+        k=how.k,
+        layers=sources,
+        rules=[layer.rule for layer in plan.layers],
+        rc=round(connection_rate(sources), 6),
+        width=plan.width and vars(plan.width) | {"from": sizes(base), "to": sizes(plan.config)},
+        moments=plan.moments._asdict() if with_moments else None,
+        noise=how.noise,
+    )
+
+
+def _check_state(model: Llama, optimizer, plan: GrowthPlan, gradients) -> None:
+    """Raise `UserError` for a model or an optimizer that cannot grow like this."""
+    if is_ramping(model):
+        raise UserError("what the last growth made is still being ramped in: grow again when it counts in full")
+    unknown = {name for state in optimizer.state.values() for name in state} - set(POWER) if optimizer is not None else set()
+    if unknown:
+        raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see growth/moments.py")
+    if plan.width is not None and any(local_shard(p) is not p for p in model.parameters()):
+        raise UserError("a sharded model does not grow in width: grow its checkpoint with grow.py, or train on one device")
+    if gradients is None and plan.learns:
+        raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")
+
+
+def _deepen(model: Llama, optimizer, plan: GrowthPlan, moments: Moments, seed: int, hooks: Hooks) -> Bytes:
+    """Put the grown model's blocks in place."""
+    base, device, dtype = list(model.blocks), next(model.parameters()).device, next(model.parameters()).dtype
+    blocks, source_of, moved = [], {}, Bytes()
+    for number, layer in enumerate(plan.layers):
+        if layer.rule == "kept":
+            blocks.append(base[layer.source])
+            continue
+        with torch.device("meta"):
+            block = type(base[0])(plan.config).to(dtype)
+        block = hooks.prepare_block(block).to_empty(device=device)
+        like = base[0 if layer.source is None else layer.source]
+        for (name, new), old in zip(block.named_parameters(), like.parameters(), strict=True):
+            copied = _fill(new, old, layer, f"blocks.{number}.{name}", plan.config, seed, hooks.write)
+            new.requires_grad_(old.requires_grad)
+            source_of[new] = None if layer.source is None else old
+            moved += Bytes(local_shard(new).nbytes, copied)
+        block.train(like.training)
+        blocks.append(block)
+    model.blocks = nn.ModuleList(blocks)
+    model.config = plan.config
+    if optimizer is not None:
+        copied = _grow_optimizer(optimizer, model, base[0], source_of, moments)
+        moved += Bytes(copied, copied)
+    return moved
+
+
+@torch.no_grad()
+def _fill(new: Tensor, old: Tensor, layer: Layer, name: str, config: LlamaConfig, seed: int, write) -> int:
+    """Give a parameter of a new layer its first value. Returns the bytes copied from another one."""
+    if layer.rule == "random":
+        write(new, initial_value(name, new.shape, config, seed, new.device))
+        return 0
+    if layer.rule == "zeroed" and name.endswith(RESIDUAL_OUTPUTS):
+        local_shard(new).zero_()
+        return 0
+    local_shard(new).copy_(local_shard(old))
+    return local_shard(new).nbytes
+
+
+def _settle_width(model: Llama, optimizer, receipt: Receipt, moments: Moments) -> None:
+    """Make of the moments of all wide parameters, but those of new layers, what was asked for."""
+    new_layers = tuple(f"blocks.{number}." for number in receipt.new_layers)
+    wide = {name: p for name, p in model.named_parameters() if not name.startswith(new_layers)}
+    maps = width.recorded(receipt.width, model.config, next(model.parameters()).device)
+    width.settle_moments(optimizer, wide, maps, moments)
+
+
+@torch.no_grad()
+def _add_noise(model: Llama, base: LlamaConfig, noise: float, seed: int, write) -> None:
+    """Mix into every matrix what the paper initialises with, W ← (1 − α)·W + α·ε (arXiv 2405.15319, eq. 53-54).
+
+    d and l in its formulas are those of the base.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        fresh = initial_value(f"noise:{name}", parameter.shape, base, seed, parameter.device)
+        fresh.mul_((parameter.shape[1] / base.d_model) ** 0.5)  # a variance over d_model, whatever the fan-in
+        if local_shard(parameter) is not parameter:
+            full, fresh = fresh, torch.empty_like(parameter)
+            write(fresh, full)
+        local_shard(parameter).mul_(1 - noise).add_(local_shard(fresh), alpha=noise)
+
+
+def _grow_optimizer(optimizer, model: Llama, pattern: nn.Module, source_of: dict, moments: Moments) -> int:
+    """Put every new parameter into its source's group, in the model's order, and grow the state. Returns bytes copied.
+
+    A random layer has no source: its parameters go where those of the block `pattern` are, and start without moments.
+    """
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    group_of_name = {name: groups.get(parameter) for name, parameter in pattern.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = []
+    copied = 0
+    for name, parameter in model.named_parameters():
+        source = source_of.get(parameter, parameter)
+        group = group_of_name[name.split(".", 2)[2]] if source is None else groups.get(source)
+        if group is None:
+            continue  # frozen: the optimizer does not know it
+        group["params"].append(parameter)
+        if source is not None and source is not parameter and source in optimizer.state and moments.new != "zero":
+            optimizer.state[parameter] = state = {}
+            for key, value in optimizer.state[source].items():
+                state[key] = torch.empty_like(value)
+                local_shard(state[key]).copy_(local_shard(value)).mul_(moments.of_new(key))
+                copied += local_shard(value).nbytes
+    for parameter in [p for p in optimizer.state if p not in source_of]:
+        if moments.old == "zero":
+            del optimizer.state[parameter]  # as it was before the first update, which makes it anew
+        elif moments.old == "scale":
+            for key, value in optimizer.state[parameter].items():
+                local_shard(value).mul_(moments.of_old(key))
+    return copied
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

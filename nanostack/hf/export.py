@@ -1,0 +1,191 @@
+"""A checkpoint as a Hugging Face folder: `python -m nanostack.export out/1b/ckpt.pt exported/ --data data/texts`.
+
+`AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. Without --data no tokenizer goes with it. `save` is
+for a state in memory: config.json, safetensors (sharded by size), generation_config.json, tokenizer files, a model card.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from nanostack.config import describe_tokens
+from nanostack.errors import UserError
+from nanostack.flops import n_params
+from nanostack.hf import weights as hf
+from nanostack.hf.config import to_config
+from nanostack.state import State
+from nanostack.text.tokenizer import JSON_FILE, Tokenizer
+
+SHARD_BYTES = 5 * 10**9
+LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|"
+    + "|".join(map(re.escape, hf.TOKENIZER_FILES))
+    + f"|({'|'.join(LEGAL)}).*",
+    re.IGNORECASE,
+)
+
+
+def check_place(folder: Path, source: Path, overwrite: bool) -> None:
+    """UserError unless a model may be written to `folder`: there, only another one that we wrote is replaced, if asked for."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists already: choose another folder, or replace it (--overwrite)")
+    config = folder / "config.json"
+    if not folder.is_dir() or not config.is_file() or "nanostack" not in hf.read_json(config):
+        raise UserError(f"{folder} is no model that was written here, and is not replaced: choose another folder")
+    if others := sorted(path.name for path in folder.iterdir() if not WRITTEN.fullmatch(path.name)):
+        raise UserError(f"{folder} holds {others[0]}, which was not written here, and is not replaced: choose another folder")
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{folder} holds {source}, from which it would be made: choose another folder")
+
+
+def save(
+    state: State,
+    folder: str | Path,
+    manifest_sha256: str | None,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: Tokenizer | Path | None = None,
+    eot: int | None = None,
+    records: list[dict] | None = None,
+    text: str | None = None,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
+
+    tokenizer: ours, translated unless it is a tokenizer.json already, or the folder of the model that this one was made of,
+    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on. Everything
+    is written beside the folder first: it is whole or it is not there. A folder that is there is replaced: ask `check_place`
+    before. Raises `UserError` where it cannot be.
+    """
+    hf.require_extra()
+    from safetensors import SafetensorError
+
+    folder, config = Path(folder).resolve(), state.model.config  # of a link, the folder that it leads to
+    if isinstance(tokenizer, Tokenizer):
+        if tokenizer.n_vocab > config.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
+        eot = tokenizer.eot
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_weights(state, partial, dtype, shard_bytes)
+        receipts = [receipt.as_dict() for receipt in state.growth]
+        about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
+        about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config).fingerprint()}
+        generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        special, base = {}, None
+        if isinstance(tokenizer, Path):
+            found = hf.read_json(tokenizer / "config.json")
+            special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            if (tokenizer / "generation_config.json").is_file():
+                generation = hf.read_json(tokenizer / "generation_config.json")
+            base = tokenizer.resolve().name if manifest_sha256 is None else None
+        _write_json(partial / "config.json", to_config(config, eot, dtype) | special | {"nanostack": about})
+        _write_json(partial / "generation_config.json", generation)
+        if isinstance(tokenizer, Tokenizer):
+            _write_tokenizer(tokenizer, partial, config.seq_len)
+        elif tokenizer is not None:
+            for path in tokenizer.iterdir():
+                if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
+                    shutil.copyfile(path, partial / path.name)
+        (partial / "README.md").write_text(card(folder.name, state, records, text, base))
+        if records:
+            from nanostack.curves import draw
+
+            draw({folder.name: records}, "flops", partial / "curves.png")
+        _replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place; one that was there goes only when the new one is in."""
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    old = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
+    os.replace(folder, old)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """safetensors, each of at most shard_bytes unless a tensor alone is larger; only a shard at a time is held."""
+    from safetensors.torch import save_file
+
+    parameters, config = dict(state.model.named_parameters()), state.model.config
+    shards: list[list[tuple[str, int]]] = [[]]  # (our name, which of its parts)
+    total = filled = 0
+    for name in hf.names_of(config):
+        for part, shape in enumerate(hf.shapes_of(name, config)):
+            n_bytes = dtype.itemsize * math.prod(shape)
+            if shards[-1] and filled + n_bytes > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, part))
+            filled, total = filled + n_bytes, total + n_bytes
+    index = {}
+    for number, parts in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, part in parts:
+            whole = parameters[name].detach()
+            rows = hf.rows_of(name, config)
+            tensor = whole.split(rows)[part] if len(rows) > 1 else whole
+            tensors[hf.theirs(name)[part]] = tensor.to("cpu", dtype, copy=True).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
+    (folder / JSON_FILE).write_bytes(ours.to_json())
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
+    _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
+
+
+def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:
+    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve. base: the model of others that was grown."""
+    config, cursor = state.model.config, state.cursor
+    heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
+    lines += [
+        f"# {name}",
+        "",
+        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
+    ]
+    made = f"Made of {base} with nanostack, and not trained since" if base else "Trained with nanostack"
+    lines += [f"{heads}, context {config.seq_len}. {made}.", ""]
+    if not base:
+        lines += [f"- tokens: {describe_tokens(cursor.tokens)}", *([f"- text: {text}"] if text else [])]
+        lines += [
+            f"- FLOPs, those before growth included: {cursor.flops:.3g} (6·N per token), {cursor.flops_exact:.3g} exactly"
+        ]
+    for receipt in state.growth:
+        lines += [f"- {receipt.outcome()}" + ("" if base else f", after {describe_tokens(receipt.tokens)} tokens")]
+    lines += [] if state.growth else ["- never grown"]
+    for record in [record for record in records or [] if record.get("val_loss") is not None][-1:]:
+        at = describe_tokens(record["tokens"])
+        lines += [f"- validation loss: {record['val_loss']:.4f} nats per token, after {at} tokens"]
+    return "\n".join([*lines, *(["", "![curves](curves.png)"] if records else [])]) + "\n"

@@ -1,0 +1,207 @@
+"""How large a micro-batch fits, by option, before a GPU is there: `python -m nanostack.fit config/1b.py --gpu h200`.
+
+A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
+every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
+and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
+On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from nanostack.config import Train
+from nanostack.errors import UserError
+from nanostack.flops import n_params
+from nanostack.growth import Growth
+from nanostack.kernels import dispatch
+from nanostack.kernels.linear_cross_entropy import scratch_bytes
+from nanostack.model import Llama, LlamaConfig
+from nanostack.parallel import Placement
+
+GIB = 2**30
+GPUS = {  # GiB that torch can have of each, rounded down
+    "h200": 139,
+    "h100": 78,
+    "a100": 78,
+    "a100-40": 39,
+    "b200": 177,
+    "l40s": 44,
+    "rtx4090": 23,
+    "rtx3090": 23,
+}
+RESERVED = 2 * GIB  # CUDA context, cuBLAS and Triton workspaces, what the allocator rounds up
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a step on one device: what stays, and what a micro-batch of so many sequences adds at the peak."""
+
+    fixed: dict[str, int] = field(default_factory=dict)
+    per_sequence: tuple[int, int] = (0, 0)  # what a sequence adds when the loss is computed, and at the peak of the rest
+    transient: tuple[int, int] = (0, 0)  # what is there besides at these moments, at any micro-batch
+
+    def peak(self, sequences: int, scratch: int) -> int:
+        at_loss, else_ = (more + sequences * each for more, each in zip(self.transient, self.per_sequence, strict=True))
+        return sum(self.fixed.values()) + max(at_loss + scratch, else_)
+
+    def sequences(self, room: float, scratch) -> int:
+        """The most that fit into `room` bytes; `scratch(sequences)` are the bytes that the loss needs."""
+        most = 0
+        for step in (2**i for i in reversed(range(20))):
+            if self.peak(most + step, scratch(most + step)) <= room:
+                most += step
+        return most
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.at_loss = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, out)
+        if op is torch.ops.nanostack.linear_cross_entropy_rows.default:
+            self.at_loss = self.now
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) in self._known:
+            return
+        self._known.add(key)
+        self.now += (n_bytes := storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, n_bytes)
+
+    def _remove(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= n_bytes
+
+
+def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> tuple[dict, int, int]:
+    """({what: bytes} that stays through a step, bytes when the loss is computed, bytes at the peak) of a micro-batch.
+
+    The loss's own scratch is not in it, as it hides in one operation.
+    """
+    placement = Placement(torch.device("cpu"), dtype, None, config.parallel.activation_checkpointing)
+    with torch.device("meta"):
+        llama = Llama(model)
+    for block in llama.blocks:
+        placement.block(block)
+    with FakeTensorMode(), Live() as live, dispatch.traced(on_triton):
+        fixed = {}
+        for module, name, value in _tensors_of(llama):
+            made = torch.empty(value.shape, dtype=value.dtype)
+            setattr(module, name, nn.Parameter(made) if isinstance(value, nn.Parameter) else made)
+        if model.tie_embeddings:
+            llama.head.weight = llama.embed.weight
+        fixed["weights, fp32"] = live.now
+        moments = [torch.empty_like(p, dtype=getattr(torch, config.optim.moments)) for p in llama.parameters() for _ in (1, 2)]
+        fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
+        llama.compute_dtype, llama.keeps_low = dtype, dtype != torch.float32
+        tokens = torch.empty((sequences, model.seq_len), dtype=torch.int64)
+        if llama.keeps_low:
+            llama.refresh()
+            fixed["copies of weights"] = live.now - sum(fixed.values())
+        (llama(tokens, tokens) / 2).backward()
+        fixed["gradients, fp32"] = live.now - sum(fixed.values())
+        live.peak = live.now
+        (llama(tokens, tokens) / 2).backward()  # a further micro-batch, which finds gradients there
+        del moments
+        return fixed, live.at_loss, live.peak
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            yield module, name, value
+
+
+def need(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> Need:
+    """What a step of the config needs on each of `count` devices, fully sharded."""
+    (fixed, *one), (_, *two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
+    per_sequence = tuple(b - a for a, b in zip(one, two, strict=True))
+    at_loss, else_ = (a - each - sum(fixed.values()) for a, each in zip(one, per_sequence, strict=True))
+    if config.optim.moments == "bfloat16":  # a parameter's moments, widened for its update
+        else_ = max(else_, 8 * max(model.vocab_size, 2 * model.d_ff) * model.d_model)
+    if count > 1:
+        block = sum(math.prod(shape) for shape in _block_shapes(model))
+        root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
+        gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
+        fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
+        fixed["gathered by FSDP2 (estimate)"] = gathered
+    return Need(fixed, per_sequence, (at_loss, else_))
+
+
+def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
+    with torch.device("meta"):
+        return [p.shape for p in Llama(replace(model, n_layer=1)).blocks[0].parameters()]
+
+
+def scratch_of(model: LlamaConfig, dtype: torch.dtype, on_triton: bool) -> Callable[[int], int]:
+    """Sequences to the bytes that the loss takes for itself."""
+    sizes = (model.d_model, model.vocab_size, dtype.itemsize, on_triton)
+    return lambda sequences: scratch_bytes(sequences * model.seq_len, *sizes)
+
+
+def check_batch(
+    config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, free: float, slack: float = 1.0, count: int = 1
+) -> None:
+    """Raise `UserError`, which says what would fit, where the config's micro-batch needs more than `slack` times `free` bytes.
+
+    A trace takes seconds: it is made only where a bound from above, which costs nothing, does not fit into half of them.
+    """
+    room = slack * free
+    per_token = 4 * (model.n_layer * (16 * model.d_model + 8 * model.d_ff) + 2 * model.vocab_size)
+    states = 18 * n_params(model)  # of several devices not divided: a bound
+    if states + config.micro_batch * model.seq_len * per_token < room / 2:
+        return
+    scratch = scratch_of(model, dtype, on_triton)
+    wanted = need(config, model, dtype, on_triton, count).peak(config.micro_batch, scratch(config.micro_batch))
+    if wanted <= room:
+        return
+    most = {}
+    for how in ("none", "selective", "full"):
+        one = replace(config, parallel=replace(config.parallel, activation_checkpointing=how))
+        most[how] = need(one, model, dtype, on_triton, count).sequences(room, scratch)
+    said = ", ".join(f"{size} with --parallel.activation_checkpointing {how}" for how, size in most.items() if size)
+    raise UserError(
+        f"micro_batch {config.micro_batch} needs about {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "
+        + (f"what fits: {said}" if said else "not even one sequence fits: the model is too large for this device")
+    )
+
+
+def capacity(gpu: str) -> float:
+    """Bytes of a GPU by name, or of a number of GiB."""
+    with contextlib.suppress(ValueError):
+        gib = GPUS.get(gpu.lower()) or float(gpu)
+        if 0 < gib < 2**20:
+            return gib * GIB
+    raise UserError(f"gpu is one of {', '.join(GPUS)}, or a number of GiB, not {gpu!r}")
+
+
+def growth_bytes(base: LlamaConfig, how: Growth, moments: int) -> int:
+    """Bytes of weights and optimizer on one device while a model grows; `moments` are the numbers kept per parameter."""
+    plan = how.plan(base)
+    old, new = n_params(base), n_params(plan.config) - n_params(base)
+    numbers = old * (1 + moments) + new * (1 if plan.moments.new == "zero" else 1 + moments)
+    if how.width:
+        numbers = (old + new) * (1 + moments)
+    if how.width or how.noise:  # the largest tensor is there twice
+        numbers += max(plan.config.vocab_size, 2 * plan.config.d_ff) * plan.config.d_model
+    if plan.learns:  # the old weights, and gradients of the new ones
+        numbers += old + (old + new)
+    return 4 * numbers

@@ -1,0 +1,22 @@
+"""The one way to read a model for use: from a checkpoint or a Hugging Face folder, with its optimizer or without."""
+
+from pathlib import Path
+
+from nanostack import checkpoint, hf
+from nanostack.config import Optim
+from nanostack.parallel import Placement
+from nanostack.state import State
+
+
+def read(source: str | Path) -> dict:
+    """What a checkpoint or a Hugging Face folder holds, as `checkpoint.load` gives it. UserError where it cannot be read.
+
+    Of a folder, weights are read when they are asked for; there is no optimizer, but "dtype" and "eot" as they are there.
+    """
+    source = Path(source)
+    return hf.load(source) if source.is_dir() else checkpoint.load(source)
+
+
+def restore(saved: dict, placement: Placement, optimizer: bool = False) -> State:
+    """The state of what `read` gave, with the ramp of a growth that it is in. Without `optimizer` its moments stay unread."""
+    return State.restore(saved if optimizer else saved | {"optimizer": {}}, Optim(), placement)

@@ -1,0 +1,73 @@
+"""Fields of a run's config that had other names: they are still read, and a line says what they are called now."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+RENAMED = {
+    "optim.decay": "optim.weight_decay",
+    "optim.clip": "optim.grad_clip",
+    "parallel.replicate": "parallel.dp_replicate",
+    "parallel.shard": "parallel.dp_shard",
+}
+Class = TypeVar("Class", bound=type)
+_said: set[str] = set()
+
+
+def renamed(**now: str) -> Callable[[Class], Class]:
+    """Let a dataclass be built with the names that its fields had: `renamed(decay="weight_decay")`."""
+
+    def decorate(cls: Class) -> Class:
+        build = cls.__init__
+
+        @functools.wraps(build)
+        def build_by_any_name(self, *values, **named):
+            for name in now.keys() & named.keys():
+                _say(f"{cls.__name__}({name}=...)", now[name])
+                named[now[name]] = named.pop(name)
+            build(self, *values, **named)
+
+        cls.__init__ = build_by_any_name
+        return cls
+
+    return decorate
+
+
+def current(overrides: Sequence[str]) -> list[str]:
+    """The words of a command line, `--optim.decay` as `--optim.weight_decay`."""
+    words = []
+    for word in overrides:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in RENAMED:
+            _say(f"--{name}", f"--{RENAMED[name]}")
+            word = f"--{RENAMED[name]}{equals}{value}"
+        words.append(word)
+    return words
+
+
+def current_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config as `where` (a run's header) keeps it, under the names of today."""
+    return _translated(config, RENAMED, lambda old, new: _say(f"{old} in {where}", new))
+
+
+def former_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config under the names that it had at first: what was hashed then has the same hash."""
+    return _translated(config, {new: old for old, new in RENAMED.items()}, lambda *_: None)
+
+
+def _translated(config: dict, names: dict[str, str], say: Callable[[str, str], None]) -> dict:
+    config = {part: dict(value) if isinstance(value, dict) else value for part, value in config.items()}
+    for old, new in names.items():
+        part, _, field = old.partition(".")
+        if isinstance(config.get(part), dict) and field in config[part]:
+            config[part][new.partition(".")[2]] = config[part].pop(field)
+            say(old, new)
+    return config
+
+
+def _say(old: str, new: str) -> None:
+    if old not in _said:
+        _said.add(old)
+        print(f"note: {old} is now called {new}", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""What must be right before a run touches anything: found here, in seconds, and not after days of training."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from nanostack import kernels, track
+from nanostack.config import Train
+from nanostack.device import check_room, free_bytes
+from nanostack.errors import UserError
+from nanostack.flops import n_params
+from nanostack.memory import check_batch
+from nanostack.parallel import Placement, micro_steps, on_rank_0
+from nanostack.text.dataset import verify
+from nanostack.text.manifest import load_manifest, manifest_sha256
+
+
+class Checked(NamedTuple):
+    config: Train  # with the data's vocabulary
+    kernels: str  # the backend that will run: triton, c or torch
+    micro_steps: int  # micro-batches of every rank that make one step
+    manifest_sha256: str
+
+
+def check(config: Train, placement: Placement) -> Checked:
+    """Raise `UserError` for the first mistake; every rank must call it. Sets the backend of all kernels."""
+    if placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
+        raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
+    backend = choose_kernels(config.kernels, placement)
+    on_rank_0(track.check, config.track)
+    on_rank_0(verify, config.data.path)
+    config = with_vocabulary(config)
+    check_memory(config, placement, backend)
+    if config.cuda_graph and config.data.document_mask and backend == "torch":
+        raise UserError("--cuda_graph: attention within documents waits for the device in torch, which has to serve here")
+    steps = micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
+    return Checked(config, backend, steps, manifest_sha256(config.data.path))
+
+
+def choose_kernels(name: str, placement: Placement) -> str:
+    """Set the backend of all kernels. Returns the one that will run: triton, c or torch."""
+    on_gpu = placement.device.type == "cuda"
+    reason = kernels.unavailable_reason(placement.device)
+    if reason is None and on_gpu and not kernels.dispatch.launcher_compiler():
+        reason = "it needs a C compiler (gcc or clang, or the one that CC names)."
+    if reason is None and not on_gpu and placement.dtype != torch.float32:
+        reason = "Triton's interpreter is right in float32 only; add --dtype float32"
+    if name == "triton" and reason:
+        raise UserError(f"--kernels triton: {reason}")
+    if name == "c":
+        reason = "they are for the CPU." if on_gpu else kernels.cpu.unavailable_reason()
+        if reason:
+            raise UserError(f"--kernels c: {reason}")
+    kernels.set_backend("torch" if name == "auto" and on_gpu and reason else name)
+    if name != "auto":
+        return name
+    if on_gpu:
+        return "torch" if reason else "triton"
+    return "torch" if kernels.cpu.unavailable_reason() else "c"
+
+
+def with_vocabulary(config: Train) -> Train:
+    """The config with the data's vocabulary, rounded up to 128, where it leaves it open."""
+    n_vocab = load_manifest(config.data.path)["tokenizer"]["n_vocab"]
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=-(-n_vocab // 128) * 128))
+    if wanted < n_vocab:
+        raise UserError(f"model.vocab_size {wanted} is too small: {config.data.path} holds token ids up to {n_vocab - 1}")
+    return config
+
+
+def check_memory(config: Train, placement: Placement, backend: str) -> None:
+    """Raise `UserError` where the largest stage, a checkpoint or a micro-batch does not fit."""
+    largest = config.shapes()[-1]
+    state_bytes = 16 * n_params(largest) / placement.shards
+    check_room(placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
+    if placement.device.type == "cuda":
+        saved = (4 + 2 * getattr(torch, config.optim.moments).itemsize) * n_params(largest)
+        what = "the copy of weights and moments that becomes a checkpoint"
+        on_rank_0(check_room, torch.device("cpu"), saved, what)
+    # The C kernels take less memory than what is traced. For several devices there is an estimate only.
+    slack = 1.5 if backend == "c" or placement.mesh is not None else 1.0
+    free = free_bytes(placement.device)
+    on_rank_0(check_batch, config, largest, placement.dtype, backend == "triton", free, slack, placement.shards)

@@ -1,0 +1,43 @@
+"""With what a number was made: versions, device, commit, tokenizer."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    """The commit of this repository, with -dirty where tracked files differ from it; None where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tokenizer_name(manifest: dict) -> str:
+    """What tells the tokenizer of prepared data from others."""
+    return f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"

@@ -256,7 +256,8 @@ def in_process(name: str, path: str, command: Command, data: str, caches: Path, 
     arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--data.path", data, "--worker", name, "--json"]
     arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
-    environment |= {STARTED: str(time.time()), "TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
+    environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}
+    environment[STARTED] = str(time.time())
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     if done.returncode == 2:  # a mistake in what was asked, which it tells in its last line
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -22,16 +22,16 @@ FOR ?= 3.12
 .PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels gpu-cache dry-gpu lint format clean
 
 quickstart: $(READY)
-	$(RUN) bench/quickstart.py $(ARGS)
+	$(RUN) -m study.quickstart $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest -q -n 2 $(ARGS)
 
 gpu-right gpu-fast gpu-tune:
-	$(GPU) bench/gpu.py $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
+	$(GPU) -m bench.gpu $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
 
 gpu-wheels:
-	$(GPU) bench/gpu.py wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
+	$(GPU) -m bench.gpu wheels $(if $(WHEELS),--wheels $(WHEELS)) --for $(FOR)
 
 # What gpu tests launch, compiled for these architectures with no GPU; with another Triton, unpacked beside: make dry-gpu TRITON=3.6.0
 ARCH ?= sm_90,sm_80

@@ -1,6 +1,6 @@
 """Can one core feed a GPU, and does preparing text cost more than encoding it?
 
-    python bench/feeding.py [--data data/texts] [--text stdlib] [--rounds 5] [--json]
+    python bench/dataloader.py [--data data/texts] [--text stdlib] [--rounds 5] [--json]
 
 The prepared folder is data/stdlib; where there is none, the standard library is prepared in a temporary one.
 

@@ -44,18 +44,18 @@ class Part:
 
 def gpu_tests() -> list[str]:
     """The files with a test that needs a GPU; targets of kernel_oracle are marked one by one."""
-    files = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name != "test_bench.py"}
+    files = {path: path.read_text() for path in sorted((ROOT / "tests").glob("*/test_*.py")) if path.name != "test_bench.py"}
     return [str(path.relative_to(ROOT)) for path, text in files.items() if "mark.gpu" in text or "kernel_oracle" in text]
 
 
 PYTEST = ("-m", "pytest", "-q", "-p", "bench.recorded", "-p", "no:cacheprovider", "--recorded", "{json}#tests")
-LEFT_OUT = ("--deselect=tests/test_kernels_compiled.py::test_tune_measures_a_kernel",)  # many processes; gpu-tune covers it
+LEFT_OUT = ("--deselect=tests/kernels/test_compiled.py::test_tune_measures_a_kernel",)  # many processes; gpu-tune covers it
 # Two micro-batches: the gradients of the second are added in place, as in a real step.
 STEP = ("bench/throughput.py", "config/1b.py", "--out", "{json}#step", "--rounds", "1", "--steps", "5", "--warmup", "2")
 # What compiles for longest comes last: late, it costs only itself.
 STEP += ("--accumulate", "2", "--micro_batch", "8", "--against", "hf,compile")
-ATTENTION = ("bench/kernels.py", "--op", "flash_attention", "--out", "{json}#attention", "--samples", "20")
-BOUND = ("bench/kernels.py", "--out", "{json}#memory_bound", "--op", "rms_norm", "add_rms_norm", "rotary", "swiglu")
+ATTENTION = ("bench/kernel_ops.py", "--op", "flash_attention", "--out", "{json}#attention", "--samples", "20")
+BOUND = ("bench/kernel_ops.py", "--out", "{json}#memory_bound", "--op", "rms_norm", "add_rms_norm", "rotary", "swiglu")
 BOUND += ("linear_cross_entropy", "--way", "torch.compile", "Liger", "--samples", "20")
 START = ("bench/throughput.py", "config/1b.py", "--out", "{json}#start", "--rounds", "2", "--steps", "1", "--warmup", "1")
 TUNE = ("bench/tuning.py", "--out", "{json}#rows", "--patch", "{out}/tune.patch")
@@ -65,7 +65,7 @@ SMALL += ("--micro_batch", "2", "--out")
 PARTS = {
     "right": (
         Part("tests", 60, (*PYTEST, "-m", "gpu", "-n", "8", *LEFT_OUT, *gpu_tests()),
-             (*PYTEST, "-n", "1", *LEFT_OUT, "tests/test_flops.py")),
+             (*PYTEST, "-n", "1", *LEFT_OUT, "tests/trainer/test_flops.py")),
         Part("options", 55, ("bench/options.py", "--out", "{json}#options"),
              ("bench/options.py", "--small", "--only", "plain", "--out", "{json}#options")),
     ),
@@ -73,7 +73,7 @@ PARTS = {
         Part("step", 115, STEP, (*SMALL, "{json}#step", "--against", "eager")),
         Part("attention", 45, (*ATTENTION, "--shape", "x32x32x64", "x16x16x128", "--way", "SDPA cuDNN", "SDPA flash"),
              (*ATTENTION, "--samples", "4")),
-        Part("memory_bound", 35, (*BOUND, "--shape", "16384x", "4x4096x"), ("bench/kernels.py", "--op", "swiglu",
+        Part("memory_bound", 35, (*BOUND, "--shape", "16384x", "4x4096x"), ("bench/kernel_ops.py", "--op", "swiglu",
              "--samples", "4", "--out", "{json}#memory_bound")),
         Part("growth", 30, ("bench/growth.py", "--shapes", "1b", "--samples", "1", "--no-traced", "--out", "{json}#growth"),
              ("bench/growth.py", "--shapes", "tiny", "--samples", "1", "--out", "{json}#growth")),

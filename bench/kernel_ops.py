@@ -1,6 +1,6 @@
 """Every fused operation, forward and backward, beside what one would use instead, and beside what the machine can do at all.
 
-    python bench/kernels.py [--op rms_norm swiglu] [--shape 16384x2048] [--samples 50] [--json]
+    python bench/kernel_ops.py [--op rms_norm swiglu] [--shape 16384x2048] [--samples 50] [--json]
 
 Ours, torch eager, torch.compile, SDPA forced to flash and to cuDNN, F.linear_cross_entropy and Liger (the extra peers)
 are called in turn within one run; so are a large copy and a large matrix product, whose rates are the roofline. Reported are
@@ -239,7 +239,7 @@ def main(command: Command) -> dict:
         console.print("no GPU: float32, in C or torch; nothing here is about the Triton kernels")
     out = place("kernels", device_name(device), command.out)
     rows: list[dict] = []
-    answer = {"what": "bench/kernels.py", "device": device_name(device), "samples": command.samples}
+    answer = {"what": "bench/kernel_ops.py", "device": device_name(device), "samples": command.samples}
     answer["dtype"] = str(dtype_on(device)).removeprefix("torch.")
     answer["rows"] = rows
     for op, shape in track(shapes, "timing", console=Console(stderr=True), disable=not sys.stderr.isatty()):

@@ -163,7 +163,7 @@ def of_rows(found: dict) -> str:
 
 
 def of_kernels_alone(found: dict) -> str:
-    """What bench/kernels.py wrote to a folder by itself."""
+    """What bench/kernel_ops.py wrote to a folder by itself."""
     with_what = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     head = f"### Kernels, {found['device']}, {found['date']}"
     return f"{head}\n\ncommit {(found['git_commit'] or 'unknown')[:12]}, {with_what}.\n\n{of_kernels(found)}"

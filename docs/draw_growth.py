@@ -1,4 +1,4 @@
-"""Draw what the operators make of four layers, and of a weight: `python bench/operators.py` writes docs/growth.png."""
+"""Draw what the operators make of four layers, and of a weight: `python docs/draw_growth.py` writes docs/growth.png."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Draw runs: `python -m nanostack.plot RUN... [--x flops|tokens|time]`.
+"""Draw runs: `nanostack plot RUN... [--x flops|tokens|time]`.
 
 Validation loss (and the training loss, thin), learning rate and throughput of each run, growth marked by a dotted line and a
 triangle. PNG and SVG. Runs differ in line and marker as well as in colour, so that it reads in black and white.

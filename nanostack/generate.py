@@ -1,4 +1,4 @@
-"""Text from a model: `python -m nanostack.sample out/quickstart/grown/ckpt.pt --prompt "def " "class "`.
+"""Text from a model: `nanostack sample out/quickstart/grown/ckpt.pt --prompt "def " "class "`.
 
 The model is a checkpoint or a Hugging Face folder. On a terminal the text appears as it is made, one sample after another; all
 samples of prompts of one length are made together, each with random numbers of its own, so that it is the text that it would

@@ -1,4 +1,4 @@
-"""How large a micro-batch fits, by option, before a GPU is there: `python -m nanostack.fit config/1b.py --gpu h200`.
+"""How large a micro-batch fits, by option, before a GPU is there: `nanostack fit config/1b.py --gpu h200`.
 
 A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
 every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch

@@ -65,7 +65,7 @@ class Placement:
 
         FSDP2 decides at the first forward which module is the root, so a later block would become a root of its own: it
         would keep its parameters unsharded and prefetch nothing. Forgetting the decision makes the next forward take it
-        anew. This is private API of torch, tested in tests/test_parallel.py.
+        anew. This is private API of torch, tested in tests/trainer/test_parallel.py.
         """
         for module in model.modules():
             if isinstance(module, FSDPModule):

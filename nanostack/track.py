@@ -1,4 +1,4 @@
-"""Show a run in TensorBoard or wandb: `train.py CONFIG.py --track tensorboard`, or later `python -m nanostack.track RUN...`.
+"""Show a run in TensorBoard or wandb: `train.py CONFIG.py --track tensorboard`, or later `nanostack track RUN...`.
 
 metrics.jsonl is the record of a run and a tracker its picture, drawn anew whenever training starts: what the file has comes
 first, then every record as it is written. So a resumed run, whose file is cut back to its checkpoint, shows no point twice, and
@@ -152,7 +152,7 @@ class Tracking:
         except Exception as error:  # of the network, of the disk, of the library: it has many
             self._tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            later = f"python -m nanostack.track {self._folder} --to {self._name}"
+            later = f"nanostack track {self._folder} --to {self._name}"
             print(f"warning: {self._name} failed, training goes on: {reason}; later: {later}", file=sys.stderr, flush=True)
 
 

@@ -104,7 +104,7 @@ def _tuple(values, each) -> bool:
 def _check(what: str, **right: bool) -> None:
     """Raise `UserError` that names the field of a study file which is not what it should be."""
     if wrong := [name for name, fine in right.items() if not fine]:
-        raise UserError(f"{what} has no valid {', '.join(wrong)}; see bench/study.py (a tuple of one is written with a comma)")
+        raise UserError(f"{what} has no valid {', '.join(wrong)}; see study/plan.py (a tuple of one is written with a comma)")
 
 
 CPU = Size(  # two cores, an hour a study

@@ -73,7 +73,7 @@ def main(command: Command) -> dict:
     draw([summary], command.out / "speedup.png")
     report(summary, command, console)
     console.rule("the grown model writes")
-    say(console, [sys.executable, "-m", "nanostack.sample", command.out / "grown/ckpt.pt", "--data", command.data], command)
+    say(console, [sys.executable, "-m", "nanostack", "sample", command.out / "grown/ckpt.pt", "--data", command.data], command)
     return summary
 
 
@@ -82,7 +82,7 @@ def prepare(command: Command, console: Console) -> None:
         return
     console.rule("text: the Python standard library of this machine")
     source = ["stdlib", "--out", command.data, "--tokenizer", "bpe:1024"]
-    say(console, [sys.executable, "-m", "nanostack.prepare", *source], command)
+    say(console, [sys.executable, "-m", "nanostack", "prepare", *source], command)
 
 
 def say(console: Console, arguments: list, command: Command) -> None:

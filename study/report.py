@@ -27,7 +27,7 @@ ORDER = ("operators", "timing", "factor", "optimizer", "scale")
 HEAD = """# How many FLOPs does stacking really save?
 
 This page is written by `python bench/speedup.py --report` from the result files in bench/results/ and the conclusions in
-config/study/.
+study/studies/.
 
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
 (warm-up, stable, decay). The learning rate of every arm is tuned at every budget by the same sweep: a grid with the first seed,
@@ -47,8 +47,8 @@ speedup. The best of several grown arms is chosen by the seeds that it is judged
 they were made beside other work, and paused for it, over many hours.
 
 The text of the CPU studies is Python's standard library:
-`python -m nanostack.prepare stdlib --out data/stdlib512 --tokenizer bpe:512`. GPU sizes, which have not run yet, take more:
-`python -m nanostack.prepare site-packages --out data/site-packages512 --tokenizer bpe:512`.
+`nanostack prepare stdlib --out data/stdlib512 --tokenizer bpe:512`. GPU sizes, which have not run yet, take more:
+`nanostack prepare site-packages --out data/site-packages512 --tokenizer bpe:512`.
 """
 
 
@@ -58,7 +58,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     found = {path.stem.removeprefix("study-"): read_results(path) for path in files}
     finished = {name: at_best_pace(one) for name, one in found.items() if "arms" in one}
     if not finished:
-        raise UserError(f"{results} has no finished study: run one, python bench/speedup.py config/study/NAME.py")
+        raise UserError(f"{results} has no finished study: run one, python bench/speedup.py study/studies/NAME.py")
     docs.mkdir(parents=True, exist_ok=True)
     text, summaries = HEAD, {name: summarise(one) for name, one in finished.items()}
     for name, summary in summaries.items():

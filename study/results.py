@@ -1,6 +1,6 @@
 """What growth saves: FLOPs(scratch) / FLOPs(grown, base included) − 1 at equal validation loss.
 
-    python bench/speedup.py config/study/operators.py                        run a study (bench/study.py), or go on with it
+    python bench/speedup.py study/studies/operators.py                        run a study (study/plan.py), or go on with it
     python bench/speedup.py out/quickstart/scratch out/quickstart/grown ...  compare finished runs
     python bench/speedup.py --report                                         write docs/study.md anew from the results
 
@@ -55,7 +55,7 @@ class Command:
 
 
 def read_results(path: Path) -> dict:
-    """What bench/study.py has written, and whole: every run that is named is there and has ended somewhere."""
+    """What study/plan.py has written, and whole: every run that is named is there and has ended somewhere."""
     try:
         results = json.loads(path.read_text())
         runs = results["runs"]
@@ -342,7 +342,7 @@ def answer(command: Command) -> dict:
 
         return write_report(command.results, command.docs, console)
     if not command.paths:
-        raise UserError("give a study file (config/study/*.py), folders of finished runs, or --report")
+        raise UserError("give a study file (study/studies/*.py), folders of finished runs, or --report")
     if command.paths[0].suffix == ".py":
         return run_study(command, console)
     from study.runs import collect

@@ -211,9 +211,7 @@ def run(study: Study, name: str, data: Path | None, out: Path, results: Path, jo
         text = targets[0].text
         data = Path(f"data/{text}512").resolve()
         if not data.is_dir():
-            raise UserError(
-                f"there is no data/{text}512: python -m nanostack.prepare {text} --out data/{text}512 --tokenizer bpe:512"
-            )
+            raise UserError(f"there is no data/{text}512: nanostack prepare {text} --out data/{text}512 --tokenizer bpe:512")
     stem = f"study-{study.name}-{name}"
     files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
     if len(set(files)) < len(files):

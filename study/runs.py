@@ -19,7 +19,7 @@ SAME_BUDGET = 1.03  # runs whose FLOPs differ by less are compared at one budget
 
 
 def collect(folders: tuple[Path, ...]) -> dict:
-    """Results as bench/study.py writes them, for `summarise` and `draw`. UserError for runs that cannot be compared."""
+    """Results as study/plan.py writes them, for `summarise` and `draw`. UserError for runs that cannot be compared."""
     runs = {str(folder): finished(folder) for folder in dict.fromkeys(folders)}
     _check_comparable(runs)
     _set_budgets(runs)

@@ -17,7 +17,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny.py")
-sys.path.insert(0, str(ROOT))  # for train.py, grow.py and bench/
 
 # One thread per process: many small processes share two cores, and sums must be taken in the same order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,7 +69,7 @@ def corpus(tmp_path_factory) -> Path:
     sources = [Path(os.__file__).with_name(name) for name in ("argparse.py", "ast.py", "bdb.py", "cgi.py", "cmd.py", "code.py")]
     sources += [Path(os.__file__).with_name("json"), Path(os.__file__).with_name("email")]
     sources = [str(source) for source in sources if source.exists()]
-    command = [sys.executable, "-m", "nanostack.prepare", *sources, "--out", str(folder / "data"), "--tokenizer", "bpe:300"]
+    command = [sys.executable, "-m", "nanostack", "prepare", *sources, "--out", str(folder / "data"), "--tokenizer", "bpe:300"]
     subprocess.run([*command, "--val_fraction", "0.2"], check=True, capture_output=True, cwd=ROOT)
     return folder / "data"
 

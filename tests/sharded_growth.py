@@ -1,4 +1,4 @@
-"""Run by tests/test_parallel.py on two gloo ranks: train, grow sharded, look inside, train on, save."""
+"""Run by tests/trainer/test_parallel.py on two gloo ranks: train, grow sharded, look inside, train on, save."""
 
 import json
 import sys

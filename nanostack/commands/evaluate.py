@@ -1,9 +1,9 @@
 """How good a checkpoint is: standard tasks through EleutherAI's lm-eval, and bits per byte of validation text.
 
-    python -m nanostack.evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks paper    the eight tasks of the G_stack paper
-    python -m nanostack.evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks arc_easy,hellaswag --limit 100
-    python -m nanostack.evaluate out/1b/ckpt.pt --val data/texts                        validation loss; needs no extra
-    python -m nanostack.evaluate exported/1b --tasks paper                              a Hugging Face folder, its own tokenizer
+    nanostack evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks paper    the eight tasks of the G_stack paper
+    nanostack evaluate out/1b/ckpt.pt --tokenizer data/texts --tasks arc_easy,hellaswag --limit 100
+    nanostack evaluate out/1b/ckpt.pt --val data/texts                        validation loss; needs no extra
+    nanostack evaluate exported/1b --tasks paper                              a Hugging Face folder, its own tokenizer
 
 The live model is evaluated, nothing is exported. --tasks and --val may come together, and --val's tokenizer then serves both.
 The result is written beside the checkpoint as NAME.eval.json (or --out).

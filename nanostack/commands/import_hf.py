@@ -1,4 +1,4 @@
-"""A Hugging Face Llama as a checkpoint: `python -m nanostack.import_hf HuggingFaceTB/SmolLM2-135M out/smol/ckpt.pt`.
+"""A Hugging Face Llama as a checkpoint: `nanostack import HuggingFaceTB/SmolLM2-135M out/smol/ckpt.pt`.
 
 Takes a folder, or the name of a model on the Hub (with a network). Train on with `train.py CONFIG --init_from CHECKPOINT`; to
 grow it and stay with Hugging Face, `grow.py` takes such a folder itself.

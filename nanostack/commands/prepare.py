@@ -28,7 +28,7 @@ def _report(args: Args, manifest: dict, seconds: float):
 
 
 def run() -> None:
-    args = tyro.cli(Args, prog="python -m nanostack.prepare", description=__doc__, use_underscores=True)
+    args = tyro.cli(Args, prog="nanostack prepare", description=__doc__, use_underscores=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleared away
     start = time.perf_counter()
     with exits_cleanly():

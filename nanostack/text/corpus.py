@@ -1,4 +1,4 @@
-"""Text to tokens: `python -m nanostack.prepare SOURCE... --out DIR --tokenizer NAME`.
+"""Text to tokens: `nanostack prepare SOURCE... --out DIR --tokenizer NAME`.
 
 A source is a folder, a file, a dataset of Hugging Face's, or one of two words (a folder of that name is ./stdlib):
 

@@ -30,7 +30,7 @@ def load_manifest(path: str | Path) -> dict:
         what, name = advised(path)
         raise UserError(
             f"there is no prepared data in {path}; write it with: "
-            f"python -m nanostack.prepare {what} --out {shlex.quote(str(path))} --tokenizer {name}"
+            f"nanostack prepare {what} --out {shlex.quote(str(path))} --tokenizer {name}"
         )
     try:
         manifest = json.loads(file.read_bytes())

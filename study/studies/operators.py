@@ -1,6 +1,6 @@
 """Which operator? The paper's figure 3 at our size: 2 layers to 8 by each, at the FLOPs of 8 layers from scratch.
 
-`python bench/speedup.py config/study/operators.py --data data/stdlib512`; that is the standard library in bpe:512.
+`python bench/speedup.py study/studies/operators.py --data data/stdlib512`; that is the standard library in bpe:512.
 middle cannot make 8 layers of 2: it grows 4 layers to 6 and to 8, as MIDAS does in stages.
 """
 

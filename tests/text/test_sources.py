@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
+from conftest import ROOT
 from hub_server import COMMIT, Hub
 
 from nanostack.config import Optim
@@ -134,7 +135,7 @@ def python(hub: Hub, *words: object) -> subprocess.CompletedProcess:
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_OFFLINE": "0"}
     environment["HF_DATASETS_OFFLINE"] = "0"  # which other tests of this process may have set
     command = [sys.executable, *map(str, words)]
-    root = Path(__file__).parents[1]
+    root = ROOT
     return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=120)
 
 
@@ -223,7 +224,7 @@ def test_mistakes_with_datasets_are_told_in_one_line(hub):
 
 def test_a_hub_that_is_not_there_gives_one_line(hub):
     hub.url = "http://127.0.0.1:9"
-    done = python(hub, "-m", "nanostack.prepare", "hf:own/web", "--out", "nowhere")
+    done = python(hub, "-m", "nanostack", "prepare", "hf:own/web", "--out", "nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: hf:own/web could not be had from Hugging Face's Hub: ")
     assert done.stderr.count("\n") == 1
 
@@ -237,7 +238,7 @@ def test_a_model_of_the_hub_is_imported_by_its_name(hub, tmp_path, file):
     if file.endswith(".bin"):
         torch.save(safetensors.torch.load_file(place / "model.safetensors"), place / file)
         (place / "model.safetensors").unlink()
-    done = python(hub, "-m", "nanostack.import_hf", "own/llama", tmp_path / "ckpt.pt", "--json")
+    done = python(hub, "-m", "nanostack", "import", "own/llama", tmp_path / "ckpt.pt", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["config"]["n_layer"] == 1, done.stderr
     assert not [
         path

@@ -9,26 +9,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-
-triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
-
-from triton.backends.compiler import GPUTarget
-
 from kernels import aot, tune
 from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for
-
-ROOT = Path(__file__).parents[1]
 
 
 def gate(*arguments, **environment):

@@ -24,13 +24,13 @@ def everything(out) -> dict:
 
 def test_missing_data_names_the_prepare_command(run):
     message = run.refused("new", "--data.path", "data/nowhere")
-    assert "python -m nanostack.prepare" in message and "data/nowhere" in message
+    assert "nanostack prepare" in message and "data/nowhere" in message
     assert not (run.folder / "new").exists()
 
 
 def test_missing_stdlib_names_the_exact_prepare_command(run, tmp_path):
     message = run.refused("new", "--data.path", str(tmp_path / "stdlib"))
-    assert f"python -m nanostack.prepare stdlib --out {tmp_path / 'stdlib'}" in message
+    assert f"nanostack prepare stdlib --out {tmp_path / 'stdlib'}" in message
 
 
 @pytest.mark.parametrize("damage", ["size", "content"])

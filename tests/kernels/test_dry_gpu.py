@@ -95,7 +95,7 @@ def dry_run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_sample_of_gpu_tests_compiles():
     """All of them: make dry-gpu."""
     chosen = "one_token or another_length or norms or rotary"
-    done = dry_run("--dry-gpu=sm_90", "tests/test_kernels_gpu.py", "-k", chosen)
+    done = dry_run("--dry-gpu=sm_90", "tests/kernels/test_gpu.py", "-k", chosen)
     told = re.search(r"sm_90: (\d+) tests, (\d+) launches, (\d+) kernels compiled; nothing was run, and (\d+)", done.stdout)
     assert done.returncode == 0 and told, done.stdout[-3000:] + done.stderr
     tests, launches, compiled, assertions = map(int, told.groups())
@@ -111,7 +111,7 @@ def test_sample_of_gpu_tests_compiles():
     ],
 )
 def test_dry_run_that_cannot_be_is_refused_in_a_line(names, environment, said):
-    done = dry_run(f"--dry-gpu={names}", "tests/test_kernels_gpu.py", **environment)
+    done = dry_run(f"--dry-gpu={names}", "tests/kernels/test_gpu.py", **environment)
     assert done.returncode == 4 and re.search(f"ERROR: --dry-gpu: {said}", done.stderr), done.stdout + done.stderr
 
 

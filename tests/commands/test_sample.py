@@ -317,7 +317,7 @@ def test_tokenizer_larger_than_the_model_is_refused(run, tmp_path, monkeypatch):
 
 def test_command_line_streams_and_prints_json_and_ends_with_2(run):
     def command(*arguments, **options):
-        line = [sys.executable, "-m", "nanostack.sample", "run/ckpt.pt", *arguments]
+        line = [sys.executable, "-m", "nanostack", "sample", "run/ckpt.pt", *arguments]
         return subprocess.run(line, cwd=run, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, **options)
 
     streamed = command("--prompt_file", "-", "--tokens", "8", input="x = é".encode())

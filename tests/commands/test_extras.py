@@ -63,7 +63,7 @@ def bare(tmp_path_factory) -> Bare:
     bare = Bare(tmp_path_factory.mktemp("bare"))
     library = Path(os.__file__).parent
     sources = (str(library / name) for name in ("argparse.py", "ast.py", "json", "email"))
-    bare.good("-m", "nanostack.prepare", *sources, "--out", "data", "--tokenizer", "bpe:300", "--val_fraction", "0.2")
+    bare.good("-m", "nanostack", "prepare", *sources, "--out", "data", "--tokenizer", "bpe:300", "--val_fraction", "0.2")
     bare.good("train.py", TINY, "--data.path", "data", "--out", "out/run")
     (bare.folder / "model").mkdir()
     (bare.folder / "model" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
@@ -82,13 +82,15 @@ def test_extras_are_absent(bare):
 def test_everything_else_works(bare):
     bare.good("grow.py", "out/run/ckpt.pt", "--g", "2")
     assert (bare.folder / "out/run/ckpt-x2.pt").exists()
-    sampled = bare.good("-m", "nanostack.sample", "out/run/ckpt.pt", "--data", "data", "--tokens", "5", "--json")
+    sampled = bare.good("-m", "nanostack", "sample", "out/run/ckpt.pt", "--data", "data", "--tokens", "5", "--json")
     assert json.loads(sampled)["samples"][0]["text"].startswith("def ")
-    assert json.loads(bare.good("-m", "nanostack.evaluate", "out/run/ckpt.pt", "--val", "data", "--out", "val.json", "--json"))
-    bare.good("-m", "nanostack.plot", "out/run")
+    assert json.loads(
+        bare.good("-m", "nanostack", "evaluate", "out/run/ckpt.pt", "--val", "data", "--out", "val.json", "--json")
+    )
+    bare.good("-m", "nanostack", "plot", "out/run")
     assert (bare.folder / "out/run/curves.svg").exists()
-    assert json.loads(bare.good("-m", "nanostack.fit", TINY, "--json"))
-    assert json.loads(bare.good("-m", "nanostack.plan", "--params", "1e9", "--tokens", "2e10", "--json"))
+    assert json.loads(bare.good("-m", "nanostack", "fit", TINY, "--json"))
+    assert json.loads(bare.good("-m", "nanostack", "plan", "--params", "1e9", "--tokens", "2e10", "--json"))
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_wandb_offline_holds_the_run_and_goes_on_under_its_id(runs):
 
 def test_run_can_be_sent_to_wandb_later(runs, tmp_path):
     out = shutil.copytree(runs.folder / "plain", tmp_path / "run")
-    command = [sys.executable, "-m", "nanostack.track", str(out), "--to", "wandb", "--json"]
+    command = [sys.executable, "-m", "nanostack", "track", str(out), "--to", "wandb", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["runs"][str(out)]["records"] == 25

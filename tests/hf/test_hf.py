@@ -136,7 +136,7 @@ def test_model_of_others_is_grown_with_its_licence_and_no_claim_to_have_trained_
     assert "tokens:" not in page and "FLOPs" not in page and (tmp_path / "base-x2/LICENSE.txt").read_text() == "of theirs"
     for ramped in (("--op", "random", "--g", "2"), ("--width", "random", "--d_ff", "192")):
         refused = run("grow.py", base, *ramped, "--out", tmp_path / "ramped")
-        assert refused.returncode == 2 and "make a checkpoint of it (python -m nanostack.import_hf)" in refused.stderr
+        assert refused.returncode == 2 and "make a checkpoint of it (nanostack import)" in refused.stderr
     edit(max_position_embeddings=64)(base)
     learned = ("--op", "learn", "--g", "2", "--data", corpus, "--batch_tokens", "256", "--learn_steps", "2")
     done = run("grow.py", base, *learned, "--out", tmp_path / "learned")

@@ -1,4 +1,4 @@
-"""Curves of runs: python -m nanostack.plot."""
+"""Curves of runs: nanostack plot."""
 
 import json
 
@@ -23,7 +23,7 @@ def run(folder, losses, growth_at=None):
 
 
 def command(*arguments):
-    return python("-m", "nanostack.plot", *arguments)
+    return python("-m", "nanostack", "plot", *arguments)
 
 
 def test_draws_several_runs_as_png_and_svg(tmp_path):

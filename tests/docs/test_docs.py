@@ -100,7 +100,7 @@ def test_operator_of_the_page_passes_the_tests_once_added(tmp_path):
     operator, sequence = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_an_operator.md").read_text(), re.S)
     with open(tmp_path / "nanostack/depth.py", "a") as file:
         file.write(f"\n\n{operator}")
-    tests = tmp_path / "tests/test_growth.py"
+    tests = tmp_path / "tests/growth/test_growth.py"
     opening = re.search(r"SEQUENCES = {.*\n", tests.read_text())[0]
     tests.write_text(tests.read_text().replace(opening, opening + sequence))
     for line, said in zip(commands("add_an_operator"), ("3 passed", ""), strict=True):  # tied, untied, what holds for all

@@ -50,7 +50,7 @@ def run(out: Path, *sources: Path | str, **options) -> dict:
 
 
 def cli(*words: object, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "nanostack.prepare", *map(str, words)]
+    command = [sys.executable, "-m", "nanostack", "prepare", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
@@ -333,7 +333,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_commands_of_the_data_page_are_understood():
     page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
-    lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("python -m nanostack.prepare ")]
+    lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("nanostack prepare ")]
     commands = [tyro.cli(Args, args=line[3:], use_underscores=True) for line in lines]
     assert len(commands) == 12
     for command in commands:
@@ -393,7 +393,7 @@ def test_what_others_keep_beside_the_folder_stays(tmp_path, texts):
 
 def interrupted(out: Path, number: int, *words: str) -> tuple[int, str]:
     """Run prepare until it has written some shards, then send `number` to all its processes (SIGKILL: only to the first)."""
-    command = [sys.executable, "-m", "nanostack.prepare", "stdlib", "--out", str(out), "--tokenizer", "bytes"]
+    command = [sys.executable, "-m", "nanostack", "prepare", "stdlib", "--out", str(out), "--tokenizer", "bytes"]
     command += ["--shard_tokens", "20000", "--workers", "2", *words]
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits "ignore"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

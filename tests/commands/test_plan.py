@@ -17,7 +17,7 @@ def test_growth_point_is_the_papers(params, tokens, billions):
 
 
 def run(*arguments):
-    return python("-m", "nanostack.plan", *arguments)
+    return python("-m", "nanostack", "plan", *arguments)
 
 
 def test_advice_is_capped_and_says_so_where_the_formula_breaks():

@@ -94,7 +94,7 @@ def test_the_most_sequences_are_the_most_that_fit():
 
 
 def test_command_tells_every_option_and_refuses_what_there_is_not():
-    command = ["-m", "nanostack.fit", "config/quickstart.py", "--json"]
+    command = ["-m", "nanostack", "fit", "config/quickstart.py", "--json"]
     done = python(*command, "--gpu", 8)
     assert done.returncode == 0, done.stderr
     options = json.loads(done.stdout)["options"]

@@ -14,6 +14,7 @@ import pytest
 import rustbpe
 import tiktoken
 import tokenizers
+from conftest import ROOT
 from hub_server import COMMIT, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -426,13 +427,13 @@ def test_a_tokenizer_of_the_hub_is_fetched_once_and_told_with_its_commit(tmp_pat
     hub = Hub(tmp_path / "hub")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", GET, "own/smol"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == f"own/smol@{COMMIT} 0 601\n"
     assert not [path for _, path, _ in hub.requests if "safetensors" in path]
     hub.shutdown()
     offline = environment | {"HF_HUB_OFFLINE": "1"}
-    again = subprocess.run(command, env=offline, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    again = subprocess.run(command, env=offline, capture_output=True, text=True, check=True, cwd=ROOT)
     assert again.stdout == result.stdout
     command[-1] = "own/other"
-    missing = subprocess.run(command, env=offline, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    missing = subprocess.run(command, env=offline, capture_output=True, text=True, cwd=ROOT)
     assert "UserError: own/other is neither a file nor a folder here, and could not be had from" in missing.stderr

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from kernel_oracle import all_operations, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -119,7 +119,7 @@ def test_kernels_work_where_triton_is_not_installed():
         kernels.flash_attention(*kernels.rotary(q, q, torch.ones(4, 4), torch.ones(4, 4)), q).sum().backward()
         assert "not installed" in kernels.unavailable_reason("cpu")
     """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_references_compile_into_one_graph_and_give_the_same_numbers():

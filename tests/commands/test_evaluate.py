@@ -216,7 +216,7 @@ def fill(folder: Path) -> None:
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    return python("-m", "nanostack.evaluate", *arguments)
+    return python("-m", "nanostack", "evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
     spent = [arm["flops"] for arm in summary["arms"].values()]
     assert max(spent) / min(spent) < 2 and summary["arms"]["grown"]["growth"]["layers"] == [0, 1] * 4
     # A second call finds everything done and reports the same.
-    command = [sys.executable, "bench/quickstart.py", *size.split(), "--json"]
+    command = [sys.executable, "study/quickstart.py", *size.split(), "--json"]
     again = json.loads(run(command, ROOT))
     assert again["val_loss"] == summary["val_loss"] and again["speedup"] == summary["speedup"]
 
@@ -90,7 +90,9 @@ def test_pictures_and_files_named_in_the_readme_exist():
 
 
 def test_floors_in_the_kernel_notes_are_the_benchmarks():
-    done = subprocess.run([sys.executable, "bench/kernels.py", "--floor"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "bench/kernel_ops.py", "--floor"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() in (ROOT / "docs/kernels.md").read_text()
 
 

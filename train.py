@@ -34,7 +34,7 @@ class Run:
         self.stop = StopFlag()
         self.placement = parallel.start(given.parallel, given.dtype, given.compile, given.cuda_graph)
         checked = preflight.check(given, self.placement)
-        self.config = config = checked.config
+        self.config, self.kernels, config = checked.config, checked.kernels, checked.config
 
         # Data: samples to train on, and a fixed part of the validation split.
         self.tokens = Tokens(config.data.path, "train", config.model.seq_len, config.seed)
@@ -55,7 +55,7 @@ class Run:
         # Records: console, metrics.jsonl, tracker.
         header = header_of(given, self.tokens.manifest, checked.manifest_sha256, parallel.world_size(), self.placement)
         self.recorder = Recorder(config, self.state, header, self.tokens.n_blocks, self.resuming)
-        self.recorder.say(self.describe(source, checked.kernels))
+        self.recorder.say(self.describe(source))
 
     def train(self) -> None:
         """Run all stages that are left. Returns early, the state saved, when a signal asked for it."""
@@ -158,7 +158,7 @@ class Run:
             start = first + number * each * ranks
             yield start, start + each
 
-    def describe(self, source: str | None, kernels: str) -> str:
+    def describe(self, source: str | None) -> str:
         """What is about to run, derived values included."""
         config, placement, cursor = self.config, self.placement, self.state.cursor
         model = self.state.model.config
@@ -170,7 +170,7 @@ class Run:
             f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
             f"{steps} steps of {config.batch_tokens} tokens ({amount}) of {config.data.path} ({epoch} an epoch), "
             f"{flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
-            f"{parallel.world_size()} × {placement.device.type}, {dtype}, {kernels} kernels, "
+            f"{parallel.world_size()} × {placement.device.type}, {dtype}, {self.kernels} kernels, "
             f"{self.micro_step.parts} × {config.micro_batch} sequences per device and step"
         )
 

@@ -1,6 +1,7 @@
 """Fields of a run's config that had other names: they are still read, and a line says what they are called now."""
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ _said: set[str] = set()
 
 
 def renamed(**now: str) -> Callable[[Class], Class]:
-    """Let a dataclass be built with the names that its fields had: `renamed(decay="weight_decay")`."""
+    """Let a dataclass be built, and be asked, with the names that its fields had: `renamed(decay="weight_decay")`."""
 
     def decorate(cls: Class) -> Class:
         build = cls.__init__
@@ -29,6 +30,8 @@ def renamed(**now: str) -> Callable[[Class], Class]:
             build(self, *values, **named)
 
         cls.__init__ = build_by_any_name
+        for old, new in now.items():
+            setattr(cls, old, property(operator.attrgetter(new)))
         return cls
 
     return decorate

@@ -155,11 +155,15 @@ class State:
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
     def look_for_dead(self, batch_tokens: int) -> list[str]:
-        """After the gradients of the second step since a growth: parameters of which all that is new has none, in this rank's
-        share of them. They are noted in the receipt; after any other step there is nothing to look for.
-        """
+        """What is `dead` in the second step after a growth, noted in its receipt; nothing in any other step. Called with the
+        gradients of a step in place, and the cursor past its tokens."""
         if not self.growth or self.cursor.tokens - self.growth[-1].tokens != 2 * batch_tokens:
             return []
+        self.growth[-1].dead = dead = self.dead()
+        return dead
+
+    def dead(self) -> list[str]:
+        """Names of parameters of which all that is new has a gradient of zero, in this rank's share of them."""
         maps = width.recorded(self.growth[-1].width, self.model.config, self.placement.device)
         new_layers, dead = self._new_layers(), []
         for name, parameter in self.model.named_parameters():
@@ -167,7 +171,6 @@ class State:
             new = [gradient] if name in new_layers else width.new_parts(name, gradient, maps)
             if parameter.requires_grad and any(part.numel() and not part.any() for part in new):
                 dead.append(name)
-        self.growth[-1].dead = dead
         return dead
 
     def whole_tensors(self, to_host: Callable[[str, Tensor], Tensor] | None) -> tuple[dict, dict]:

@@ -12,13 +12,14 @@ import runpy
 import sys
 import warnings
 
-import nanostack.evaluate
-import nanostack.fit
-import nanostack.import_hf
-import nanostack.plan
-import nanostack.prepare  # noqa: F401
-
 import grow  # noqa: F401
+import nanostack.commands.evaluate
+import nanostack.commands.export
+import nanostack.commands.fit
+import nanostack.commands.import_hf
+import nanostack.commands.plan
+import nanostack.commands.prepare
+import nanostack.commands.sample  # noqa: F401
 import train  # noqa: F401
 
 gc.freeze()  # a collection would copy every page

@@ -39,7 +39,7 @@ def roots(state: State) -> list[str]:
 
 
 def main(out: str, shard: int, how: Growth) -> None:
-    placement = parallel.start(Parallel(shard=shard), "float32", compile=False)
+    placement = parallel.start(Parallel(dp_shard=shard), "float32", compile=False)
     state = State.create(CONFIG, Optim(), placement, seed=3)
     train(state, 2)
     checkpoint.save(state, f"{out}/base.pt")

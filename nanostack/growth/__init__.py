@@ -50,7 +50,7 @@ def grow(
     model: Llama,
     optimizer: torch.optim.Optimizer | None = None,
     how: Growth | str | None = None,
-    hooks: Hooks | None = None,
+    hooks: Hooks | int | None = None,
     *,
     seed: int = 0,
     gradients: Callable[[], Tensor] | None = None,
@@ -58,8 +58,8 @@ def grow(
 ) -> Receipt:
     """Grow the model in place, in width and then in depth, and `optimizer` with it.
 
-    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`; a `Width` as
-               `wider` and `Moments` as `moments` stand for theirs
+    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`, of which op and g
+               may come in the places of how and hooks; a `Width` as `wider` and `Moments` as `moments` stand for their fields
     optimizer  its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
     hooks      for a model that is sharded, compiled or checkpointed; width grows on one device only
     seed       of noise and of what is random, which depend on nothing else
@@ -68,11 +68,13 @@ def grow(
     What is random is ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Losses before and after are the
     caller's to add to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
     """
-    if not isinstance(how, Growth):
-        how = _growth_of(**({"op": how} if how is not None else {}), **fields)
-    elif fields:
+    if isinstance(how, Growth) and fields:
         raise TypeError(f"{', '.join(fields)} would change `how`, which is a Growth already: dataclasses.replace does that")
-    hooks = hooks or Hooks()
+    if not isinstance(how, Growth):
+        fields |= {} if how is None else {"op": how}
+        fields |= {"g": hooks} if isinstance(hooks, int) else {}
+        how = _growth_of(**fields)
+    hooks = hooks if isinstance(hooks, Hooks) else Hooks()
     plan, base = how.plan(model.config), model.config
     _check_state(model, optimizer, plan, gradients)
     receipt = _receipt(how, plan, base, optimizer is not None)

@@ -10,10 +10,11 @@ import torch
 
 from nanostack import growth
 from nanostack.config import Optim
+from nanostack.growth import Growth
 from nanostack.growth.depth import OPERATORS, TAKES_G, connection_rate, parse_layers, plan
 from nanostack.growth.moments import COPY, RESET, Moments
 from nanostack.growth.width import Width
-from nanostack.model import Llama, LlamaConfig
+from nanostack.model import RESIDUAL_OUTPUTS, Llama, LlamaConfig
 from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of
 
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
@@ -200,7 +201,7 @@ def test_grown_model_runs_through_the_base_layers_of_the_formula(op, g, k, tied)
     receipt = growth.grow(model, optimizer, op=op, g=g, k=k)
     expected = base.head(base.norm(x))
     torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-5, atol=1e-5)
-    assert growth.shape(base.config, op, g, k=k).preserves == (SEQUENCES[op, g, k] == [0, 1, 2, 3])
+    assert Growth(op, g, k=k).plan(base.config).preserves == (SEQUENCES[op, g, k] == [0, 1, 2, 3])
     assert receipt["op"] == op and len(model.blocks) == model.config.n_layer == len(receipt["rules"])
     assert receipt["rules"].count("kept") == 4
 
@@ -260,7 +261,7 @@ def test_noise_has_the_papers_share_and_spread():
             continue
         eps = (n - 0.8 * w) / 0.2
         d, layers = 128, 2  # of the base
-        expected = (d * layers**2) ** -0.5 if name.endswith(growth.OUTPUTS) else (2 / (5 * d)) ** 0.5
+        expected = (d * layers**2) ** -0.5 if name.endswith(RESIDUAL_OUTPUTS) else (2 / (5 * d)) ** 0.5
         assert eps.std().item() == pytest.approx(expected, rel=0.05), name
         assert abs(torch.corrcoef(torch.stack((eps.flatten(), w.flatten())))[0, 1]) < 0.05, name
 

@@ -28,6 +28,11 @@ def step(model, optimizer) -> float:
     return loss.item()
 
 
+def how(wider: Width, **fields) -> Growth:
+    """The config of this growth in width."""
+    return Growth(width=wider.op, **{name: value for name, value in vars(wider).items() if name != "op"}, **fields)
+
+
 def trained(config: LlamaConfig, steps: int = 3):
     """A model whose norm gains are not 1, and its optimizer."""
     model = Llama(config, seed=1)
@@ -59,7 +64,7 @@ def test_grown_model_computes_what_the_base_did(wider, base, tied):
     model, optimizer = trained(base)
     before = model(TOKENS)
     wide = wider.config(base)
-    assert growth.shape(base, wider=wider).preserves
+    assert how(wider).plan(base).preserves
     receipt = growth.grow(model, optimizer, wider=wider)
     assert model.config == wide and receipt["width"]["to"]["d_model"] == wide.d_model and receipt["op"] is None
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in Llama(wide).named_parameters()}
@@ -202,7 +207,7 @@ def test_preserving_in_both_directions(op, depth):
     model, optimizer = trained(GQA)
     before = model(TOKENS)
     g = 2 if depth in ("zero", "random") else None
-    assert growth.shape(GQA, depth, g, wider=Width(op, d_model=64)).preserves
+    assert how(Width(op, d_model=64), op=depth, g=g).plan(GQA).preserves
     growth.grow(model, optimizer, op=depth, g=g, wider=Width(op, d_model=64))
     torch.testing.assert_close(model(TOKENS), before, rtol=1e-5, atol=1e-5)
 
@@ -230,7 +235,7 @@ def test_copies_of_an_even_split_stay_alike_and_those_of_an_uneven_one_part():
     for alpha, alike in ((None, True), (0.7, False)):
         model, optimizer = trained(MHA)
         receipt = growth.grow(model, optimizer, wider=Width("split", d_ff=3 * 48, alpha=alpha))
-        assert bool(growth.caution(receipt)) == alike
+        assert bool(receipt.caution()) == alike
         for _ in range(5):
             step(model, optimizer)
         a, b, c = model.blocks[0].mlp.gate_up.weight[: 3 * 48].chunk(3)
@@ -351,4 +356,4 @@ def test_widths_that_do_not_fit_are_refused_before_anything_is_touched(wider, me
 def test_whole_factors_preserve_and_others_do_not():
     assert not Width("split", d_model=48).preserves(MHA)
     assert Width("split", d_model=96).preserves(MHA) and Width("zero", d_model=48).preserves(MHA)
-    assert not growth.shape(MHA, "stack", 2, wider=Width("zero", d_model=48)).preserves
+    assert not how(Width("zero", d_model=48), op="stack", g=2).plan(MHA).preserves

@@ -37,12 +37,12 @@ def test_three_quickstart_arms_spend_the_same_flops_on_the_same_data():
 
 def test_overrides_reach_every_level():
     overrides = (
-        "--data.path elsewhere --stages.1.lr 2e-3 --stages.1.growth.g 3 --optim.betas 0.8 0.9 --parallel.shard 2 --compile"
+        "--data.path elsewhere --stages.1.lr 2e-3 --stages.1.growth.g 3 --optim.betas 0.8 0.9 --parallel.dp_shard 2 --compile"
     )
     config = load(TINY, overrides.split())
     assert config.data.path == "elsewhere" and config.stages[1].growth == Growth("stack", 3)
     assert config.stages[1].lr == 2e-3 and config.stages[0] == load(TINY, []).stages[0]
-    assert config.optim.betas == (0.8, 0.9) and config.parallel.shard == 2 and config.compile
+    assert config.optim.betas == (0.8, 0.9) and config.parallel.dp_shard == 2 and config.compile
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_overrides_reach_every_level():
         ("--dtype float16", "invalid choice 'float16'"),
         ("stray", "stray"),
         ("--optim.betas 2 3", "betas in"),
-        ("--optim.clip 0", "clip > 0"),
+        ("--optim.grad_clip 0", "grad_clip > 0"),
         ("--data.val_tokens -3", "val_tokens must be at least 1"),
         ("--seed -1", "seed"),
     ],

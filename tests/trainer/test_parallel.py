@@ -17,7 +17,7 @@ from nanostack.config import Growth, Optim, Parallel
 from nanostack.parallel import Placement, mesh_shape
 from nanostack.state import State
 
-MESHES = {"data_parallel": ("--parallel.shard", "1"), "fully_sharded": ("--parallel.replicate", "1")}
+MESHES = {"data_parallel": ("--parallel.dp_shard", "1"), "fully_sharded": ("--parallel.dp_replicate", "1")}
 
 
 @pytest.mark.distributed

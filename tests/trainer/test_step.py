@@ -15,6 +15,7 @@ import train
 from bench.peers import PlainLlama
 from nanostack import checkpoint
 from nanostack.config import Optim, load
+from nanostack.growth import Receipt
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step, make_optimizer
 from nanostack.parallel import Placement, initialise
@@ -106,6 +107,9 @@ def test_moments_in_bfloat16_train_as_those_in_float32_do_and_resume_bit_for_bit
         Optim(moments="bfloat16", betas=(0.9, 0.999))
 
 
+LATER = Receipt("stack", 2, None, [0, 0], ["kept", "copied"], 0.0, None, None, 0.0)
+
+
 def test_saver_writes_what_was_when_it_was_asked_while_training_goes_on(corpus, tmp_path, monkeypatch):
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.0.tokens", "1024"]))
     run.train()
@@ -117,14 +121,14 @@ def test_saver_writes_what_was_when_it_was_asked_while_training_goes_on(corpus, 
         with torch.no_grad():
             for parameter in run.state.model.parameters():
                 parameter.add_(1)
-        run.state.growth.append({"op": "later"})
+        run.state.growth.append(LATER)
         assert not (tmp_path / "ckpt.pt").exists()
         go_on.set()
         saver.wait()
         saved = checkpoint.load(tmp_path / "ckpt.pt")
         assert saved["hashes"] == expected["hashes"]
         saver.save(run.state)
-    assert checkpoint.load(tmp_path / "ckpt.pt")["growth"][-1] == {"op": "later"}
+    assert checkpoint.load(tmp_path / "ckpt.pt")["growth"][-1] == LATER.as_dict()
 
 
 def test_saver_tells_of_a_failed_write_at_the_next_occasion(corpus, tmp_path):
@@ -184,7 +188,7 @@ def test_losses_over_a_hundred_steps_are_those_of_plain_torch_under_autocast(cor
     for group in optimizer.param_groups:
         group["lr"] = 2e-3
     found = []
-    with Prefetcher(run.data, [(i, i + 4) for i in range(0, 800, 4)], device=run.placement.device) as batches:
+    with Prefetcher(run.tokens, [(i, i + 4) for i in range(0, 800, 4)], device=run.placement.device) as batches:
         for _ in range(100):
             step = []
             for _ in range(2):
@@ -192,7 +196,7 @@ def test_losses_over_a_hundred_steps_are_those_of_plain_torch_under_autocast(cor
                     loss = plain(*next(batches)) / 2
                 loss.backward()
                 step.append(loss.item())
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
             found.append(sum(step))

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, assert_same_state, records
 
 import train
-from nanostack import checkpoint, growth, parallel
+from nanostack import checkpoint, device, growth
 from nanostack.config import Growth, Optim, Stage, grow, load
 from nanostack.flops import flops_per_token
 from nanostack.model import LlamaConfig
@@ -244,12 +244,12 @@ def test_resume_from_the_end_of_a_ramp_and_its_stage_is_exact(corpus, tmp_path):
 
 
 def test_model_too_large_for_the_device_is_refused_before_anything_is_touched(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "free_bytes", lambda device: 2e6)
+    monkeypatch.setattr(device, "free_bytes", lambda device: 2e6)
     with pytest.raises(ValueError, match=r"the largest stage, weights, gradients and moments, needs 0.00 GiB on cpu"):
         run_in_process(corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     state = State.create(load(TINY, ["--model.vocab_size", "64"]).model, Optim(), Placement(torch.device("cpu")), seed=0)
-    monkeypatch.setattr(parallel, "free_bytes", lambda device: 1e3)
+    monkeypatch.setattr(device, "free_bytes", lambda device: 1e3)
     with pytest.raises(ValueError, match=r"growing needs 0.00 GiB on cpu"):
         state.grow(Growth("stack", 2))
     assert len(state.model.blocks) == 2
@@ -274,7 +274,7 @@ def test_parameters_that_stay_dead_after_growth_are_named(trainer, monkeypatch, 
     changes = ["--stages.1.growth.op", "random", "--stages.1.tokens", "1024", "--data.path", str(corpus)]
     run = train.Run(load(TINY, [*changes, "--out", str(tmp_path / "run")]))
     said = []
-    monkeypatch.setattr(run.display, "say", said.append)
+    monkeypatch.setattr(run.recorder, "say", said.append)
     run.train()
     (warning,) = (line for line in said if line.startswith("warning: in the second step after growth"))
     assert "blocks.2.attn.qkv.weight" in warning and "blocks.1." not in warning
@@ -331,7 +331,7 @@ def run_in_process(corpus, out, *overrides) -> train.Run:
 def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
     whole = run_in_process(corpus, tmp_path / "whole", "--micro_batch", "8")
     parts = run_in_process(corpus, tmp_path / "parts", "--micro_batch", "2")
-    assert parts.micro_steps == 4 and whole.micro_steps == 1
+    assert parts.micro_step.parts == 4 and whole.micro_step.parts == 1
     whole, parts = ([r["loss"] or r["val_loss"] for r in records(tmp_path / name)] for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=1e-5)
 
@@ -356,7 +356,7 @@ class Poison:
     def __call__(self, model, arguments, output):
         if torch.is_grad_enabled():
             self.calls += 1
-            return output * float("nan") if (self.calls - 1) // self.run.micro_steps + 1 in self.bad else output
+            return output * float("nan") if (self.calls - 1) // self.run.micro_step.parts + 1 in self.bad else output
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -365,7 +365,7 @@ def test_non_finite_step_never_reaches_weights_or_moments(corpus, tmp_path):
     before = {}
 
     def remember(optimizer, *_):
-        before.setdefault(run.step, [p.detach().clone() for p in run.state.model.parameters()])
+        before.setdefault(run.recorder.step + 1, [p.detach().clone() for p in run.state.model.parameters()])
 
     run.state.optimizer.register_step_pre_hook(remember)
     Poison(run, {3})

@@ -22,7 +22,7 @@ from nanostack.errors import UserError
 from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
 from nanostack.old_fields import current, renamed
-from nanostack.schedule import scheduled
+from nanostack.schedule import Schedule, scheduled
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,18 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Stage:
-    tokens: int
-    lr: float = 0.0
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    min_lr: float = 0.0
-    """Rate at the end of a cosine or WSD stage."""
-    warmup_tokens: int = 0
-    decay_tokens: int | None = None
-    """WSD only: length of the final decay."""
+class Stage(Schedule):
+    """A part of a run: how its model comes to be, how many tokens it trains, and at which rates."""
+
     growth: Growth | None = None
-    continues: bool = False
-    """Go on along the schedule of the stage before: its lr, min_lr, warm-up and decay, over the tokens of both."""
-    rewarm_tokens: int = 0
-    """After a growth: rate up from 0 to rewarm_peak times the schedule's over so many tokens, and over as many down to it."""
-    rewarm_peak: float = 1.3
-    rewarm: Literal["new", "all"] = "new"
-    """Whose rate: that of the layers that growth made, or that of all."""
+    """How the model is made from that of the stage before; None: it is the same."""
     freeze: bool = False
     """Train only the layers that the last growth made (LLaMA-Pro); the next stage trains all again unless it says so too."""
 
     def __post_init__(self):
-        if self.rewarm_tokens < 0 or self.rewarm_peak <= 0 or (self.rewarm_tokens and self.growth is None):
+        super().__post_init__()
+        if self.rewarm_tokens and self.growth is None:
             raise UserError("rewarm_tokens ≥ 0 and rewarm_peak > 0 belong to a stage that grows")
-        if self.continues:
-            if self.tokens <= 0 or self.lr or self.min_lr or self.warmup_tokens or self.decay_tokens is not None:
-                raise UserError("a stage that continues has tokens > 0, and the lr, warm-up and decay of the stage before")
-            return
-        if self.tokens <= 0 or self.warmup_tokens < 0 or self.warmup_tokens > self.tokens:
-            raise UserError(f"a stage needs tokens > 0 and warmup_tokens within them, not {self.tokens}, {self.warmup_tokens}")
-        if not (self.lr > 0 and 0 <= self.min_lr <= self.lr):
-            raise UserError(f"a stage needs lr > 0 and min_lr between 0 and lr, not lr {self.lr}, min_lr {self.min_lr}")
-        if (self.schedule == "wsd") != (self.decay_tokens is not None):
-            raise UserError("decay_tokens belongs to schedule wsd, which needs it")
-        if self.decay_tokens is not None and self.decay_tokens <= 0:
-            raise UserError(f"decay_tokens must be positive, not {self.decay_tokens}")
 
 
 def grow(op: str | None = None, g: int | None = None, **options) -> Stage:

@@ -60,7 +60,7 @@ class Saver:
         if state.placement.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        if is_main_rank():
+        if contents is not None:
             self._writing = self._pool.submit(self._write, contents, copied)
 
     def wait(self) -> None:
@@ -255,7 +255,7 @@ def _hashes(contents: dict) -> dict[str, str]:
 
 def _tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ captured at the first micro-batch of a stage, and anew whenever what it would ru
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +17,37 @@ from nanostack.model import Llama
 WARM_UP = 3  # runs before a capture, as torch asks for
 
 
+class Captured(NamedTuple):
+    """A micro-step in a graph: what it reads and writes stays where it is."""
+
+    about: tuple  # what it depends on: captured anew where it differs
+    graph: torch.cuda.CUDAGraph
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    loss: Tensor
+
+
 class MicroStep:
     """`step(tokens_BT, targets_BT)` adds the gradients of their mean loss, divided by `parts`, to the model's, and returns
     that share of the loss, which the next call may overwrite."""
 
     def __init__(self, parts: int, graphed: bool):
         self.parts, self.graphed = parts, graphed
-        self._captured: tuple | None = None
+        self._captured: Captured | None = None
 
     def __call__(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if not self.graphed:
             return self._run(model, tokens_BT, targets_BT)
-        about = [(id(p), p.requires_grad) for p in model.parameters()]
-        about = (tuple(about), is_ramping(model), tokens_BT.shape)
-        if about != self._captured:
-            self._capture(model, tokens_BT, targets_BT)
-            self._captured = about
+        about = (tuple((id(p), p.requires_grad) for p in model.parameters()), is_ramping(model), tokens_BT.shape)
+        if self._captured is None or self._captured.about != about:
+            self.forget()
+            self._captured = self._capture(about, model, tokens_BT, targets_BT)
         if model.keeps_low:
             model.refresh()
-        self._tokens_BT.copy_(tokens_BT)
-        self._targets_BT.copy_(targets_BT)
-        self._graph.replay()
-        return self._loss
+        self._captured.tokens_BT.copy_(tokens_BT)
+        self._captured.targets_BT.copy_(targets_BT)
+        self._captured.graph.replay()
+        return self._captured.loss
 
     def accumulate(self, model: Llama, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Add the gradients of the next `parts` micro-batches to the model's. Returns their mean loss, over all ranks."""
@@ -49,7 +59,7 @@ class MicroStep:
 
     def forget(self) -> None:
         """Give the graph's memory back: the model is about to change."""
-        self._captured = self._graph = self._loss = self._tokens_BT = self._targets_BT = None
+        self._captured = None
 
     def _run(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         # Micro-batches and ranks are of equal size, so this and FSDP2's mean over ranks divide the sum of all losses by the
@@ -58,21 +68,21 @@ class MicroStep:
         loss.backward()
         return loss.detach()
 
-    def _capture(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+    def _capture(self, about: tuple, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Captured:
         """Record one micro-step that adds to gradients which stay where they are. They are zero before and after."""
-        self.forget()
         for parameter in model.parameters():
             parameter.grad = None  # zero anyway; one that is frozen now must have none
-        self._tokens_BT, self._targets_BT = tokens_BT.clone(), targets_BT.clone()
+        tokens_BT, targets_BT = tokens_BT.clone(), targets_BT.clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                self._run(model, self._tokens_BT, self._targets_BT)
+                self._run(model, tokens_BT, targets_BT)
         torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # the prefetcher's thread goes on copying
-            self._loss = self._run(model, self._tokens_BT, self._targets_BT)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the prefetcher's thread goes on copying
+            loss = self._run(model, tokens_BT, targets_BT)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
+        return Captured(about, graph, tokens_BT, targets_BT, loss)

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,12 @@ from nanostack.errors import UserError
 from nanostack.shards import local_shard
 
 RESIDUAL_OUTPUTS = ("attn.out.weight", "mlp.down.weight")  # the weights that write to the residual stream
+
+
+if TYPE_CHECKING:
+    VocabularySize: TypeAlias = int  # of every model that is built
+else:
+    VocabularySize = int | None  # a run's config may leave it to the data
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class LlamaConfig:
     n_kv_head: int
     d_model: int
     d_ff: int
-    vocab_size: int | None
+    vocab_size: VocabularySize
     seq_len: int
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
@@ -191,6 +198,11 @@ class Llama(nn.Module):
     `torch.device("meta")`, the model is left without values: `to_empty`, then `init_weights`.
     """
 
+    config: LlamaConfig
+    blocks: Any  # a ModuleList of Block
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: LlamaConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -202,7 +214,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            self.head.weight = self.embed.weight  # type: ignore[assignment]
         half = (config.seq_len, config.d_head // 2)
         self.register_buffer("cos", torch.empty(half), persistent=False)
         self.register_buffer("sin", torch.empty(half), persistent=False)

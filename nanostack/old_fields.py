@@ -1,9 +1,9 @@
 """Fields of a run's config that had other names: they are still read, and a line says what they are called now."""
 
 import functools
-import operator
 import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 RENAMED = {
@@ -20,7 +20,7 @@ def renamed(**now: str) -> Callable[[Class], Class]:
     """Let a dataclass be built, and be asked, with the names that its fields had: `renamed(decay="weight_decay")`."""
 
     def decorate(cls: Class) -> Class:
-        build = cls.__init__
+        build = vars(cls)["__init__"]
 
         @functools.wraps(build)
         def build_by_any_name(self, *values, **named):
@@ -29,9 +29,9 @@ def renamed(**now: str) -> Callable[[Class], Class]:
                 named[now[name]] = named.pop(name)
             build(self, *values, **named)
 
-        cls.__init__ = build_by_any_name
+        setattr(cls, "__init__", build_by_any_name)  # noqa: B010
         for old, new in now.items():
-            setattr(cls, old, property(operator.attrgetter(new)))
+            setattr(cls, old, property(attrgetter(new)))
         return cls
 
     return decorate

@@ -17,7 +17,7 @@ class LowMomentAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure here
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state = self.state[parameter]
@@ -88,8 +88,8 @@ def guarded_step(
     norm = whole(torch.nn.utils.get_total_norm(gradients)).float()
     skipped = (~(norm.isfinite() & loss.isfinite())).float()
     # The fused kernel divides gradients by grad_scale (clipping without a pass of its own) and obeys found_inf.
-    optimizer.grad_scale = torch.clamp((norm + 1e-6) / grad_clip, min=1.0)
-    optimizer.found_inf = skipped
+    optimizer.grad_scale = torch.clamp((norm + 1e-6) / grad_clip, min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     # The fused kernel does not say that it has written to the weights; copies of them go by this.
     torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])

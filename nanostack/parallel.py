@@ -40,7 +40,7 @@ class Placement:
         if self.activation_checkpointing != "none":
             # A bound method, not a partial: torch.compile traces through it, and would silently give up at the other.
             block.forward = types.MethodType(_checkpointed, block)
-            block.keeps_products = self.activation_checkpointing == "selective"
+            block.keeps_products = self.activation_checkpointing == "selective"  # type: ignore[assignment]
         if self.compile:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
             torch._dynamo.config.recompile_limit = 64  # ramps, frozen layers and widths are graphs of their own
@@ -55,7 +55,7 @@ class Placement:
             self.block(block)
         self._shard(model).to_empty(device=self.device)
         if config.tie_embeddings and model.head.weight is not model.embed.weight:  # to_empty gives each name its own storage
-            model.head.weight = model.embed.weight
+            model.head.weight = model.embed.weight  # type: ignore[assignment]
         model.compute_dtype = self.dtype
         model.keeps_low = self.mesh is None and self.dtype != torch.float32  # FSDP2 has its own copies, shard by shard
         return model
@@ -91,7 +91,8 @@ class Placement:
         if self.mesh is None:
             return module
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        return fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        fully_shard(module, mesh=self.mesh, mp_policy=policy)  # in place
+        return module
 
 
 def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
     if not (arguments[0].requires_grad or any(p.requires_grad for p in block.parameters())):
         return type(block).forward(block, *arguments)  # frozen, and so is all before it: torch.compile fails at the other
     # There is no dropout, so no random state to stash: that would make a GPU wait.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if block.keeps_products:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     return checkpoint(type(block).forward, block, *arguments, **options)

@@ -99,7 +99,9 @@ class Metrics:
         """
         if not self._writes:
             return 0.0
-        lines, records, seconds = [], [], 0.0
+        lines: list[str] = []
+        records: list[dict] = []
+        seconds = 0.0
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 record = json.loads(line)
@@ -128,6 +130,7 @@ class Metrics:
         self._tracking.write(finite)
 
     def _append(self, record: dict) -> None:
+        assert self._file is not None  # begin or resume opened it
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()

@@ -97,14 +97,14 @@ class State:
         more = n_params(plan.config) - n_params(self.model.config)
         copies = 1 if plan.moments.new == "zero" else 3  # of the weights, and of both moments
         check_room(self.placement.device, 4 * copies * more / self.placement.shards, "growing")
-        logits = self._logits(probe)
+        before = None if probe is None else self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(
             self.model, self.optimizer, how, self.placement.hooks(), seed=self._growth_seed(), gradients=gradients
         )
         receipt.ramp_tokens = how.ramp_tokens if receipt.ramps else 0
-        if logits is not None:
-            receipt.max_logit_change = (self._logits(probe) - logits).abs().max().item()
+        if probe is not None and before is not None:
+            receipt.max_logit_change = (self._logits(probe) - before).abs().max().item()
         receipt.samples, receipt.tokens = self.cursor.samples, self.cursor.tokens
         self.growth.append(receipt)
         return receipt
@@ -115,9 +115,7 @@ class State:
         return int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "little")
 
     @torch.no_grad()
-    def _logits(self, tokens_BT: Tensor | None) -> Tensor | None:
-        if tokens_BT is None:
-            return None
+    def _logits(self, tokens_BT: Tensor) -> Tensor:
         # The whole batch goes through the blocks, in a shape they are compiled for, and one row of it through the head.
         one_row = self.model.head.register_forward_pre_hook(lambda head, arguments: (arguments[0][:1],))
         logits_BTV = self.model(tokens_BT).float()
@@ -136,10 +134,10 @@ class State:
 
     def rewarm(self, stage: Stage, tokens: int) -> None:
         """Set the learning rate of what is re-warmed after the last growth, as the stage says, for the step to `tokens`."""
-        which = ()
+        which: set[Tensor] = set()
         if stage.rewarm_tokens:
-            which = self._new_layers().values() if stage.rewarm == "new" else self.model.parameters()
-        set_rate_of(self.optimizer, set(which), rewarming(stage, tokens))
+            which.update(self._new_layers().values() if stage.rewarm == "new" else self.model.parameters())
+        set_rate_of(self.optimizer, which, rewarming(stage, tokens))
 
     def freeze(self, stage: Stage) -> None:
         """Leave gradients to the layers that the last growth made, or to all."""

@@ -12,7 +12,6 @@ needs new storage for every parameter, one at a time.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,42 +75,42 @@ def grow(
         how = _growth_of(**fields)
     hooks = hooks if isinstance(hooks, Hooks) else Hooks()
     plan, base = how.plan(model.config), model.config
-    _check_state(model, optimizer, plan, gradients)
+    text = _check_state(model, optimizer, plan, gradients)
     receipt = _receipt(how, plan, base, optimizer is not None)
     device = next(model.parameters()).device
     _wait_for(device)
     started = time.perf_counter()
-    moved = Bytes()
+    moved = Moved()
     moments = plan.moments.settled()
     if optimizer is not None and (moments.old, moments.new) == ("zero", "zero"):
         optimizer.state.clear()  # before anything is allocated: that may go where the moments were
     learned = []
+    traffic = HostTraffic()  # around everything but learn, which reads text
     if plan.width is not None:
         mixed = learn.width_map(model, plan.width, seed) if plan.width.op == "learn" else None
-        with HostTraffic() as traffic:
-            moved += Bytes(*width.widen(model, optimizer, plan.width, seed, mixed))
-        receipt.bytes_through_host += traffic.bytes
+        with traffic:
+            moved += width.widen(model, optimizer, plan.width, seed, mixed)
         if mixed is not None:
-            learned.append(learn.train(model, mixed, gradients, how.learn_steps))
-    with HostTraffic() as traffic:
+            learned.append(learn.train(model, mixed, text, how.learn_steps))
+    with traffic:
         if plan.op is not None:
             # After a growth in width every moment is settled at once, below.
-            in_depth = moments if plan.width is None else moments._replace(old="keep")
-            moved += _deepen(model, optimizer, plan, in_depth, seed, hooks)
+            settled_here = moments if plan.width is None else moments._replace(old="keep")
+            moved += _deepen(model, optimizer, plan, settled_here, seed, hooks)
             hooks.rejoin(model)
         if receipt.width is not None and optimizer is not None:
             _settle_width(model, optimizer, receipt, moments)
         if receipt.ramps:
             attach_ramp(model, receipt)
-    receipt.bytes_through_host += traffic.bytes
     if plan.op == "learn":
-        mixed = learn.DepthMap(model, base.n_layer, hooks.write)
-        learned.append(learn.train(model, mixed, gradients, how.learn_steps, hooks.sum_shards))
+        in_depth = learn.DepthMap(model, base.n_layer, hooks.write)
+        learned.append(learn.train(model, in_depth, text, how.learn_steps, hooks.sum_shards))
     if how.noise:
-        _add_noise(model, base, how.noise, seed, hooks.write)
+        with traffic:
+            _add_noise(model, base, how.noise, seed, hooks.write)
     _wait_for(device)
-    receipt.learned = learned or None
-    receipt.bytes_allocated, receipt.bytes_copied_on_device = moved
+    receipt.learned, receipt.bytes_through_host = learned or None, traffic.bytes
+    receipt.bytes_allocated, receipt.bytes_copied_on_device = moved.allocated, moved.copied
     receipt.seconds = round(time.perf_counter() - started, 6)
     return receipt
 
@@ -126,14 +125,16 @@ def _growth_of(wider: Width | None = None, moments: Moments | None = None, **fie
     return Growth(**fields)
 
 
-class Bytes(NamedTuple):
-    """On this rank."""
+@dataclass
+class Moved:
+    """Bytes on this rank."""
 
     allocated: int = 0
     copied: int = 0
 
-    def __add__(self, other: "Bytes") -> "Bytes":
-        return Bytes(self.allocated + other.allocated, self.copied + other.copied)
+    def __iadd__(self, other: tuple[int, int]) -> "Moved":
+        self.allocated, self.copied = self.allocated + other[0], self.copied + other[1]
+        return self
 
 
 def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: bool) -> Receipt:
@@ -150,14 +151,14 @@ def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: boo
         layers=sources,
         rules=[layer.rule for layer in plan.layers],
         rc=round(connection_rate(sources), 6),
-        width=plan.width and vars(plan.width) | {"from": sizes(base), "to": sizes(plan.config)},
+        width=None if plan.width is None else vars(plan.width) | {"from": sizes(base), "to": sizes(plan.config)},
         moments=plan.moments._asdict() if with_moments else None,
         noise=how.noise,
     )
 
 
-def _check_state(model: Llama, optimizer, plan: GrowthPlan, gradients) -> None:
-    """Raise `UserError` for a model or an optimizer that cannot grow like this."""
+def _check_state(model: Llama, optimizer, plan: GrowthPlan, gradients: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+    """Raise `UserError` for a model or an optimizer that cannot grow like this. Returns what learn reads its text by."""
     if is_ramping(model):
         raise UserError("what the last growth made is still being ramped in: grow again when it counts in full")
     unknown = {name for state in optimizer.state.values() for name in state} - set(POWER) if optimizer is not None else set()
@@ -165,35 +166,38 @@ def _check_state(model: Llama, optimizer, plan: GrowthPlan, gradients) -> None:
         raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see growth/moments.py")
     if plan.width is not None and any(local_shard(p) is not p for p in model.parameters()):
         raise UserError("a sharded model does not grow in width: grow its checkpoint with grow.py, or train on one device")
-    if gradients is None and plan.learns:
-        raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")
+    if gradients is None:
+        if plan.learns:
+            raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")
+        return lambda: torch.zeros(())  # never asked for
+    return gradients
 
 
-def _deepen(model: Llama, optimizer, plan: GrowthPlan, moments: Moments, seed: int, hooks: Hooks) -> Bytes:
-    """Put the grown model's blocks in place."""
+def _deepen(model: Llama, optimizer, plan: GrowthPlan, moments: Moments, seed: int, hooks: Hooks) -> tuple[int, int]:
+    """Put the grown model's blocks in place. Returns the bytes allocated, and those copied on the device."""
     base, device, dtype = list(model.blocks), next(model.parameters()).device, next(model.parameters()).dtype
-    blocks, source_of, moved = [], {}, Bytes()
+    blocks, source_of, moved = [], {}, Moved()
     for number, layer in enumerate(plan.layers):
+        like = base[0 if layer.source is None else layer.source]
         if layer.rule == "kept":
-            blocks.append(base[layer.source])
+            blocks.append(like)
             continue
         with torch.device("meta"):
             block = type(base[0])(plan.config).to(dtype)
         block = hooks.prepare_block(block).to_empty(device=device)
-        like = base[0 if layer.source is None else layer.source]
         for (name, new), old in zip(block.named_parameters(), like.parameters(), strict=True):
             copied = _fill(new, old, layer, f"blocks.{number}.{name}", plan.config, seed, hooks.write)
             new.requires_grad_(old.requires_grad)
             source_of[new] = None if layer.source is None else old
-            moved += Bytes(local_shard(new).nbytes, copied)
+            moved += (local_shard(new).nbytes, copied)
         block.train(like.training)
         blocks.append(block)
     model.blocks = nn.ModuleList(blocks)
     model.config = plan.config
     if optimizer is not None:
         copied = _grow_optimizer(optimizer, model, base[0], source_of, moments)
-        moved += Bytes(copied, copied)
-    return moved
+        moved += (copied, copied)
+    return moved.allocated, moved.copied
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from nanostack.errors import UserError
 from nanostack.growth import depth
@@ -13,7 +13,8 @@ from nanostack.growth.width import Width
 from nanostack.model import LlamaConfig
 
 if TYPE_CHECKING:
-    DepthOperator = WidthOperator = str
+    DepthOperator: TypeAlias = str
+    WidthOperator: TypeAlias = str
 else:  # whoever adds an operator has it on the command line
     DepthOperator = Literal[*depth.OPERATORS]
     WidthOperator = Literal[*WIDTH_OPERATORS]
@@ -118,7 +119,7 @@ def _plan(how: Growth, base: LlamaConfig) -> GrowthPlan:
         layers = [Layer(i, "kept") for i in range(base.n_layer)]
     else:
         layers = depth.plan(base.n_layer, op, how.g, how.layers, how.k)
-    kept = [layer.source for layer in layers if layer.rule == "kept"]
+    kept = [layer.source for layer in layers if layer.rule == "kept" and layer.source is not None]
     same = kept == sorted(kept) and all(layer.rule in ("kept", "zeroed", "random") for layer in layers)
     preserves = same and (width is None or width.preserves(base))
     plan = GrowthPlan(layers, replace(wide, n_layer=len(layers)), op, preserves, width, how.moments())

@@ -47,18 +47,16 @@ def parse_layers(text: str) -> list[int]:
 
 
 def _repeat(n_layer: int, g: int | None, k: int | None) -> list:
-    _factor(g, k)
-    return list(range(n_layer)) * g
+    return list(range(n_layer)) * _factor(g, k)
 
 
 def _interleave(n_layer: int, g: int | None, k: int | None) -> list:
-    _factor(g, k)
+    g = _factor(g, k)
     return [layer for layer in range(n_layer) for _ in range(g)]
 
 
 def _append(n_layer: int, g: int | None, k: int | None) -> list:
-    _factor(g, k)
-    return [*range(n_layer), *[None] * (n_layer * (g - 1))]
+    return [*range(n_layer), *[None] * (n_layer * (_factor(g, k) - 1))]
 
 
 def _middle(n_layer: int, g: int | None, k: int | None) -> list:
@@ -77,13 +75,15 @@ def _insert(n_layer: int, g: int | None, k: int | None) -> list:
     return [layer for i in range(n_layer) for layer in ([i, i] if (i + 1) % k == 0 else [i])]
 
 
-def _factor(g: int | None, k: int | None) -> None:
+def _factor(g: int | None, k: int | None) -> int:
+    """g, where it is one."""
     if k is not None:
         raise UserError("k belongs to middle, solar and insert; this operator takes g")
     if isinstance(g, bool) or not isinstance(g, int) or g < 2:
         raise UserError(f"g must be a whole number of 2 or more, not {g!r}")
     if g > 1000:
         raise UserError(f"g is {g}: no model is made of a thousand times its layers")
+    return g
 
 
 def _number_of_layers(n_layer: int, g: int | None, k: int | None, default: int, most: int) -> int:
@@ -149,5 +149,5 @@ def _checked(layers: list[int], n_layer: int) -> list[int]:
 
 def connection_rate(layers: list[int | None]) -> float:
     """Rc: share of adjacent pairs of the grown model that were adjacent in the base (arXiv 2405.15319)."""
-    kept = sum(None not in (before, after) and after == before + 1 for before, after in itertools.pairwise(layers))
+    kept = sum(before is not None and after == before + 1 for before, after in itertools.pairwise(layers))
     return kept / (len(layers) - 1) if len(layers) > 1 else 1.0

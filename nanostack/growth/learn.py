@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nanostack.errors import UserError
-from nanostack.growth.width import Axis, Width, axes, kind, stored_axes
-from nanostack.model import LlamaConfig, initial_value
+from nanostack.growth.width import Maps, Width, axes, kind, stored_axes
+from nanostack.model import Llama, LlamaConfig, initial_value
 from nanostack.schedule import cosine
 from nanostack.shards import local_shard
 
@@ -26,7 +26,7 @@ PEAK, END = 7e-5, 7e-6  # learning rate of the matrices: up to the peak over hal
 class DepthMap:
     """D for every kind of weight in `model.blocks`, which hold the base of `n_base` layers stacked."""
 
-    def __init__(self, model: nn.Module, n_base: int, write: Callable[[Tensor, Tensor], object]):
+    def __init__(self, model: Llama, n_base: int, write: Callable[[Tensor, Tensor], object]):
         config, L = model.config, len(model.blocks)
         parts = {"attn.qkv.weight": [config.n_head, *[config.n_kv_head] * 2], "mlp.gate_up.weight": [1, 1]}
         self.base, self.D, self.part_of_row = {}, {}, {}
@@ -58,7 +58,7 @@ class DepthMap:
 class WidthMap:
     """B for every axis of a model that is about to be widened; it keeps the narrow weights."""
 
-    def __init__(self, model: nn.Module, grown: LlamaConfig, maps: dict[str, Axis], seed: int):
+    def __init__(self, model: Llama, grown: LlamaConfig, maps: Maps, seed: int):
         config = model.config
         self.base = {name: parameter.detach() for name, parameter in model.named_parameters()}
         device = next(iter(self.base.values())).device
@@ -84,7 +84,7 @@ class WidthMap:
         return torch.cat([B @ part for B, part in zip(rows, value.split([B.shape[1] for B in rows]), strict=True)])
 
 
-def width_map(model: nn.Module, how: Width, seed: int) -> WidthMap:
+def width_map(model: Llama, how: Width, seed: int) -> WidthMap:
     """B for the growth in width `how` of a model that is narrow still."""
     wide = how.config(model.config)
     return WidthMap(model, wide, axes(model.config, wide, how, next(model.parameters()).device), seed)
@@ -100,7 +100,7 @@ def _extended(axis: str, source: Tensor, config: LlamaConfig, seed: int, device:
 
 
 def train(
-    model: nn.Module,
+    model: Llama,
     mixed: DepthMap | WidthMap,
     gradients: Callable[[], Tensor],
     steps: int,
@@ -123,7 +123,8 @@ def train(
             if gradient is not None and (value := mixed(name)) is not None:
                 value.backward(local_shard(gradient))  # one at a time, so that one mixed weight is held beside the model
         for matrix in mixed.matrices:
-            sum_shards(matrix.grad)
+            if matrix.grad is not None:
+                sum_shards(matrix.grad)
         optimizer.param_groups[0]["lr"] = rate(step, steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -132,7 +133,7 @@ def train(
 
 
 @torch.no_grad()
-def _materialise(model: nn.Module, mixed: DepthMap | WidthMap) -> None:
+def _materialise(model: Llama, mixed: DepthMap | WidthMap) -> None:
     for name, parameter in model.named_parameters():
         value = mixed(name)
         if value is not None:

@@ -19,7 +19,10 @@ class Moments(NamedTuple):
 
     def settled(self) -> "Moments":
         """The same choices, where scaling by 0 is zero."""
-        return self._replace(**{side: "zero" for side in ("old", "new") if getattr(self, side) == "scale" and self.factor == 0})
+        if self.factor != 0:
+            return self
+        old, new = ("zero" if side == "scale" else side for side in (self.old, self.new))
+        return Moments(old, new, self.factor)
 
     def of_old(self, key: str) -> float:
         """What a value of this name is multiplied by where it was before."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from nanostack.growth import width
 from nanostack.growth.receipt import Receipt
 
 
-def attach_ramp(model: nn.Module, receipt: Receipt, scale: float = 0.0) -> None:
+def attach_ramp(model: Any, receipt: Receipt, scale: float = 0.0) -> None:
     """Multiply what a growth made at random by `model.ramp`, a number on the device that `set_ramp` changes: both residual
     branches of new layers, and the new outputs of the embedding and of every linear layer but the head.
 
@@ -19,7 +20,7 @@ def attach_ramp(model: nn.Module, receipt: Receipt, scale: float = 0.0) -> None:
     device = next(model.parameters()).device
     model.ramp = torch.full((), scale, device=device)
     new = [block for block, rule in zip(model.blocks, receipt.rules, strict=True) if rule == "random"]
-    scaled = [(branch, None) for block in new for branch in (block.attn, block.mlp)]
+    scaled: list[tuple[nn.Module, Tensor | None]] = [(branch, None) for block in new for branch in (block.attn, block.mlp)]
     inputs_scaled = []
     if receipt.width and receipt.width["op"] == "random":
         maps = width.recorded(receipt.width, model.config, device)
@@ -45,7 +46,7 @@ def attach_ramp(model: nn.Module, receipt: Receipt, scale: float = 0.0) -> None:
     model.ramp_hooks += [module.register_forward_pre_hook(before(old)) for module, old in inputs_scaled]
 
 
-def set_ramp(model: nn.Module, scale: float) -> None:
+def set_ramp(model: Any, scale: float) -> None:
     """Let what is random count for `scale`, from 0 to 1. At 1 the hooks go, and the number with them."""
     if not is_ramping(model):
         return

@@ -94,7 +94,8 @@ class Receipt(Mapping[str, Any]):
     def outcome(self) -> str:
         """What the growth made, in a few words: stack to 8 layers; split in width to 8 layers × 256."""
         size = f"{len(self.rules)} layers" + (f" × {self.width['to']['d_model']}" if self.width else "")
-        return " and ".join(filter(None, (self.op, self.width and f"{self.width['op']} in width"))) + f" to {size}"
+        ways = [self.op or "", f"{self.width['op']} in width" if self.width else ""]
+        return " and ".join(filter(None, ways)) + f" to {size}"
 
     def __str__(self) -> str:
         """One line."""

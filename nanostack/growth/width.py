@@ -16,16 +16,16 @@ final norm is, which stands before the head alone.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nanostack.errors import UserError
 from nanostack.growth.moments import Moments
-from nanostack.model import LlamaConfig, initial_value
+from nanostack.model import Llama, LlamaConfig, initial_value
 
 OPERATORS = ("split", "zero", "random", "learn")
 NEW, BORROWS = -1, -2  # a channel that is no copy; one of a query head that is no copy but attends to an old head's values
@@ -64,7 +64,7 @@ class Width:
             raise UserError(
                 f"d_model {d_model} is not a whole number of heads of {base.d_head} channels; near are {near[0]} and {near[1]}"
             )
-        sizes = {"d_model": d_model, "n_head": d_model // base.d_head}
+        sizes: dict[str, Any] = {"d_model": d_model, "n_head": d_model // base.d_head}
         for name in ("n_kv_head", "d_ff"):
             old, given = getattr(base, name), getattr(self, name)
             if given is None and old * d_model % base.d_model:
@@ -93,7 +93,10 @@ class Axis(NamedTuple):
     share: Tensor  # where it is an input, the part of the old channel's weight that it carries
 
 
-def axes(base: LlamaConfig, grown: LlamaConfig, width: Width, device: torch.device) -> dict[str, Axis]:
+Maps: TypeAlias = dict[str | None, Axis]  # by the names in AXES; None, the vocabulary, is not in it
+
+
+def axes(base: LlamaConfig, grown: LlamaConfig, width: Width, device: torch.device) -> Maps:
     """The maps of all axes from one shape to the other."""
     copies = width.op == "split"
 
@@ -115,7 +118,7 @@ def axes(base: LlamaConfig, grown: LlamaConfig, width: Width, device: torch.devi
     return {name: _axis(source, each, width.alpha, device) for name, (source, each) in maps.items()}
 
 
-def recorded(record: dict | None, config: LlamaConfig, device: torch.device) -> dict[str, Axis]:
+def recorded(record: dict | None, config: LlamaConfig, device: torch.device) -> Maps:
     """The maps of the growth in width that a receipt tells of; none where it tells of none."""
     if record is None:
         return {}
@@ -123,7 +126,7 @@ def recorded(record: dict | None, config: LlamaConfig, device: torch.device) -> 
     return axes(before, after, Width(**{name: record[name] for name in vars(Width())}), device)
 
 
-def new_parts(name: str, value: Tensor, maps: dict[str, Axis]) -> list[Tensor]:
+def new_parts(name: str, value: Tensor, maps: Maps) -> list[Tensor]:
     """The new rows and the new columns of a wide parameter, or of its gradient."""
     maps_of = ((dim, maps.get(axis)) for dim, axis in enumerate(stored_axes(name)))
     return [value.index_select(dim, (~axis.first).nonzero()[:, 0]) for dim, axis in maps_of if axis is not None]
@@ -139,7 +142,7 @@ def _heads(base: LlamaConfig, grown: LlamaConfig, copies: bool) -> tuple[list[in
     group, new_group = base.n_head // base.n_kv_head, grown.n_head // grown.n_kv_head
     kv = [i % base.n_kv_head if copies or i < base.n_kv_head else NEW for i in range(grown.n_kv_head)]
     met: Counter[int] = Counter()
-    q = []
+    q: list[int] = []
     for source in kv:
         places = range(met[source], met[source] + new_group)
         met[source] += new_group
@@ -158,8 +161,9 @@ def _heads(base: LlamaConfig, grown: LlamaConfig, copies: bool) -> tuple[list[in
 
 def _axis(sources: list[int], each: int, alpha: float | None, device: torch.device) -> Axis:
     """The map of an axis whose units (heads, say) are `each` channels wide."""
-    copies, met = Counter(sources), Counter()
-    first, share = [], []
+    copies, met = Counter(sources), Counter[int]()
+    first: list[bool] = []
+    share: list[float] = []
     for source in sources:
         n, nth = copies[source], met[source]
         met[source] += 1
@@ -179,7 +183,7 @@ def kind(name: str) -> str:
 
 @torch.no_grad()
 def widen(
-    model: nn.Module,
+    model: Llama,
     optimizer: torch.optim.Optimizer | None,
     width: Width,
     seed: int,
@@ -202,16 +206,16 @@ def widen(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, new)
         allocated, copied = allocated + new.nbytes, copied + (new if width.op == "split" else old).nbytes
-        group, i = places.pop(old, (None, None))
-        if group is None:
+        if optimizer is None or old not in places:
             continue
+        group, i = places.pop(old)
         group[i] = new
         if state := optimizer.state.pop(old, {}):
             optimizer.state[new] = {key: _moment(name, value, maps) for key, value in state.items()}
             moved = sum(v.nbytes for v in optimizer.state[new].values())
             allocated, copied = allocated + moved, copied + moved
     if grown.tie_embeddings:
-        model.head.weight = model.embed.weight
+        model.head.weight = model.embed.weight  # type: ignore[assignment]
     model.embed.embedding_dim = grown.d_model
     for block in model.blocks:
         block.attn.heads = (grown.n_head, grown.n_kv_head, grown.n_kv_head)
@@ -221,7 +225,7 @@ def widen(
     return allocated, copied
 
 
-def _value(name: str, old: Tensor, maps: dict[str, Axis], op: str, config: LlamaConfig, seed: int) -> Tensor:
+def _value(name: str, old: Tensor, maps: Maps, op: str, config: LlamaConfig, seed: int) -> Tensor:
     """The wide value of a parameter."""
     out, *into = (maps.get(axis) for axis in AXES[kind(name)])
     if op == "split":
@@ -231,23 +235,24 @@ def _value(name: str, old: Tensor, maps: dict[str, Axis], op: str, config: Llama
         reads = out if config.tie_embeddings and name == "norm.weight" else into[0] if into else None
         return value if reads is None else value.mul_(reads.share)
     if not into:
+        assert out is not None  # a gain has one axis, which has a map
         value = initial_value(name, out.source.shape, config, seed, old.device).to(old.dtype)
         value[out.first] = old * (len(old) / len(value)) ** 0.5
         return value
-    into, embedding = into[0], name == "embed.weight"
+    reads_from, embedding = into[0], name == "embed.weight"
     if embedding:
         old = old.T
-    rows, columns = (slice(None) if axis is None else axis.first for axis in (out, into))
-    shape = [old.shape[i] if axis is None else len(axis.source) for i, axis in enumerate((out, into))]
-    value = initial_value(name, shape[::-1] if embedding else shape, config, seed, old.device).to(old.dtype)
+    rows, columns = (slice(None) if axis is None else axis.first for axis in (out, reads_from))
+    shape = [old.shape[i] if axis is None else len(axis.source) for i, axis in enumerate((out, reads_from))]
+    value = initial_value(name, torch.Size(shape[::-1] if embedding else shape), config, seed, old.device).to(old.dtype)
     wide = value.T if embedding else value
     if op == "zero":
         silent = not maps["model"].first.all()  # without new channels to listen to, new neurons would be 0 for good
         if out is not None and silent:
             wide[_pair(~out.first, columns)] = 0
-        if into is not None:
-            wide[:, into.source == BORROWS if silent else ~into.first] = 0  # these inputs are not zero
-    wide[_pair(rows, columns)] = _in_new_order(old, out, into)
+        if reads_from is not None:
+            wide[:, reads_from.source == BORROWS if silent else ~reads_from.first] = 0  # these inputs are not zero
+    wide[_pair(rows, columns)] = _in_new_order(old, out, reads_from)
     return value
 
 
@@ -266,7 +271,7 @@ def _in_new_order(old: Tensor, out: Axis | None, into: Axis | None) -> Tensor:
     return old
 
 
-def _moment(name: str, old: Tensor, maps: dict[str, Axis]) -> Tensor:
+def _moment(name: str, old: Tensor, maps: Maps) -> Tensor:
     """The wide value of a moment: that of the source."""
     if old.ndim == 0:
         return old.clone()
@@ -279,7 +284,7 @@ def _moment(name: str, old: Tensor, maps: dict[str, Axis]) -> Tensor:
 
 
 @torch.no_grad()
-def settle_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], maps: dict[str, Axis], moments: Moments):
+def settle_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], maps: Maps, moments: Moments):
     """Multiply the moments of wide `parameters` by what becomes of old entries, and of copies.
 
     A tensor has one step count, which goes with its moments where all of them are zeroed, and stays elsewhere.

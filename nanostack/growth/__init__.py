@@ -57,7 +57,7 @@ def grow(
 ) -> Receipt:
     """Grow the model in place, in width and then in depth, and `optimizer` with it.
 
-    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`, of which op and g
+    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`. There op and g
                may come in the places of how and hooks; a `Width` as `wider` and `Moments` as `moments` stand for their fields
     optimizer  its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
     hooks      for a model that is sharded, compiled or checkpointed; width grows on one device only

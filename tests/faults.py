@@ -1,0 +1,157 @@
+"""Plant faults in a copy of the repository, one at a time, and see which of them its tests catch.
+
+    python tests/faults.py                      this tree
+    python tests/faults.py OLD NEW --json out   both: exit code 1 if NEW's tests miss a fault that OLD's catch
+
+A fault is a line of code that is changed, found by its text wherever the tree has it, and the test files whose business it is.
+A suite that became faster must catch what it caught before.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+FORMER = {  # names that test files had
+    "test_operations": "test_kernels",
+    "test_attention": "test_kernels_attention",
+    "test_c": "test_kernels_c",
+    "test_interface": "test_kernels_interface",
+    "test_dataset": "test_data",
+    "test_corpus": "test_prepare",
+}
+
+
+class Fault(NamedTuple):
+    name: str
+    tests: str  # stems of test files, and -k behind a colon
+    changes: tuple[tuple[str, str], ...]  # text, what stands there instead; the first text that the tree has is taken
+    interpreted: bool = False  # whether Triton's interpreter shows it
+
+
+def fault(name: str, tests: str, *texts: str, interpreted: bool = False) -> Fault:
+    return Fault(name, tests, tuple(zip(texts[::2], texts[1::2], strict=True)), interpreted)
+
+
+FAULTS = (
+    fault("rms_norm_backward", "test_operations:rms_norm", "dx = (dy_weight - x_hat * projection) * rstd",
+          "dx = (dy_weight + x_hat * projection) * rstd", interpreted=True),
+    fault("rotary_kernel", "test_operations:rotary", "(x2 * cos + x1 * sin).to(out_ptr", "(x2 * cos - x1 * sin).to(out_ptr",
+          interpreted=True),
+    fault("swiglu_backward", "test_operations:swiglu", "(sigmoid * (1 + gate * (1 - sigmoid)))",
+          "(sigmoid * (1 - gate * (1 - sigmoid)))", interpreted=True),
+    fault("z_loss", "test_operations:cross_entropy", "softmax_scale = scale * (1 + 2 * Z_LOSS * lse)",
+          "softmax_scale = scale * (1 + Z_LOSS * lse)", interpreted=True),
+    fault("ignored_rows", "test_operations:cross_entropy", "scale = tl.where(kept, 1.0, 0.0)", "scale = 1.0",
+          interpreted=True),
+    fault("causal_mask", "test_attention", "seen = column <= row if CAUSAL", "seen = column < row if CAUSAL", interpreted=True),
+    fault("swiglu_in_c", "test_operations:swiglu", "dup[i] = round_(dyi * (g * sigmoid))", "dup[i] = round_(dyi * g)"),
+    fault("linear_overwrites_gradient", "test_operations test_interface", "weight.grad.add_(dy_rows.t() @ x_rows)",
+          "weight.grad.copy_(dy_rows.t() @ x_rows)"),
+    fault("document_starts", "test_model test_operations", "starts_BT[:, 1:] = tokens_BT[:, :-1] == end_of_text",
+          "starts_BT[:, 1:] = tokens_BT[:, 1:] == end_of_text"),
+    fault("rope_scaling", "test_hf", "torch.lerp(frequencies / scaling.factor, frequencies,",
+          "torch.lerp(frequencies, frequencies,"),
+    fault("initial_spread", "test_model", "math.sqrt(2 / (5 * fan_in))", "math.sqrt(1 / fan_in)"),
+    fault("cache_position", "test_model test_sample", "self.cos[start:end], self.sin[start:end]",
+          "self.cos[:end], self.sin[:end]"),
+    fault("warm_up", "test_schedule", "return self.lr * tokens / self.warmup_tokens",
+          "return self.lr * (tokens - 1) / self.warmup_tokens", "return stage.lr * tokens / stage.warmup_tokens",
+          "return stage.lr * (tokens - 1) / stage.warmup_tokens"),
+    fault("rewarming", "test_schedule", "(1 - stage.rewarm_peak) * min(1.0, up - 1)", "(1 - stage.rewarm_peak) * (up - 1)"),
+    fault("clipping", "test_train test_step test_growth", "/ grad_clip, min=1.0)", "/ grad_clip, min=0.0)", "/ clip, min=1.0)",
+          "/ clip, min=0.0)"),
+    fault("rate_of_new_layers", "test_growth test_train", 'group["lr"] = lr * group.get("rate", 1.0)', 'group["lr"] = lr'),
+    fault("middle", "test_growth", "first = (n_layer - k) // 2", "first = 0"),
+    fault("power_of_second_moment", "test_growth test_width", '"exp_avg_sq": 2', '"exp_avg_sq": 1'),
+    fault("share_of_copies", "test_width", "share.append(1 / n if alpha is None else uneven)", "share.append(1.0)"),
+    fault("noise_share", "test_growth", ".mul_(1 - noise).add_(", ".mul_(1).add_("),
+    fault("ramp_never_ends", "test_growth test_train", "    if scale >= 1:\n", "    if scale > 1:\n"),
+    fault("learned_parts", "test_learn", "D[self.part_of_row[name]]", "D[0 * self.part_of_row[name]]"),
+    fault("ledger", "test_train test_checkpoint", "self.flops += float(tokens * flops_per_token(config))",
+          "self.flops += float(tokens * flops_exact_per_token(config))"),
+    fault("checkpoint_is_believed", "test_checkpoint", "    if actual != recorded:", "    if False:"),
+    fault("checkpoints_kept", "test_train test_checkpoint", "numbered_checkpoints(path)[:-keep]",
+          "numbered_checkpoints(path)[: -keep - 1]"),
+    fault("permutation", "test_dataset", "        outside = out >= n", "        outside = out > n"),
+    fault("block_over_shards", "test_dataset", "filled + len(piece), shard + 1, 0", "filled + len(piece), shard + 1, 1"),
+    fault("duplicates", "test_corpus", "            elif digest in self.seen:", "            elif False:"),
+    fault("rows_of_qkv", "test_hf", '"qkv": [heads, kv, kv]', '"qkv": [kv, kv, heads]'),
+    fault("resumed_records", "test_train", "if position > (stage, samples):", "if position >= (stage, samples):"),
+    fault("exit_code", "test_mistakes test_config", 'if "RANK" in os.environ else sys.exit(2)',
+          'if "RANK" in os.environ else sys.exit(1)'),
+    fault("run_is_overwritten", "test_train test_mistakes", '.exists()) and not config.overwrite:', ".exists()) and False:"),
+    fault("top_p", "test_sample", "p_BK * (likelier_BK < how.top_p)", "p_BK * (likelier_BK <= how.top_p)"),
+    fault("window_of_a_task", "test_evaluate", "max(0, end - 1 - seq_len) : end - 1", "max(0, end - seq_len) : end - 1"),
+    fault("growth_budget", "test_plan", "0.88 * math.log10(params)", "0.89 * math.log10(params)"),
+    fault("exact_flops", "test_flops", "config.d_model * (config.seq_len + 1)", "config.d_model * config.seq_len"),
+)  # fmt: skip
+
+
+def plant(one: Fault, tree: Path) -> None:
+    """Change the one place that the fault is about."""
+    files = [path for folder in ("nanostack", "kernels") for path in (tree / folder).rglob("*.[pc]*") if path.is_file()]
+    files = [path for path in files if path.suffix in (".py", ".c")]
+    for text, instead in one.changes:
+        found = [path for path in files if text in path.read_text()]
+        if len(found) == 1 and found[0].read_text().count(text) == 1:
+            found[0].write_text(found[0].read_text().replace(text, instead))
+            return
+    raise SystemExit(f"fault {one.name}: {tree} does not have its text in one place; change tests/faults.py with the code")
+
+
+def caught(one: Fault, tree: Path) -> bool:
+    """Whether a test that is named fails in a copy of `tree` with the fault."""
+    names, _, chosen = one.tests.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / tree.name
+        ours = subprocess.run(["git", "ls-files", "-z"], cwd=tree, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, ours.split("\0")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / name, copy / name, follow_symlinks=False)
+        plant(one, copy)
+        files = []
+        for name in names.split():
+            files += [*copy.glob(f"tests/**/{name}.py"), *copy.glob(f"tests/**/{FORMER.get(name, name)}.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, dict.fromkeys(files))]
+        command += ["-k", chosen] if chosen else []
+        environment = os.environ | {"PYTHONPATH": str(copy), "CI": "true"}
+        environment |= {"TRITON_INTERPRET": "1"} if one.interpreted else {}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"fault {one.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("trees", nargs="*", type=Path, default=[Path(__file__).resolve().parents[1]])
+    parser.add_argument("--only", nargs="+", default=[fault.name for fault in FAULTS], metavar="FAULT")
+    parser.add_argument("--json", type=Path, help="where to write what was caught")
+    command = parser.parse_args()
+    found: dict[str, dict[str, bool]] = {}
+    for number, one in enumerate(fault for fault in FAULTS if fault.name in command.only):
+        began = time.monotonic()
+        found[one.name] = {tree.name: caught(one, tree.resolve()) for tree in command.trees}
+        told = ", ".join(f"{name}: {'caught' if is_caught else 'MISSED'}" for name, is_caught in found[one.name].items())
+        print(f"{number + 1:2}  {one.name:28} {told}  ({time.monotonic() - began:.0f} s)", flush=True)
+        if command.json:
+            command.json.write_text(json.dumps(found, indent=1) + "\n")
+    lost = [name for name, by_tree in found.items() if list(by_tree.values())[-1] < max(by_tree.values())]
+    print(
+        f"{len(found)} faults; "
+        + ", ".join(f"{sum(f[t] for f in found.values())} caught by {t}" for t in next(iter(found.values())))
+    )
+    if lost:
+        print(f"error: no longer caught: {', '.join(lost)}", file=sys.stderr)
+    return int(bool(lost))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ from nanostack.validation import Validation
 
 
 class Run:
-    """What a run needs, set up in the order in which mistakes should be found; then its loop, top to bottom."""
+    """A run: its parts, set up in the order in which mistakes should be found; then its loop, top to bottom."""
 
     def __init__(self, given: Train):
         # Device: the process group, the mesh, what computes; and all that can be known to be wrong.
@@ -81,7 +81,7 @@ class Run:
                     )
                     state.ramp(stage)  # for the next step, and for an evaluation before it
 
-                    # What is due after it, by tokens.
+                    # Due after it, by tokens.
                     stage_ends = cursor.stage_tokens >= stage.tokens
                     evaluating = stage_ends or self.crossed(config.eval_interval)
                     writing = self.crossed(config.sample.interval)
@@ -159,7 +159,7 @@ class Run:
             yield start, start + each
 
     def describe(self, source: str | None) -> str:
-        """What is about to run, derived values included."""
+        """The run that is about to begin, derived values included."""
         config, placement, cursor = self.config, self.placement, self.state.cursor
         model = self.state.model.config
         start = f"from {source} at {describe_tokens(cursor.tokens)} tokens" if source else f"from seed {config.seed}"

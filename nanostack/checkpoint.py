@@ -188,7 +188,7 @@ def pack(state: State, manifest_sha256: str | None) -> dict | None:
 
 
 def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str, Tensor], Tensor]) -> dict | None:
-    """What `pack` gives, but for the hashes. `to_host(name, tensor)` brings a tensor to the host."""
+    """The dict of `pack` without its hashes. `to_host(name, tensor)` brings a tensor to the host."""
     model, optimizer = state.whole_tensors(to_host if is_main_rank() else None)
     if not is_main_rank():
         return None

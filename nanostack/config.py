@@ -71,7 +71,7 @@ class Optim:
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """What Adam's moments are kept in."""
+    """The dtype of Adam's moments."""
 
     def __post_init__(self):
         if self.moments == "bfloat16" and self.betas[1] > 0.99:
@@ -91,7 +91,7 @@ class Parallel:
     dp_replicate: int | None = None
     dp_shard: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes anew instead of keeping: norms, rotary and SwiGLU (selective), or whole blocks (full)."""
+    """The backward pass computes these anew instead of keeping them: norms, rotary, SwiGLU (selective); whole blocks (full)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Sampling:
     tokens: int = 200
     """How many to add, or fewer where the text ends before."""
     temperature: float = 0.8
-    """What logits are divided by; 0 takes the likeliest token."""
+    """Logits are divided by it; 0 takes the likeliest token."""
     top_k: int = 50
     """Draw from so many likeliest tokens; 0: from all."""
     top_p: float = 1.0
@@ -124,7 +124,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Samples(Sampling):
-    """What the model writes while it trains, to be read: on the console, and in the records as `texts`."""
+    """Text that the model writes while it trains, for people to read: on the console, and in the records as `texts`."""
 
     interval: int | None = None
     """Tokens of training from one time to the next; None: never."""

@@ -1,7 +1,8 @@
-"""A device."""
+"""The device that a process computes on: which one, in what dtype, with how much memory; and the signals that stop it."""
 
 import ctypes
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +11,29 @@ import torch.distributed as dist
 
 from nanostack.errors import UserError
 from nanostack.kernels import dispatch
+
+
+def open_device(index: int, compile: bool) -> torch.device:
+    """The GPU of this number, where there is one, else the CPU; made ready to train on.
+
+    UserError where there is no GPU of this number, or no compiler for `compile`.
+    """
+    if not torch.cuda.is_available():
+        device = torch.device("cpu")
+        keep_freed_memory()
+    else:
+        if index >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {index} of this machine")
+        device = torch.device("cuda", index)
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. torch may have read
+            # these variables when it was imported, so it is told here.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if compile:
+        check_compiler(device)
+    return device
 
 
 def check_compiler(device: torch.device) -> None:

@@ -9,14 +9,14 @@ from nanostack.state import State
 
 
 def read(source: str | Path) -> dict:
-    """What a checkpoint or a Hugging Face folder holds, as `checkpoint.load` gives it. UserError where it cannot be read.
+    """The contents of a checkpoint or a Hugging Face folder, in the form of `checkpoint.load`. UserError where it cannot be read.
 
-    Of a folder, weights are read when they are asked for; there is no optimizer, but "dtype" and "eot" as they are there.
+    The weights of a folder are read when they are asked for. It has no optimizer, but its "dtype" and "eot".
     """
     source = Path(source)
     return hf.load(source) if source.is_dir() else checkpoint.load(source)
 
 
 def restore(saved: dict, placement: Placement, optimizer: bool = False) -> State:
-    """The state of what `read` gave, with the ramp of a growth that it is in. Without `optimizer` its moments stay unread."""
+    """The state that `read` has read, with the ramp of a growth that it is in. Without `optimizer` its moments stay unread."""
     return State.restore(saved if optimizer else saved | {"optimizer": {}}, Optim(), placement)

@@ -1,4 +1,4 @@
-"""Where a model lives: device, precision, mesh. The one parallel mechanism is FSDP2 on a (replicate, shard) mesh.
+"""Where a model lives: its device, its precision, its mesh. The one parallel mechanism is FSDP2 on a (replicate, shard) mesh.
 
 A model is built without storage, each block is prepared (activation checkpointing, compile, sharding, in that order), then
 it gets storage and values. Nothing here changes what is computed; one device is simply a mesh that is not there.
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanostack.config import Parallel
-from nanostack.device import StopFlag, check_compiler, compute_dtype, keep_freed_memory
+from nanostack.device import StopFlag, compute_dtype, open_device
 from nanostack.errors import UserError
 from nanostack.growth import Hooks
 from nanostack.model import Llama, LlamaConfig
@@ -74,7 +74,7 @@ class Placement:
                 state._state_ctx = type(state._state_ctx)()
 
     def hooks(self) -> Hooks:
-        """What a model that lives here needs while it grows."""
+        """The hooks that a model in this place needs while it grows."""
         return Hooks(self.block, self.grown, assign, self.sum_shards)
 
     @property
@@ -179,20 +179,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
     if cuda_graph and (world > 1 or not cuda):
         where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
         raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if compile:
-        check_compiler(device)
-    if cuda:
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"{torch.cuda.device_count()} CUDA devices cannot serve rank {device.index} of this machine")
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            # Growth asks for large blocks between many small ones: segments that can grow leave no gaps. Not by the variables,
-            # which torch may have read when it was imported.
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
+    device = open_device(int(os.environ.get("LOCAL_RANK", 0)), compile)
     mesh = None
     if world > 1:
         # gloo stays beside nccl: flags and messages between ranks need no GPU.

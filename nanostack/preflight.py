@@ -1,4 +1,4 @@
-"""What must be right before a run touches anything: found here, in seconds, and not after days of training."""
+"""Checks before a run touches anything: a mistake is found in seconds, and not after days of training."""
 
 import dataclasses
 from typing import NamedTuple

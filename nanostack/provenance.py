@@ -1,4 +1,4 @@
-"""With what a number was made: versions, device, commit, tokenizer."""
+"""The circumstances of a result: versions, device, commit, tokenizer."""
 
 import platform
 import subprocess
@@ -39,5 +39,5 @@ def git_commit() -> str | None:
 
 
 def tokenizer_name(manifest: dict) -> str:
-    """What tells the tokenizer of prepared data from others."""
+    """The name of the tokenizer of prepared data, with a hash that tells it from others."""
     return f"{manifest['tokenizer']['name']} {manifest['tokenizer']['sha256'][:12]}"

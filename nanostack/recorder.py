@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.jsonl`, one console line per log, a bar where there is a terminal, a tracker.
+"""The records of a run: `metrics.jsonl`, one console line per log, a bar where there is a terminal, a tracker.
 
 Numbers of a step stay on the device until they are asked for: `DeferredScalars` hands them out when they have arrived.
 """
@@ -35,7 +35,7 @@ MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
 class Diverged(UserError):
-    """So many steps in a row were not finite."""
+    """MAX_SKIPPED steps in a row were not finite."""
 
 
 class DeferredScalars:
@@ -245,7 +245,7 @@ class Clock:
 
 
 class Recorder:
-    """All that a run shows and keeps, from rank 0: console, metrics.jsonl, tracker, trace; and its clock.
+    """Console, metrics.jsonl, tracker, trace and clock of a run. Only rank 0 shows and writes.
 
     In use as a context. `header` is the first record; an epoch has `epoch_blocks` samples. A run that is `resuming` goes on
     behind the records that the state's cursor has.

@@ -1,4 +1,4 @@
-"""What a run has written, read back."""
+"""Reads the records of a run."""
 
 import json
 from pathlib import Path

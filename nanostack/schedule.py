@@ -32,7 +32,7 @@ class Schedule:
     """After a growth: rate up from 0 to rewarm_peak times the schedule's over so many tokens, and over as many down to it."""
     rewarm_peak: float = 1.3
     rewarm: Literal["new", "all"] = "new"
-    """Whose rate: that of the layers that growth made, or that of all."""
+    """The layers whose rate it is: those that growth made, or all."""
 
     def __post_init__(self):
         if self.rewarm_tokens < 0 or self.rewarm_peak <= 0:

@@ -1,4 +1,4 @@
-"""The one state of a run: model, optimizer, cursor, growth receipts. What is not in it cannot influence the run."""
+"""The one state of a run: model, optimizer, cursor, growth receipts. Nothing else influences the run."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -110,7 +110,7 @@ class State:
         return receipt
 
     def _growth_seed(self) -> int:
-        """Of what this growth draws: another one in each run, at each place in it, and for each of several growths there."""
+        """The seed of this growth. Each run, each place in a run, and each of several growths in one place have their own."""
         place = f"{self.seed}:{self.cursor.samples}:{len(self.growth)}"
         return int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "little")
 
@@ -153,8 +153,10 @@ class State:
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
     def look_for_dead(self, batch_tokens: int) -> list[str]:
-        """What is `dead` in the second step after a growth, noted in its receipt; nothing in any other step. Called with the
-        gradients of a step in place, and the cursor past its tokens."""
+        """The `dead` parameters of the second step after a growth, noted in its receipt; none of any other step.
+
+        It is called with the gradients of a step in place, and the cursor past the tokens of that step.
+        """
         if not self.growth or self.cursor.tokens - self.growth[-1].tokens != 2 * batch_tokens:
             return []
         self.growth[-1].dead = dead = self.dead()

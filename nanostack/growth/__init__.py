@@ -33,7 +33,7 @@ __all__ = ["Growth", "GrowthPlan", "Hooks", "Receipt", "attach_ramp", "grow", "r
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a sharded, compiled or checkpointed model needs while it grows; the defaults are for a plain one."""
+    """Functions that a sharded, compiled or checkpointed model needs while it grows; the defaults are for a plain one."""
 
     prepare_block: Callable[[nn.Module], nn.Module] = lambda block: block
     """Is given each new block, still without storage, and returns it as the model's own blocks are."""
@@ -61,10 +61,10 @@ def grow(
                may come in the places of how and hooks; a `Width` as `wider` and `Moments` as `moments` stand for their fields
     optimizer  its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
     hooks      for a model that is sharded, compiled or checkpointed; width grows on one device only
-    seed       of noise and of what is random, which depend on nothing else
+    seed       of noise, random layers and random channels, which depend on nothing else
     gradients  learn needs it: puts the gradients of the next batch into the model's parameters, returns the loss
 
-    What is random is ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Losses before and after are the
+    Random layers and channels are ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Losses before and after are the
     caller's to add to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
     """
     if isinstance(how, Growth) and fields:
@@ -138,7 +138,7 @@ class Moved:
 
 
 def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: bool) -> Receipt:
-    """What is known before anything is done."""
+    """The receipt before anything is done."""
 
     def sizes(config: LlamaConfig) -> dict:
         return {name: getattr(config, name) for name in ("d_model", "n_head", "n_kv_head", "d_ff")}

@@ -1,4 +1,4 @@
-"""What a growth is asked to do, and the plan that follows from it for a model of a given shape."""
+"""The config of a growth, and the plan that follows from it for a model of a given shape."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ else:  # whoever adds an operator has it on the command line
 
 
 class GrowthPlan(NamedTuple):
-    """What a growth makes of a model: planned once, before anything is touched."""
+    """The result of a growth, planned before anything is touched."""
 
     layers: list[Layer]
     config: LlamaConfig  # of the grown model
@@ -35,7 +35,7 @@ class GrowthPlan(NamedTuple):
         return "learn" in (self.op, self.width and self.width.op)
 
     def suffix(self, base: LlamaConfig) -> str:
-        """What the name of a grown checkpoint says of it: x4, d2048, x4-d2048, 9-layers, ..."""
+        """The end of a grown checkpoint's name: x4, d2048, x4-d2048, 9-layers, ..."""
         times, rest = divmod(self.config.n_layer, base.n_layer)
         said = [] if times == 1 and not rest else [f"{self.config.n_layer}-layers" if rest else f"x{times}"]
         said += [f"d{self.config.d_model}"] if self.config.d_model != base.d_model else []
@@ -73,7 +73,7 @@ class Growth:
     """Key/value heads of the wider model; None: more by the factor of d_model, as d_ff."""
     d_ff: int | None = None
     alpha: float | None = None
-    """What the first of several copies carries after split, from 0 to 1; None: as much as the others, which then stay alike."""
+    """Share of the first of several copies after split, from 0 to 1; None: equal shares, and the copies then stay alike."""
     learn_steps: int = 100
     """Batches on which learn trains its map; they are no part of the stage's tokens, but of the run's."""
 
@@ -105,7 +105,7 @@ class Growth:
         return self.learn_steps * (self.width, self.op).count("learn")
 
     def plan(self, base: LlamaConfig) -> GrowthPlan:
-        """What becomes of a model of shape `base`. UserError where there is no such growth."""
+        """The plan for a model of shape `base`. UserError where there is no such growth."""
         return _plan(self, base)
 
 

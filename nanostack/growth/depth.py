@@ -1,6 +1,6 @@
-"""What each layer of a deeper model is: the maps of growth in depth.
+"""The maps of growth in depth: the source of each layer of the deeper model.
 
-What the operators make of a base of l layers, as `layers` would say it (l = 4):
+The operators on a base of l layers, written as `layers` writes them (l = 4):
 
     stack       0-3*g               G_stack, "Stacking Your Transformers", arXiv 2405.15319
     interleave  0*g,1*g,2*g,3*g

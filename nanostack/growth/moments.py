@@ -1,4 +1,4 @@
-"""What growth makes of an optimizer's state: a choice for what was there, one for what is new."""
+"""The optimizer's state in a growth: a choice for old parameters, and one for new ones."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from nanostack.errors import UserError
 
 
 class Moments(NamedTuple):
-    """What becomes of the optimizer's state: of old parameters keep, zero or scale; of new ones copy, zero or scale.
+    """The choices for the optimizer's state: keep, zero or scale for old parameters; copy, zero or scale for new ones.
 
     scale multiplies a copied first moment by `factor` and a second one by its square. zero takes the step count along:
     a zeroed moment with an old step would make the first update up to 3 times too large.
@@ -25,11 +25,11 @@ class Moments(NamedTuple):
         return Moments(old, new, self.factor)
 
     def of_old(self, key: str) -> float:
-        """What a value of this name is multiplied by where it was before."""
+        """The factor on an old parameter's value of this name."""
         return {"keep": 1.0, "zero": 0.0, "scale": self.factor ** POWER[key]}[self.old]
 
     def of_new(self, key: str) -> float:
-        """What its copy is multiplied by."""
+        """The factor on a new parameter's copy of it."""
         return {"copy": 1.0, "zero": 0.0, "scale": self.factor ** POWER[key]}[self.new]
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What a growth makes at random is multiplied by a number that rises from 0 to 1 (MSG, arXiv 2305.02869)."""
+"""Ramps: random layers and channels are multiplied by a number that rises from 0 to 1 (MSG, arXiv 2305.02869)."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from nanostack.growth.receipt import Receipt
 
 
 def attach_ramp(model: Any, receipt: Receipt, scale: float = 0.0) -> None:
-    """Multiply what a growth made at random by `model.ramp`, a number on the device that `set_ramp` changes: both residual
+    """Multiply the random part of a growth by `model.ramp`, a number on the device that `set_ramp` changes: both residual
     branches of new layers, and the new outputs of the embedding and of every linear layer but the head.
 
     Hooks, not new modules or parameters: names, shards and checkpoints are those of a model without them.
@@ -47,7 +47,7 @@ def attach_ramp(model: Any, receipt: Receipt, scale: float = 0.0) -> None:
 
 
 def set_ramp(model: Any, scale: float) -> None:
-    """Let what is random count for `scale`, from 0 to 1. At 1 the hooks go, and the number with them."""
+    """Set the number, from 0 to 1. At 1 the hooks go, and the number with them."""
     if not is_ramping(model):
         return
     model.ramp.fill_(scale)
@@ -58,5 +58,5 @@ def set_ramp(model: Any, scale: float) -> None:
 
 
 def is_ramping(model: nn.Module) -> bool:
-    """Whether what the last growth made at random does not count in full yet."""
+    """Whether the last growth's random part does not count in full yet."""
     return getattr(model, "ramp", None) is not None

@@ -1,4 +1,4 @@
-"""What a growth tells of itself: typed in memory, a plain dict in checkpoints and records."""
+"""The receipt of a growth: typed in memory, a plain dict in checkpoints and records."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ class Receipt(Mapping[str, Any]):
     layers: list[int | None]
     """The base layer that each layer comes from; None where it comes from none."""
     rules: list[str]
-    """What became of each: kept, copied, zeroed, random or learned."""
+    """The rule of each layer: kept, copied, zeroed, random or learned."""
     rc: float
     """Connection rate of the layers (arXiv 2405.15319)."""
     width: dict[str, Any] | None
@@ -92,7 +92,7 @@ class Receipt(Mapping[str, Any]):
         return min(1.0, (tokens - self.tokens) / self.ramp_tokens) if self.ramp_tokens else 0.0
 
     def outcome(self) -> str:
-        """What the growth made, in a few words: stack to 8 layers; split in width to 8 layers × 256."""
+        """The result in a few words: stack to 8 layers; split in width to 8 layers × 256."""
         size = f"{len(self.rules)} layers" + (f" × {self.width['to']['d_model']}" if self.width else "")
         ways = [self.op or "", f"{self.width['op']} in width" if self.width else ""]
         return " and ".join(filter(None, ways)) + f" to {size}"
@@ -108,7 +108,7 @@ class Receipt(Mapping[str, Any]):
         return f"grown to {size}: " + ", ".join(shown)
 
     def caution(self) -> str | None:
-        """What someone who trains on should know."""
+        """A warning for whoever trains on, if there is one."""
         wide = self.width
         more_channels = wide and any(wide["from"][name] != wide["to"][name] for name in ("d_model", "d_ff"))
         if wide and more_channels and wide["op"] == "split" and wide["alpha"] in (None, 0.5) and not self.noise:

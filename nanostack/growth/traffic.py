@@ -1,4 +1,4 @@
-"""How many bytes go between host and device while a model grows: counted, not claimed."""
+"""Counts the bytes that go between host and device while a model grows."""
 
 import torch
 from torch.distributed.tensor import DTensor

@@ -9,7 +9,7 @@ from nanostack.state import State
 
 
 def read(source: str | Path) -> dict:
-    """The contents of a checkpoint or a Hugging Face folder, in the form of `checkpoint.load`. UserError where it cannot be read.
+    """The contents of a checkpoint or a Hugging Face folder, in the form of `checkpoint.load`. UserError if unreadable.
 
     The weights of a folder are read when they are asked for. It has no optimizer, but its "dtype" and "eot".
     """

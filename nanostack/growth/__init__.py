@@ -64,8 +64,8 @@ def grow(
     seed       of noise, random layers and random channels, which depend on nothing else
     gradients  learn needs it: puts the gradients of the next batch into the model's parameters, returns the loss
 
-    Random layers and channels are ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. Losses before and after are the
-    caller's to add to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
+    Random layers and channels are ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. The caller adds the
+    losses before and after to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
     """
     if isinstance(how, Growth) and fields:
         raise TypeError(f"{', '.join(fields)} would change `how`, which is a Growth already: dataclasses.replace does that")

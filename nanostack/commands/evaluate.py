@@ -383,4 +383,4 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

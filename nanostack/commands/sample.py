@@ -1,4 +1,9 @@
-"""Text from a model."""
+"""Text from a model: `nanostack sample out/quickstart/grown/ckpt.pt --prompt "def " "class "`.
+
+The model is a checkpoint or a Hugging Face folder. On a terminal the text appears as it is made, one sample after another; all
+samples of prompts of one length are made together, each with random numbers of its own, so that it is the text that it would
+be alone.
+"""
 
 import os
 import sys
@@ -94,4 +99,4 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

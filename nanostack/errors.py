@@ -1,4 +1,4 @@
-"""How a command line begins and ends: a user's mistake is one message from one rank and exit code 2, Ctrl-C one message and 130."""
+"""How a command line begins and ends: a user's mistake is one message, exit code 2, no traceback; Ctrl-C one message and 130."""
 
 import contextlib
 import json
@@ -38,9 +38,9 @@ def exits_cleanly():
 def command_line(options: type, main: Callable[[Any], dict], description: str | None = None) -> dict:
     """Parse the command line into the dataclass `options`, call `main` with it and return its answer.
 
-    Where `options` has a field `json` that is set, the answer is printed as one JSON object. Options that it does not know, with
-    what follows them, go to its field `overrides` if it has one: a run's config has them. --help shows `description`, or else
-    the docstring of `options`.
+    With --json, a field of every `options`, the answer is printed as one JSON object. Options that `options` does not know,
+    with what follows them, go to its field `overrides` if it has one: they are a run's config's. --help shows `description`,
+    or else the docstring of `options`.
     """
     with exits_cleanly():
         mine, others = sys.argv[1:], ()

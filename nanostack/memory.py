@@ -1,9 +1,9 @@
-"""How large a micro-batch fits, by option, before a GPU is there: `nanostack fit config/1b.py --gpu h200`.
+"""How many bytes a training step takes, and how large a micro-batch fits, before a GPU is there.
 
 A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
 every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
 and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
-On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
+On several GPUs, fully sharded, the states are divided and FSDP2's gathered copies added by formula: an estimate.
 """
 
 import contextlib

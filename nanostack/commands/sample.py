@@ -5,7 +5,6 @@ samples of prompts of one length are made together, each with random numbers of 
 be alone.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +88,9 @@ def main(command: Command) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.restore(saved, Placement(device)).model
     console = None if command.json else Console(samples, text)
-    try:
-        for _ in write(model, samples, command, text):
-            if console:
-                console.show()
-    except BrokenPipeError:  # its reader has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for _ in write(model, samples, command, text):
+        if console:
+            console.show()
     return {"samples": [sample.record(text) for sample in samples]}
 
 

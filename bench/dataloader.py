@@ -34,7 +34,7 @@ from nanostack.config import load
 from nanostack.errors import UserError, command_line
 from nanostack.provenance import device_name
 from nanostack.text import tokenizer
-from nanostack.text.corpus import Args, prepare
+from nanostack.text.corpus import CorpusConfig, prepare
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.text.manifest import MANIFEST, advised
 from nanostack.text.sources import Reader, list_files
@@ -81,7 +81,7 @@ def prepared_text(data: Path | None) -> Iterator[Path]:
         return
     with TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         source, ranks = advised(STDLIB)
-        prepare(Args([source], Path(folder) / "stdlib", ranks))
+        prepare(CorpusConfig([source], Path(folder) / "stdlib", ranks))
         yield Path(folder) / "stdlib"
 
 
@@ -93,7 +93,7 @@ def encode_ways(data: Path, text: str) -> tuple[dict, int]:
 
     def prepared() -> None:
         with TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            prepare(Args([text], Path(folder) / "data", str(data), workers=1))
+            prepare(CorpusConfig([text], Path(folder) / "data", str(data), workers=1))
 
     ways = {
         "tiktoken's encode_ordinary_batch": lambda: own._bpe.encode_ordinary_batch(texts, num_threads=1),

@@ -1,6 +1,8 @@
 """One door: `nanostack COMMAND ...`, or `python -m nanostack COMMAND ...`."""
 
 import importlib
+import os
+import select
 import sys
 
 COMMANDS = {  # name: (module in nanostack.commands, what it does)
@@ -22,8 +24,8 @@ def usage() -> str:
     return "\n".join(["usage: nanostack COMMAND ...; nanostack COMMAND --help tells its options", "", *lines])
 
 
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else None
+def run(name: str | None) -> None:
+    """Run the command of this name with the words that follow it; without a name, list the commands."""
     if name in (None, "-h", "--help"):
         print(usage())
         sys.exit(2 if name is None else 0)
@@ -32,6 +34,26 @@ def main() -> None:
         sys.exit(2)
     sys.argv[:2] = [f"nanostack {name}"]
     importlib.import_module(f"nanostack.commands.{COMMANDS[name][0]}").run()
+
+
+def reader_has_gone() -> bool:
+    """Whether standard output is a pipe whose other end is closed, as `head` closes it."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def main() -> None:
+    try:
+        try:
+            run(sys.argv[1] if len(sys.argv) > 1 else None)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(141)  # what a shell says of a program that a closed pipe ended
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Draw runs: `nanostack plot RUN... [--x flops|tokens|time]`.
+"""The curves of runs as PNG and SVG, drawn by matplotlib.
 
-Validation loss (and the training loss, thin), learning rate and throughput of each run, growth marked by a dotted line and a
-triangle. PNG and SVG. Runs differ in line and marker as well as in colour, so that it reads in black and white.
+Three panels share an x axis: validation loss (and the training loss, thin), learning rate, throughput. A dotted line and a
+triangle mark a growth. Runs differ in line and marker as well as in colour, and can be told apart in black and white.
 """
 
 import itertools

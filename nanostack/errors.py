@@ -1,4 +1,4 @@
-"""A user's mistake: one message that names it, exit code 2, no traceback, from one rank. And Ctrl-C: one message, 130."""
+"""How a command line begins and ends: a user's mistake is one message, exit code 2, no traceback; Ctrl-C one message and 130."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import tyro
 
@@ -34,17 +35,18 @@ def exits_cleanly():
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # no waiting for a process group that will never answer
 
 
-def command_line(options: type, main: Callable[[object], dict]) -> dict:
-    """Parse the command line into `options`, call main with it, return its answer and, where it has --json, print that as one
-    object.
+def command_line(options: type, main: Callable[[Any], dict], description: str | None = None) -> dict:
+    """Parse the command line into the dataclass `options`, call `main` with it and return its answer.
 
-    Options that it does not know, with what follows them, go to its field `overrides` if it has one: a run's config has them.
+    With --json, a field of every `options`, the answer is printed as one JSON object. Options that `options` does not know,
+    with what follows them, go to its field `overrides` if it has one: they are a run's config's. --help shows `description`,
+    or else the docstring of `options`.
     """
     with exits_cleanly():
         mine, others = sys.argv[1:], ()
         if any(field.name == "overrides" for field in fields(options)):
             mine, others = split({field.name for field in fields(options)}, mine)
-        command = tyro.cli(options, args=mine, use_underscores=True)
+        command = tyro.cli(options, args=mine, description=description, use_underscores=True)
         answer = main(replace(command, overrides=tuple(others)) if others else command)
         if command.json:
             print(json.dumps(answer))

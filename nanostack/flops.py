@@ -9,23 +9,8 @@ per key and layer, scores and values cost 4·d_model forward and twice that back
 
 import torch
 
+from nanostack import gpus
 from nanostack.model import LlamaConfig
-
-# Dense bf16 peak, FLOP/s, from NVIDIA's data sheets, by words of the device's name; the entry with the most of them counts.
-PEAK_BF16 = {
-    "A100": 312e12,
-    "H100": 989e12,  # SXM
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 def n_matmul(config: LlamaConfig) -> int:
@@ -61,10 +46,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_by_name(name: str) -> float | None:
-    """The peak of a device by the name that it gives itself; None for another one (a laptop's is not the desktop's)."""
-    words = name.replace("-", " ").split()
-    matches = [key for key in PEAK_BF16 if set(key.split()) <= set(words) and not {"Laptop", "Max", "D"} & set(words)]
-    return PEAK_BF16[max(matches, key=len)] if matches else None
+    """The dense bf16 peak, in FLOP/s, of a device by the name that it gives itself; None for one that nanostack.gpus lacks."""
+    gpu = gpus.find(name)
+    return gpu.peak_bf16 if gpu else None
 
 
 MFU = (

@@ -1,8 +1,7 @@
-"""Text from a model: `nanostack sample out/quickstart/grown/ckpt.pt --prompt "def " "class "`.
+"""Text from a model: prompts in, samples out, with a cache of keys and values.
 
-The model is a checkpoint or a Hugging Face folder. On a terminal the text appears as it is made, one sample after another; all
-samples of prompts of one length are made together, each with random numbers of its own, so that it is the text that it would
-be alone.
+All samples of prompts of one length are made together, each with random numbers of its own: every sample is the text that it
+would be alone. `Writer` lets the model of a run write while it trains.
 """
 
 import json

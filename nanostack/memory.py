@@ -1,9 +1,9 @@
-"""How large a micro-batch fits, by option, before a GPU is there: `nanostack fit config/1b.py --gpu h200`.
+"""How many bytes a training step takes, and how large a micro-batch fits, before a GPU is there.
 
 A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
 every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
 and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
-On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
+On several GPUs, fully sharded, the states are divided and FSDP2's gathered copies added by formula: an estimate.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from nanostack import gpus
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.flops import n_params
@@ -28,21 +29,11 @@ from nanostack.model import Llama, LlamaConfig
 from nanostack.parallel import Placement
 
 GIB = 2**30
-GPUS = {  # GiB that torch can have of each, rounded down
-    "h200": 139,
-    "h100": 78,
-    "a100": 78,
-    "a100-40": 39,
-    "b200": 177,
-    "l40s": 44,
-    "rtx4090": 23,
-    "rtx3090": 23,
-}
 RESERVED = 2 * GIB  # CUDA context, cuBLAS and Triton workspaces, what the allocator rounds up
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes of a step on one device: what stays, and what a micro-batch of so many sequences adds at the peak."""
 
     fixed: dict[str, int] = field(default_factory=dict)
@@ -130,7 +121,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             yield module, name, value
 
 
-def need(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> Need:
+def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> MemoryEstimate:
     """What a step of the config needs on each of `count` devices, fully sharded."""
     (fixed, *one), (_, *two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
     per_sequence = tuple(b - a for a, b in zip(one, two, strict=True))
@@ -143,7 +134,7 @@ def need(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool,
         gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
-    return Need(fixed, per_sequence, (at_loss, else_))
+    return MemoryEstimate(fixed, per_sequence, (at_loss, else_))
 
 
 def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
@@ -170,13 +161,13 @@ def check_batch(
     if states + config.micro_batch * model.seq_len * per_token < room / 2:
         return
     scratch = scratch_of(model, dtype, on_triton)
-    wanted = need(config, model, dtype, on_triton, count).peak(config.micro_batch, scratch(config.micro_batch))
+    wanted = estimate(config, model, dtype, on_triton, count).peak(config.micro_batch, scratch(config.micro_batch))
     if wanted <= room:
         return
     most = {}
     for how in ("none", "selective", "full"):
         one = replace(config, parallel=replace(config.parallel, activation_checkpointing=how))
-        most[how] = need(one, model, dtype, on_triton, count).sequences(room, scratch)
+        most[how] = estimate(one, model, dtype, on_triton, count).sequences(room, scratch)
     said = ", ".join(f"{size} with --parallel.activation_checkpointing {how}" for how, size in most.items() if size)
     raise UserError(
         f"micro_batch {config.micro_batch} needs about {wanted / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "
@@ -185,12 +176,14 @@ def check_batch(
 
 
 def capacity(gpu: str) -> float:
-    """Bytes of a GPU by name, or of a number of GiB."""
+    """Bytes that torch can have of a GPU by name (nanostack.gpus), or of a number of GiB. UserError for another word."""
     with contextlib.suppress(ValueError):
-        gib = GPUS.get(gpu.lower()) or float(gpu)
+        known = gpus.find(gpu)
+        gib = float(gpu) if known is None else known.memory_gib or 0
         if 0 < gib < 2**20:
             return gib * GIB
-    raise UserError(f"gpu is one of {', '.join(GPUS)}, or a number of GiB, not {gpu!r}")
+    names = ", ".join(one.name for one in gpus.GPUS if one.memory_gib)
+    raise UserError(f"gpu is one of {names}, or a number of GiB, not {gpu!r}")
 
 
 def growth_bytes(base: LlamaConfig, how: Growth, moments: int) -> int:

@@ -1,7 +1,8 @@
 """Names that modules had, and the second name that one package has.
 
-`import kernels`, in a clone, is `import nanostack.kernels`: the same modules, so that no operator is registered twice. What has
-moved says where it is now, as a command (`python -m nanostack.prepare`: one line, exit code 2) and as an import.
+`import kernels`, in a clone, is `import nanostack.kernels`: the same modules, so that no operator is registered twice. A
+module that has moved says where it is now, when it is run (`python -m nanostack.prepare`: one line, exit code 2) and when it is
+imported.
 """
 
 import importlib
@@ -11,56 +12,55 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
-COMMANDS = {  # module that was run: what is typed now
-    "nanostack.prepare": "prepare",
-    "nanostack.sample": "sample",
-    "nanostack.evaluate": "evaluate",
-    "nanostack.export": "export",
-    "nanostack.import_hf": "import",
-    "nanostack.fit": "fit",
-    "nanostack.plan": "plan",
-    "nanostack.plot": "plot",
-    "nanostack.track": "track",
+MOVED = {  # module that there was: (where its contents are now, the command that ran it)
+    "nanostack.prepare": ("nanostack.text.corpus", "prepare"),
+    "nanostack.sample": ("nanostack.generate", "sample"),
+    "nanostack.evaluate": ("nanostack.commands.evaluate and nanostack.validation", "evaluate"),
+    "nanostack.export": ("nanostack.hf.export", "export"),
+    "nanostack.import_hf": ("nanostack.commands.import_hf", "import"),
+    "nanostack.fit": ("nanostack.memory", "fit"),
+    "nanostack.plan": ("nanostack.growth.budget", "plan"),
+    "nanostack.plot": ("nanostack.curves", "plot"),
+    "nanostack.track": ("nanostack.track", "track"),  # still a module, which ends in refuse()
+    "nanostack.harness": ("nanostack.commands.harness", None),
+    "nanostack.data": ("nanostack.text.dataset and nanostack.text.manifest", None),
+    "nanostack.sources": ("nanostack.text.sources", None),
+    "nanostack.encoding": ("nanostack.text.encoding", None),
+    "nanostack.tokenizer": ("nanostack.text.tokenizer", None),
+    "nanostack.hub": ("nanostack.text.hub", None),
+    "nanostack.metrics": ("nanostack.recorder", None),
+    "nanostack.depth": ("nanostack.growth.depth", None),
+    "nanostack.width": ("nanostack.growth.width", None),
+    "nanostack.learn": ("nanostack.growth.learn", None),
+    "nanostack.moments": ("nanostack.growth.moments", None),
 }
-MODULES = {  # module that was imported: where its contents are
-    "nanostack.prepare": "nanostack.text.corpus",
-    "nanostack.sample": "nanostack.generate",
-    "nanostack.evaluate": "nanostack.validation and nanostack.commands.evaluate",
-    "nanostack.harness": "nanostack.commands.harness",
-    "nanostack.export": "nanostack.hf.export",
-    "nanostack.import_hf": "nanostack.commands.import_hf",
-    "nanostack.fit": "nanostack.memory",
-    "nanostack.plan": "nanostack.growth.budget",
-    "nanostack.plot": "nanostack.curves",
-    "nanostack.data": "nanostack.text.dataset and nanostack.text.manifest",
-    "nanostack.sources": "nanostack.text.sources",
-    "nanostack.encoding": "nanostack.text.encoding",
-    "nanostack.tokenizer": "nanostack.text.tokenizer",
-    "nanostack.hub": "nanostack.text.hub",
-    "nanostack.metrics": "nanostack.recorder",
-    "nanostack.depth": "nanostack.growth.depth",
-    "nanostack.width": "nanostack.growth.width",
-    "nanostack.learn": "nanostack.growth.learn",
-    "nanostack.moments": "nanostack.growth.moments",
-}
+
+
+def refuse(name: str) -> None:
+    """End `python -m NAME` with one line that says what to type instead, and exit code 2."""
+    place, command = MOVED[name]
+    print(
+        f"error: python -m {name} is now: " + (f"nanostack {command}" if command else f"no command; see {place}"),
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 class Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Finds modules under the names that they had, only to say where they are now."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        return importlib.util.spec_from_loader(fullname, self) if fullname in COMMANDS or fullname in MODULES else None
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def get_code(self, fullname: str) -> CodeType:
         """What `python -m` runs."""
-        said = f"error: python -m {fullname} is now: nanostack {COMMANDS.get(fullname, '--help')}"
-        return compile(f"import sys; print({said!r}, file=sys.stderr); sys.exit(2)", f"<{fullname}>", "exec")
+        return compile(f"from nanostack.names import refuse; refuse({fullname!r})", f"<{fullname}>", "exec")
 
     def get_source(self, fullname: str) -> str | None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        raise ImportError(f"{module.__name__} is now {MODULES.get(module.__name__, 'a command')}", name=module.__name__)
+        raise ImportError(f"{module.__name__} is now {MOVED[module.__name__][0]}", name=module.__name__)
 
 
 class Alias(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

@@ -1,16 +1,9 @@
-"""Show a run in TensorBoard or wandb: `train.py CONFIG.py --track tensorboard`, or later `nanostack track RUN...`.
+"""A run in TensorBoard or wandb.
 
-metrics.jsonl is the record of a run and a tracker its picture, drawn anew whenever training starts: what the file has comes
-first, then every record as it is written. So a resumed run, whose file is cut back to its checkpoint, shows no point twice, and
-tracking can begin in the middle of a run or after it. The x axis is tokens; a growth changes `layers`, has its numbers under
-`growth/`, and its receipt as text, as has what the model wrote (--sample.interval).
-
-TensorBoard's file lies in the run's folder: `tensorboard --logdir out`. Its "relative" axis is seconds of training. At a growth
-there are two validation losses; its fast loader keeps the second only, `growth/loss_before` has the first.
-
-wandb heeds WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE; FLOPs and seconds are there to be chosen as x axis. The run's folder
-holds its id, under which it goes on. The server is sent what it lacks and keeps what it has, which a resumed run repeats in all
-but its times. Offline, every start writes the whole run: `wandb sync` the newest folder of `wandb/` only.
+metrics.jsonl is the record of a run, and a tracker draws its picture anew whenever training starts: the records that the file
+has come first, then every record as it is written. A resumed run, whose file is cut back to its checkpoint, therefore shows no
+point twice, and tracking can begin in the middle of a run or after it. The x axis is tokens. A growth changes `layers`, has its
+numbers under `growth/`, and its receipt as text; so has what the model wrote (--sample.interval).
 """
 
 import contextlib
@@ -22,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from nanostack import names
 from nanostack.errors import UserError
 from nanostack.growth import Receipt
 
@@ -179,3 +173,7 @@ def check(name: str) -> None:
 def files(folder: Path) -> list[Path]:
     """What makes a tracker go on with the run in a folder."""
     return [*folder.glob(EVENTS.format("*")), *folder.glob(WANDB_ID)]
+
+
+if __name__ == "__main__":
+    names.refuse("nanostack.track")

@@ -22,12 +22,13 @@ Files of one's own do as well: DIR/<dataset>/<configuration, if the task names o
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,7 +38,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from nanostack import models
@@ -197,7 +198,7 @@ def require_extra(data: Path | None) -> None:
         import datasets
         import lm_eval.evaluator  # noqa: F401
 
-        import nanostack.harness  # noqa: F401
+        import nanostack.commands.harness  # noqa: F401
     except ImportError as error:
         raise UserError(f"tasks need {error.name}: pip install 'nanostack[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -261,9 +262,8 @@ def validation(model: Llama, folder: Path, batch: int) -> dict:
     if tokens.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer of {folder} has {tokens.vocab_size} entries, the model only {model.config.vocab_size}")
     text = Validation(tokens)
-    steps = iter(progress(list(range(0, text.n_blocks, batch)), "validation"))
-    loss = text(model, batch, lambda: next(steps, None))
-    next(steps, None)
+    with progress_bar(-(-text.n_blocks // batch), "validation") as advance:
+        loss = text(model, batch, advance)
     return {
         "data": str(folder),
         "manifest_sha256": manifest_sha256(folder),
@@ -315,16 +315,30 @@ def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
     return {"tasks": answer, "limit": command.limit, "average_accuracy": average}
 
 
-def progress(batches: list, label: str) -> Iterator:
-    """The batches one by one, and on standard error how far they are: a bar on a terminal, else a line for each tenth."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        yield from track(batches, label, console=console, transient=True)
+@contextlib.contextmanager
+def progress_bar(total: int, label: str) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each of `total` steps. Standard error shows a bar on a terminal, else a line for each tenth."""
+    console, steps = Console(stderr=True, highlight=False), itertools.count(1)
+
+    def advance() -> None:
+        done = next(steps)
+        if 10 * done // total > 10 * (done - 1) // total:
+            print(f"{label}: {100 * done // total} %", file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield advance
         return
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        if 10 * done // len(batches) > 10 * (done - 1) // len(batches):
-            print(f"{label}: {100 * done // len(batches)} %", file=sys.stderr, flush=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)
+
+
+def progress(batches: list, label: str) -> Iterator:
+    """The batches one by one, with a progress bar."""
+    with progress_bar(len(batches), label) as advance:
+        for batch in batches:
+            yield batch
+            advance()
 
 
 def finite(value):
@@ -383,4 +397,4 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

@@ -1,4 +1,8 @@
-"""Export."""
+"""A checkpoint as a Hugging Face folder: `nanostack export out/1b/ckpt.pt exported/ --data data/texts`.
+
+`AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. Without --data no tokenizer goes with it.
+Written are config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
+"""
 
 import signal
 import sys
@@ -70,4 +74,4 @@ def main(command: Command) -> dict:
 
 def run() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half folder behind
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

@@ -1,4 +1,10 @@
-"""What fits."""
+"""How large a micro-batch fits, by option, before a GPU is there: `nanostack fit config/1b.py --gpu h200`.
+
+A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
+every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
+and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
+On several GPUs (--count, fully sharded) the states are divided and FSDP2's gathered copies added by formula: an estimate.
+"""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -10,7 +16,7 @@ from rich.table import Table
 
 from nanostack.config import load
 from nanostack.errors import UserError, command_line
-from nanostack.memory import GIB, RESERVED, capacity, need, scratch_of
+from nanostack.memory import GIB, RESERVED, capacity, estimate, scratch_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def main(command: Command) -> dict:
     for how, moments in itertools.product(("none", "selective", "full"), ("float32", "bfloat16")):
         parallel = replace(config.parallel, activation_checkpointing=how)
         one = replace(config, parallel=parallel, optim=replace(config.optim, moments=moments))
-        found = need(one, model, dtype, True, command.count)
+        found = estimate(one, model, dtype, True, command.count)
 
         scratch = scratch_of(model, dtype, True)
         most = found.sequences(room, scratch)
@@ -64,4 +70,4 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

@@ -62,4 +62,4 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

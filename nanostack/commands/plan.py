@@ -1,4 +1,10 @@
-"""Plan."""
+"""When to grow, how much, and what it saves: `nanostack plan --params 7e9 --tokens 300e9 --gpu h200 --count 8`.
+
+The paper ("Stacking Your Transformers", arXiv 2405.15319) fits the base's tokens d to the target's parameters N and its compute
+C = 6·N·D:  log10 d = 0.88·log10 N + 163.27 / log10 C − 5.74,  on 410M to 3B parameters and C = 8e19 to 1.2e21 FLOPs, and fixes
+the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), so d is never more than a fifth of the tokens.
+What growth saves is the paper's speedup, an assumption about your run and no promise.
+"""
 
 from dataclasses import dataclass
 
@@ -69,4 +75,4 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

@@ -1,4 +1,8 @@
-"""Plot."""
+"""Draw runs: `nanostack plot RUN... [--x flops|tokens|time]`.
+
+Validation loss (and the training loss, thin), learning rate and throughput of each run, growth marked by a dotted line and a
+triangle. PNG and SVG. Runs differ in line and marker as well as in colour, so that it reads in black and white.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,4 +58,4 @@ def name(folder: Path, all_: list[Path]) -> str:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

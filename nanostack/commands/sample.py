@@ -1,6 +1,10 @@
-"""Text from a model."""
+"""Text from a model: `nanostack sample out/quickstart/grown/ckpt.pt --prompt "def " "class "`.
 
-import os
+The model is a checkpoint or a Hugging Face folder. On a terminal the text appears as it is made, one sample after another; all
+samples of prompts of one length are made together, each with random numbers of its own, so that it is the text that it would
+be alone.
+"""
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +88,11 @@ def main(command: Command) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.restore(saved, Placement(device)).model
     console = None if command.json else Console(samples, text)
-    try:
-        for _ in write(model, samples, command, text):
-            if console:
-                console.show()
-    except BrokenPipeError:  # its reader has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for _ in write(model, samples, command, text):
+        if console:
+            console.show()
     return {"samples": [sample.record(text) for sample in samples]}
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

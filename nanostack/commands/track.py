@@ -1,4 +1,17 @@
-"""Track."""
+"""Show a run in TensorBoard or wandb: `train.py CONFIG.py --track tensorboard`, or later `nanostack track RUN...`.
+
+metrics.jsonl is the record of a run and a tracker its picture, drawn anew whenever training starts: what the file has comes
+first, then every record as it is written. So a resumed run, whose file is cut back to its checkpoint, shows no point twice, and
+tracking can begin in the middle of a run or after it. The x axis is tokens; a growth changes `layers`, has its numbers under
+`growth/`, and its receipt as text, as has what the model wrote (--sample.interval).
+
+TensorBoard's file lies in the run's folder: `tensorboard --logdir out`. Its "relative" axis is seconds of training. At a growth
+there are two validation losses; its fast loader keeps the second only, `growth/loss_before` has the first.
+
+wandb heeds WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE; FLOPs and seconds are there to be chosen as x axis. The run's folder
+holds its id, under which it goes on. The server is sent what it lacks and keeps what it has, which a resumed run repeats in all
+but its times. Offline, every start writes the whole run: `wandb sync` the newest folder of `wandb/` only.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,4 +56,4 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
-    command_line(Command, main)
+    command_line(Command, main, __doc__)

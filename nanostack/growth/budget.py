@@ -1,16 +1,17 @@
-"""When to grow, how much, and what it saves: `nanostack plan --params 7e9 --tokens 300e9 --gpu h200 --count 8`.
+"""When to grow, how much, and what growth saves, for a budget of parameters and tokens.
 
 The paper ("Stacking Your Transformers", arXiv 2405.15319) fits the base's tokens d to the target's parameters N and its compute
 C = 6·N·D:  log10 d = 0.88·log10 N + 163.27 / log10 C − 5.74,  on 410M to 3B parameters and C = 8e19 to 1.2e21 FLOPs, and fixes
-the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), so d is never more than a fifth of the tokens.
-What growth saves is the paper's speedup, an assumption about your run and no promise.
+the factor at g = 4. Small budgets break the formula (124M and 2.5B tokens give 20.8B), so d is capped at a fifth of the tokens.
+The saving is the paper's speedup: an assumption about a run, and no promise.
 """
 
 import math
 from dataclasses import dataclass, replace
 
+from nanostack import gpus
 from nanostack.errors import UserError
-from nanostack.flops import PEAK_BF16, flops_per_token, n_params
+from nanostack.flops import flops_per_token, n_params
 from nanostack.model import LlamaConfig
 
 FITTED_PARAMS = (0.37e9, 3e9)  # the paper's 410M has 0.374B in all
@@ -74,9 +75,10 @@ def advise(budget: Budget) -> dict:
         raise UserError("params must be from 0 to 1e14, tokens from 0 to 1e18, count positive")
     if not (0 < budget.mfu <= 1 and 0 <= budget.speedup <= 4):
         raise UserError("mfu must be from 0 to 1, speedup from 0 to 4")
-    peaks = {name.lower(): peak for name, peak in PEAK_BF16.items()}
-    if budget.gpu.lower() not in peaks:
-        raise UserError(f"there is no GPU {budget.gpu!r} in the table of peak rates; there are {', '.join(PEAK_BF16)}")
+    if (gpu := gpus.find(budget.gpu)) is None:
+        raise UserError(
+            f"there is no GPU {budget.gpu!r} in the table of peak rates; there are {', '.join(g.name for g in gpus.GPUS)}"
+        )
     target = shape_for(budget.params, budget.vocab_size, budget.seq_len)
     base = replace(target, n_layer=target.n_layer // FACTOR)
     formula = growth_tokens(budget.params, budget.tokens)
@@ -84,7 +86,7 @@ def advise(budget: Budget) -> dict:
     flops = budget.tokens * flops_per_token(target)
     base_flops = d_tokens * flops_per_token(base)
     grown_flops = max(flops / (1 + budget.speedup), base_flops)
-    rate = peaks[budget.gpu.lower()] * budget.count * budget.mfu
+    rate = gpu.peak_bf16 * budget.count * budget.mfu
     return {
         "d_tokens": d_tokens,
         "g": FACTOR,

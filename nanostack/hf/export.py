@@ -1,7 +1,6 @@
-"""A checkpoint as a Hugging Face folder: `nanostack export out/1b/ckpt.pt exported/ --data data/texts`.
+"""A state as a Hugging Face folder, from which `AutoModelForCausalLM.from_pretrained` gives the same logits.
 
-`AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. Without --data no tokenizer goes with it. `save` is
-for a state in memory: config.json, safetensors (sharded by size), generation_config.json, tokenizer files, a model card.
+`save` writes config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama folders: their names and shapes beside ours, and how one is read; nanostack.export writes them.
+"""Hugging Face's Llama folders: their names and shapes beside ours, and how one is read; nanostack.hf.export writes them.
 
 `load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for, tensor by tensor. What Hugging Face
 has no place for (tokens, FLOPs, growth) stands in config.json under "nanostack": a round trip loses the optimizer only. It

@@ -1,27 +1,13 @@
-"""Text to tokens: `nanostack prepare SOURCE... --out DIR --tokenizer NAME`.
+"""A prepared folder out of text: documents in, shards of tokens and a manifest out.
 
-A source is a folder, a file, a dataset of Hugging Face's, or one of two words (a folder of that name is ./stdlib):
-
-    stdlib          the Python standard library on this machine, without tests and tables: 10 MB that need no network
-    site-packages   the Python source of what is installed beside this package, for larger runs
-    hf:OWNER/NAME   a dataset of the Hub, as in hf:HuggingFaceFW/fineweb-edu,name=sample-10BT,split=train (the split unless
-                    told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept (nanostack.hub),
-                    or, with --no_keep_downloads, deleted when they have been read
-    *.jsonl         one document per line, in --field; also *.json whose first two lines are objects
-    *.parquet       one document per row, in the column --field
-    anything else   plain text or code; a file is a document, a long one several (cut at line ends, see sources.LONGEST)
-
-.gz and .zst are unpacked on the way. Then, in one pass and in the order of the paths:
+`prepare(CorpusConfig(...))` reads the sources (nanostack.text.sources) once, in the order of their paths:
 
 1. Hidden, binary, empty and repeated documents, and what is no UTF-8, are left out and counted.
-2. A document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below --val_fraction: a text
-   is always on the same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
+2. A document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below val_fraction: a text is
+   always on the same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
 3. Documents, each followed by end-of-text, are encoded by all cores, about a megabyte at a time.
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
    leaves OUT as it was, and the next one clears away what it left.
-
---max_documents and --max_bytes end the text early; of a dataset, only the files that this takes are fetched. docs/data.md has
-recipes.
 
 The same sources and options give the same bytes, whatever the number of workers; the manifest names a dataset with its
 commit. Memory does not grow with the corpus, but for 100 bytes per document, which it takes to find the repeated ones.
@@ -57,8 +43,10 @@ LIMITS = ("max_documents", "max_bytes")
 OURS = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.bin|{re.escape(MANIFEST)}|{re.escape(RANKS_FILE)}|{re.escape(JSON_FILE)}")
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text becomes which tokens, and where."""
+
     sources: tyro.conf.Positional[list[str]]
     """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet; hf:OWNER/NAME,name=...,split=..."""
     out: Path
@@ -84,30 +72,28 @@ class Args:
     """processes that encode; all cores unless told"""
     overwrite: bool = False
     """replace prepared data in --out, once the new is complete"""
-    json: bool = False
-    """print one JSON object on standard output, and nothing else there"""
 
 
-def prepare(args: Args) -> dict:
-    """Write the folder args.out; returns its manifest. UserError, and nothing written, for what the user can mend."""
-    _check_options(args)
-    with _folder(args.out.resolve(), args.overwrite) as folder:
+def prepare(config: CorpusConfig) -> dict:
+    """Write the folder config.out; returns its manifest. UserError, and nothing written, for what the user can mend."""
+    _check_options(config)
+    with _folder(config.out.resolve(), config.overwrite) as folder:
         skipped: Counter = Counter()
-        listed = [list_files(source, skipped) for source in args.sources]
+        listed = [list_files(source, skipped) for source in config.sources]
         files = list(itertools.chain.from_iterable(listed))
-        limits = {name: most for name in LIMITS if (most := getattr(args, name)) is not None}
-        bound = int(args.val_fraction * 2**64)
-        encoder, trained = _tokenizer(args, files, bound)
-        splits, dropped, lowest = _write_shards(args, files, encoder, folder, bound)
+        limits = {name: most for name in LIMITS if (most := getattr(config, name)) is not None}
+        bound = int(config.val_fraction * 2**64)
+        encoder, trained = _tokenizer(config, files, bound)
+        splits, dropped, lowest = _write_shards(config, files, encoder, folder, bound)
         if splits["train"]["documents"] > 1 and not splits["val"]["documents"]:
             _clear(folder)
-            splits, dropped, _ = _write_shards(args, files, encoder, folder, lowest + 1)
+            splits, dropped, _ = _write_shards(config, files, encoder, folder, lowest + 1)
         dropped = dict(sorted((skipped + dropped).items()))
-        _check_documents(args, splits, dropped)
+        _check_documents(config, splits, dropped)
         manifest = {
             "format": FORMAT,
-            "sources": [name_of(source, found) for source, found in zip(args.sources, listed, strict=True)],
-            "val_fraction": args.val_fraction,
+            "sources": [name_of(source, found) for source, found in zip(config.sources, listed, strict=True)],
+            "val_fraction": config.val_fraction,
             **limits,
             "tokenizer": encoder.save(folder) | trained,
             "dtype": encoder.dtype.str,
@@ -118,32 +104,32 @@ def prepare(args: Args) -> dict:
     return manifest
 
 
-def _check_options(args: Args):
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction is a share of the documents between 0 and 1, not {args.val_fraction}")
-    if min(args.shard_tokens, args.workers) < 1:
+def _check_options(config: CorpusConfig):
+    if not 0 < config.val_fraction < 1:
+        raise UserError(f"--val_fraction is a share of the documents between 0 and 1, not {config.val_fraction}")
+    if min(config.shard_tokens, config.workers) < 1:
         raise UserError("--shard_tokens and --workers must be at least 1")
     for name in LIMITS:
-        if (most := getattr(args, name)) is not None and most < 2:  # training and validation need a document each
+        if (most := getattr(config, name)) is not None and most < 2:  # training and validation need a document each
             raise UserError(f"--{name} must be at least 2, not {most}")
-    if not args.sources:
+    if not config.sources:
         raise UserError("name a source, such as stdlib; --help tells what there is")
-    if args.tokenizer.startswith("bpe:"):
-        n = args.tokenizer.removeprefix("bpe:")
+    if config.tokenizer.startswith("bpe:"):
+        n = config.tokenizer.removeprefix("bpe:")
         if not n.isdecimal():
             raise UserError(f"in --tokenizer bpe:N, N is a number of entries, as in bpe:1024, not {n!r}")
         check_size(int(n))
 
 
-def _check_documents(args: Args, splits: dict, dropped: dict):
+def _check_documents(config: CorpusConfig, splits: dict, dropped: dict):
     left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing"
-    left_out += "".join(f"; all above --{name} {getattr(args, name)}" for name in LIMITS if getattr(args, name))
+    left_out += "".join(f"; all above --{name} {getattr(config, name)}" for name in LIMITS if getattr(config, name))
     documents = sum(entry["documents"] for entry in splits.values())
     if documents == 0:
-        raise UserError(f"there is no text in {' '.join(args.sources)} (left out: {left_out})")
+        raise UserError(f"there is no text in {' '.join(config.sources)} (left out: {left_out})")
     if documents == 1:
         raise UserError(
-            f"{' '.join(args.sources)} is a single document (left out: {left_out}), and training and validation "
+            f"{' '.join(config.sources)} is a single document (left out: {left_out}), and training and validation "
             f"need one each; give more text, or the same in several files"
         )
     if not splits["train"]["documents"]:
@@ -196,14 +182,14 @@ def _clear(folder: Path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, dict]:
+def _tokenizer(config: CorpusConfig, files: list[File], bound: int) -> tuple[Tokenizer, dict]:
     """The tokenizer, with what to say of it in the manifest: bpe:N is trained on SAMPLE bytes at most, a share per file.
 
     Under a limit it is trained on the first SAMPLE bytes within, so that no other file of a dataset is fetched.
     """
-    if not args.tokenizer.startswith("bpe:"):
-        return get(args.tokenizer), {}
-    limits = [getattr(args, name) for name in LIMITS]
+    if not config.tokenizer.startswith("bpe:"):
+        return get(config.tokenizer), {}
+    limits = [getattr(config, name) for name in LIMITS]
     by_hash = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.name)).digest())
     groups = [files] if any(limits) else [[file] for file in by_hash]  # with a limit, the text that is used comes first
     share = max(SAMPLE // max(1, len(groups)), 1 << 20)
@@ -212,7 +198,7 @@ def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, di
     def sample() -> Iterator[str]:
         for group in groups:
             end = min(count["bytes"] + share, SAMPLE)
-            for split, text, size in Split(Reader(group, args.field), bound, seen, *limits):
+            for split, text, size in Split(Reader(group, config.field), bound, seen, *limits):
                 if count["bytes"] + size > end:
                     break
                 if split == "train":
@@ -224,16 +210,18 @@ def _tokenizer(args: Args, files: list[File], bound: int) -> tuple[Tokenizer, di
     if (first := next(texts, None)) is None:
         return get("bytes"), {}  # nothing to train on: _check_documents will say why
     if sys.stderr.isatty():
-        print(f"training {args.tokenizer} …", file=sys.stderr)
-    return train(itertools.chain([first], texts), int(args.tokenizer.removeprefix("bpe:"))), {"trained_on": count}
+        print(f"training {config.tokenizer} …", file=sys.stderr)
+    return train(itertools.chain([first], texts), int(config.tokenizer.removeprefix("bpe:"))), {"trained_on": count}
 
 
-def _write_shards(args: Args, files: list[File], encoder: Tokenizer, folder: Path, bound: int) -> tuple[dict, Counter, int]:
+def _write_shards(
+    config: CorpusConfig, files: list[File], encoder: Tokenizer, folder: Path, bound: int
+) -> tuple[dict, Counter, int]:
     """Encode and write every document; returns (entry per split, what was dropped, the lowest hash of a document)."""
-    reader = Reader(files, args.field, args.keep_downloads)
-    documents = Split(reader, bound, set(), *(getattr(args, name) for name in LIMITS))
-    shards = {split: Shards(folder, split, args.shard_tokens) for split in SPLITS}
-    encoded = encode(_batches(documents), encoder, args.workers)
+    reader = Reader(files, config.field, config.keep_downloads)
+    documents = Split(reader, bound, set(), *(getattr(config, name) for name in LIMITS))
+    shards = {split: Shards(folder, split, config.shard_tokens) for split in SPLITS}
+    encoded = encode(_batches(documents), encoder, config.workers)
     with contextlib.closing(encoded), _progress(reader, sum(file.size for file in files)) as show:
         for split, tokens in encoded:
             shards[split].write(tokens)

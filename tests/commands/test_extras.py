@@ -96,16 +96,16 @@ def test_everything_else_works(bare):
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("-m nanostack.export out/run/ckpt.pt exported --data data", "safetensors", "hf"),
-        ("-m nanostack.import_hf model out/imported.pt", "safetensors", "hf"),
-        ("-m nanostack.import_hf OWNER/NAME out/imported.pt", "", "hf"),
+        ("-m nanostack export out/run/ckpt.pt exported --data data", "safetensors", "hf"),
+        ("-m nanostack import model out/imported.pt", "safetensors", "hf"),
+        ("-m nanostack import OWNER/NAME out/imported.pt", "", "hf"),
         ("grow.py model --g 2", "safetensors", "hf"),
-        ("-m nanostack.prepare text.parquet --out new --tokenizer bpe:300", "pyarrow", "data"),
-        ("-m nanostack.prepare hf:OWNER/NAME --out new --tokenizer bpe:300", "datasets", "data"),
-        ("-m nanostack.prepare data --out new --tokenizer tokenizer.json", "tokenizers", "hf"),
+        ("-m nanostack prepare text.parquet --out new --tokenizer bpe:300", "pyarrow", "data"),
+        ("-m nanostack prepare hf:OWNER/NAME --out new --tokenizer bpe:300", "datasets", "data"),
+        ("-m nanostack prepare data --out new --tokenizer tokenizer.json", "tokenizers", "hf"),
         (f"train.py {TINY} --data.path data --out new --track tensorboard", "tensorboard", "track"),
-        ("-m nanostack.track out/run --to wandb", "wandb", "track"),
-        ("-m nanostack.evaluate out/run/ckpt.pt --tokenizer data --tasks arc_easy", "datasets", "eval"),
+        ("-m nanostack track out/run --to wandb", "wandb", "track"),
+        ("-m nanostack evaluate out/run/ckpt.pt --tokenizer data --tasks arc_easy", "datasets", "eval"),
     ],
 )
 def test_missing_extra_is_named_with_its_install_line(bare, command, package, extra):

@@ -12,7 +12,7 @@ from kernels.linear_cross_entropy import scratch_bytes
 from nanostack.config import Data, Optim, Parallel, Stage, Train, load
 from nanostack.errors import UserError
 from nanostack.flops import n_params
-from nanostack.memory import capacity, check_batch, need, scratch_of
+from nanostack.memory import capacity, check_batch, estimate, scratch_of
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement
@@ -51,7 +51,7 @@ def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, h
                 loss.backward()
             guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
 
-    found = need(config, SHAPE, dtype, on_triton=False)
+    found = estimate(config, SHAPE, dtype, on_triton=False)
     rows = config.micro_batch * SHAPE.seq_len
     scratch = scratch_bytes(rows, SHAPE.d_model, SHAPE.vocab_size, dtype.itemsize, on_triton=False)
     assert found.peak(config.micro_batch, scratch) == pytest.approx(peak_bytes(steps), rel=0.05)
@@ -75,19 +75,19 @@ def test_predicted_peak_is_what_a_gpu_allocates_within_five_per_cent(how):
             loss.backward()
         guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
     scratch = scratch_of(shape, dtype, on_triton=True)(config.micro_batch)
-    predicted = need(config, shape, dtype, on_triton=True).peak(config.micro_batch, scratch)
+    predicted = estimate(config, shape, dtype, on_triton=True).peak(config.micro_batch, scratch)
     assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.05)
 
 
 def test_states_of_a_config_are_counted_to_the_byte():
-    found = need(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
+    found = estimate(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
     n = n_params(SHAPE)
     assert found.fixed["moments, float32"] == 8 * n and found.fixed["gradients, fp32"] == 4 * n
     assert found.fixed["weights, fp32"] == 4 * (n + SHAPE.seq_len * SHAPE.d_head)  # and the tables of rotary
 
 
 def test_the_most_sequences_are_the_most_that_fit():
-    found = need(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
+    found = estimate(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
     assert found.sequences(found.peak(37, 0), lambda sequences: 0) == 37
     assert found.sequences(found.peak(37, 0) - 1, lambda sequences: 0) == 36
     assert found.sequences(sum(found.fixed.values()), lambda sequences: 0) == 0
@@ -111,7 +111,7 @@ def test_command_tells_every_option_and_refuses_what_there_is_not():
 
 
 def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_it_is_refused():
-    alone, four = (need(CONFIG, SHAPE, torch.bfloat16, True, count) for count in (1, 4))
+    alone, four = (estimate(CONFIG, SHAPE, torch.bfloat16, True, count) for count in (1, 4))
     for name in ("weights, fp32", "moments, float32", "gradients, fp32"):
         assert four.fixed[name] == -(-alone.fixed[name] // 4)
     peak = four.peak(8, scratch_of(SHAPE, torch.bfloat16, True)(8))
@@ -123,7 +123,7 @@ def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_i
 @pytest.mark.parametrize("how", ["none", "full"])
 def test_micro_batch_that_cannot_fit_is_refused_with_what_would(how):
     config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how))
-    found = need(config, SHAPE, torch.float32, on_triton=False)
+    found = estimate(config, SHAPE, torch.float32, on_triton=False)
     peak = found.peak(8, scratch_of(SHAPE, torch.float32, False)(8))
     check_batch(config, SHAPE, torch.float32, False, peak)
     check_batch(config, SHAPE, torch.float32, False, peak / 1.5, slack=1.5)

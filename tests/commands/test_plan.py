@@ -5,8 +5,9 @@ import json
 import pytest
 from conftest import python
 
+from nanostack.commands.plan import Command, config_text
 from nanostack.config import load
-from nanostack.growth.budget import Command, advise, config_text, growth_tokens, in_range
+from nanostack.growth.budget import advise, growth_tokens, in_range
 
 
 @pytest.mark.parametrize(

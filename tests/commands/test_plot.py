@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import python
 
-from nanostack import curves as plot
+from nanostack.curves import LINES, MARKS, points
+from nanostack.runs import read_run
 
 
 def run(folder, losses, growth_at=None):
@@ -35,13 +36,13 @@ def test_draws_several_runs_as_png_and_svg(tmp_path):
 
 
 def test_axis_is_what_was_asked_for(tmp_path):
-    records = plot.read_run(run(tmp_path / "run", [5.0, 4.0]))[1]
-    assert plot.points(records, "time", "val_loss") == ([0.0, 2.0], [5.0, 4.0])
-    assert plot.points(records, "flops", "lr") == ([0.0, 1e9], [1e-3, 1e-3])
+    records = read_run(run(tmp_path / "run", [5.0, 4.0]))[1]
+    assert points(records, "time", "val_loss") == ([0.0, 2.0], [5.0, 4.0])
+    assert points(records, "flops", "lr") == ([0.0, 1e9], [1e-3, 1e-3])
 
 
 def test_lines_of_two_runs_differ_without_colour():
-    styles = list(zip(plot.LINES * 2, plot.MARKS, strict=False))
+    styles = list(zip(LINES * 2, MARKS, strict=False))
     assert len(set(styles)) == len(styles) >= 6
 
 

@@ -14,9 +14,10 @@ from conftest import ROOT, TINY, Trainer, assert_same_state, records
 import train
 from kernels import dispatch
 from nanostack import checkpoint
+from nanostack.commands.sample import Command, Console, main
 from nanostack.config import Optim, Sampling, load
 from nanostack.errors import UserError
-from nanostack.generate import Command, Console, Sample, Writer, continue_rows, draw, encode, main, probabilities, write
+from nanostack.generate import Sample, Writer, continue_rows, draw, encode, probabilities, write
 from nanostack.hf import export
 from nanostack.model import KVCache, Llama, LlamaConfig
 from nanostack.parallel import Placement

@@ -13,9 +13,10 @@ import pytest
 from conftest import ROOT, TINY, Trainer, records
 
 from nanostack import track
+from nanostack.commands import track as command
 from nanostack.config import load
 from nanostack.errors import UserError
-from nanostack.growth import describe
+from nanostack.growth import Receipt
 from nanostack.runs import read_run
 
 pytest.importorskip("tensorboard")
@@ -82,7 +83,7 @@ def test_growth_is_marked_in_tensorboard(runs):
     out = runs.folder / "tensorboard"
     receipt = next(record["growth"] for record in read_run(out)[1] if "growth" in record)
     found = board(out)
-    assert text(found, "growth/receipt") == [(3072, describe(receipt))]
+    assert text(found, "growth/receipt") == [(3072, str(Receipt.of(receipt)))]
     assert shown(found)["growth/loss_before"] == [(3072, np.float32(receipt["loss_before"]))]
     assert json.loads(text(found, "header")[0][1].removeprefix("```json").removesuffix("```")) == read_run(out)[0]
 
@@ -124,7 +125,7 @@ def test_resumed_run_shows_no_point_twice(runs):
 
 def test_run_can_be_shown_later(runs, tmp_path, capsys):
     out = shutil.copytree(runs.folder / "plain", tmp_path / "run")
-    answer = track.main(track.Command((out,)))["runs"][str(out)]
+    answer = command.main(command.Command((out,)))["runs"][str(out)]
     assert answer["records"] == 25 and Path(answer["where"]).parent == out and answer["where"] in capsys.readouterr().out
     found = shown(board(out))
     assert len(found.pop("layers")) == 25 and found == points(numbers(out))
@@ -159,7 +160,7 @@ def assert_shows_run(out: Path) -> None:
     assert [row.pop("layers") for row in history] == [2] * 12 + [4] * 13
     assert [row.pop("_step") for row in history] == list(range(25))
     receipt = next(record["growth"] for record in read_run(out)[1] if "growth" in record)
-    assert [row.pop("growth/receipt") for row in history if "growth/receipt" in row] == [describe(receipt)]
+    assert [row.pop("growth/receipt") for row in history if "growth/receipt" in row] == [str(Receipt.of(receipt))]
     for row, record in zip(history, numbers(out), strict=True):
         assert {name: value for name, value in row.items() if not name.startswith("_")} == pytest.approx(record, rel=1e-12)
 
@@ -205,7 +206,7 @@ def test_overwriting_a_run_ends_what_trackers_had_of_it(runs, tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from nanostack.metrics import Metrics
+from nanostack.recorder import Metrics
 from nanostack.track import Tracking
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -253,5 +254,5 @@ def test_what_cannot_be_shown_is_named(folders, message, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     with pytest.raises(UserError, match=message):
-        track.main(track.Command(tuple(tmp_path / folder for folder in folders)))
+        command.main(command.Command(tuple(tmp_path / folder for folder in folders)))
     assert not list(tmp_path.glob("*/events*"))

@@ -21,7 +21,7 @@ from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
 from nanostack.state import State
 from nanostack.text import tokenizer
-from nanostack.text.corpus import Args, prepare
+from nanostack.text.corpus import CorpusConfig, prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -246,7 +246,7 @@ def test_model_of_theirs_trains_on_text_prepared_with_its_own_tokenizer(corpus, 
     config, ours = replace(load(TINY, []).model, vocab_size=300), tokenizer.load(corpus)
     base = exported(state_of(config), tmp_path / "base", tokenizer=ours)
     text = {"sources": [str(ROOT / "nanostack")], "out": tmp_path / "data", "tokenizer": str(base), "val_fraction": 0.2}
-    prepare(Args(**text, workers=1))
+    prepare(CorpusConfig(**text, workers=1))
     assert run("nanostack.import_hf", base, tmp_path / "ckpt.pt").returncode == 0
     options = {"data.path": tmp_path / "data", "init_from": tmp_path / "ckpt.pt", "out": tmp_path / "run"}
     options |= {"model.vocab_size": 300, "stages.0.tokens": 1024, "stages.1.tokens": 1024}

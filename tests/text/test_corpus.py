@@ -24,7 +24,7 @@ import zstandard
 from nanostack.errors import UserError
 from nanostack.text import corpus as module
 from nanostack.text import encoding, tokenizer
-from nanostack.text.corpus import Args, prepare
+from nanostack.text.corpus import CorpusConfig, prepare
 from nanostack.text.dataset import Tokens, verify
 from nanostack.text.manifest import load_manifest, manifest_sha256
 from nanostack.text.sources import list_files
@@ -46,7 +46,7 @@ def texts(tmp_path) -> Path:
 
 def run(out: Path, *sources: Path | str, **options) -> dict:
     options = {"tokenizer": "bytes", "workers": 1, "val_fraction": 0.2} | options
-    return prepare(Args(sources=[str(source) for source in sources], out=out, **options))
+    return prepare(CorpusConfig(sources=[str(source) for source in sources], out=out, **options))
 
 
 def cli(*words: object, **options) -> subprocess.CompletedProcess:
@@ -334,7 +334,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_commands_of_the_data_page_are_understood():
     page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
     lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("nanostack prepare ")]
-    commands = [tyro.cli(Args, args=line[3:], use_underscores=True) for line in lines]
+    commands = [tyro.cli(CorpusConfig, args=line[3:], use_underscores=True) for line in lines]
     assert len(commands) == 12
     for command in commands:
         module._check_options(command)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanostack.errors import UserError
 from nanostack.text import dataset as module
-from nanostack.text.corpus import Args, prepare
+from nanostack.text.corpus import CorpusConfig, prepare
 from nanostack.text.dataset import Prefetcher, Tokens, permute, verify
 from nanostack.text.manifest import load_manifest, manifest_sha256
 
@@ -36,7 +36,7 @@ def mine(tmp_path) -> Path:
 
 
 def prepared(out: Path) -> Path:
-    prepare(Args(sources=[str(EMAIL)], out=out, tokenizer="bytes", shard_tokens=40_000, workers=1))
+    prepare(CorpusConfig(sources=[str(EMAIL)], out=out, tokenizer="bytes", shard_tokens=40_000, workers=1))
     return out
 
 

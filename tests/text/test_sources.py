@@ -94,13 +94,13 @@ configs:
 """
 TEXTS = [f"document {i} of a dataset\n" * 400 for i in range(24)]
 SMALL = (
-    "from nanostack import hub, prepare; hub.BLOCK = 1 << 12; prepare.main()"  # so that a small file comes in several blocks
+    "from nanostack.text import hub; from nanostack.commands import prepare; hub.BLOCK = 1 << 12; prepare.run()"  # so that a small file comes in several blocks
 )
 READ = """
 import json, sys
 from collections import Counter
 from nanostack.errors import UserError
-from nanostack.sources import Reader, list_files
+from nanostack.text.sources import Reader, list_files
 for source in sys.argv[2:]:
     try:
         print(json.dumps(list(Reader(list_files(source, Counter()), sys.argv[1]))))

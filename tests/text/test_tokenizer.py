@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.text import tokenizer
-from nanostack.text.corpus import Args, prepare
+from nanostack.text.corpus import CorpusConfig, prepare
 from nanostack.text.tokenizer import JsonTokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -122,7 +122,7 @@ def prepared(folder: Path, name: str) -> Path:
     (folder / "text").mkdir(parents=True)
     for i, text in enumerate(TEXTS):
         (folder / "text" / f"{i}.py").write_bytes(text.encode())
-    prepare(Args(sources=[str(folder / "text")], out=folder / "out", tokenizer=name, workers=1))
+    prepare(CorpusConfig(sources=[str(folder / "text")], out=folder / "out", tokenizer=name, workers=1))
     return folder / "out"
 
 
@@ -418,7 +418,7 @@ def test_a_tokenizer_json_without_the_library_names_the_extra(monkeypatch):
         JsonTokenizer("mine", *BUILT["smol"])
 
 
-GET = "import sys; from nanostack import tokenizer; made = tokenizer.get(sys.argv[1]); print(made.name, made.eot, made.n_vocab)"
+GET = "import sys; from nanostack.text import tokenizer; made = tokenizer.get(sys.argv[1]); print(made.name, made.eot, made.n_vocab)"
 
 
 def test_a_tokenizer_of_the_hub_is_fetched_once_and_told_with_its_commit(tmp_path):

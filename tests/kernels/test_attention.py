@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels import configs
 
-attention = importlib.import_module("kernels.flash_attention")  # the package exports the function of that name
+attention = importlib.import_module("kernels.attention_triton")
 
 
 ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal

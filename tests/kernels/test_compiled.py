@@ -1,6 +1,5 @@
 """The gate without a GPU: every kernel in every configuration, compiled for real architectures; and what torch.compile sees."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -18,8 +17,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import aot, tune
+from kernels import aot, dispatch, tune
 from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 
 def gate(*arguments, **environment):
@@ -140,11 +143,12 @@ def test_tuned_row_allows_its_odd_calls_what_they_need_and_none_that_breaks_is_t
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_sees_each_kernel_and_what_it_writes(dynamic, monkeypatch):
     """One graph, no copies of inputs for fear that a kernel might write them: traced with fake tensors on a fake Hopper."""
-    hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    hopper = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(importlib.import_module("kernels.dispatch"), "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda device: None)
     nanostack = torch.ops.nanostack
     written = []
 

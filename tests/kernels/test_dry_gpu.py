@@ -12,13 +12,12 @@ from conftest import ROOT
 from dry_gpu import NOT_DRY
 
 import kernels
-from kernels import configs, dispatch, dry
+from kernels import attention_triton, configs, dispatch, dry
 from kernels.dry import DryFault, DryGPU
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
-flash = sys.modules["kernels.flash_attention"]  # the package exports the function of that name
 tl = triton.language
 
 
@@ -55,14 +54,14 @@ def test_tile_that_spills_is_caught(monkeypatch):
 
 def test_pipelined_loop_over_heads_is_caught(monkeypatch):
     """What failed on an H100 on 2026-11-27: dK/dV of one token, with more than one head to a kv head."""
-    new, old = flash.attention_dk_dv_kernel, triton.JITFunction(flash.attention_dk_dv_kernel.fn)
+    new, old = attention_triton.attention_dk_dv_kernel, triton.JITFunction(attention_triton.attention_dk_dv_kernel.fn)
     loop = "tl.range(kv_head * group, (kv_head + 1) * group, num_stages=1)"
     assert new.src.count(loop) == 1
     old._unsafe_update_src(new.src.replace(loop, loop.replace("tl.range", "range").replace(", num_stages=1", "")))
     (q, *_), (k, v, _) = qkv(2, 1, 2, 64, dtype=torch.float16), qkv(2, 1, 1, 64, dtype=torch.float16)
     with DryGPU(90):
         kernels.flash_attention(q, k, v).backward(q.detach())
-        monkeypatch.setattr(flash, "attention_dk_dv_kernel", old)
+        monkeypatch.setattr(attention_triton, "attention_dk_dv_kernel", old)
         with pytest.raises(DryFault, match=r"attention_dk_dv_kernel does not compile for sm_90: .*PassManager"):
             kernels.flash_attention(q, k, v).backward(q.detach())
 
@@ -123,6 +122,6 @@ def test_dry_gpu_needs_triton(monkeypatch):
 
 def test_no_more_tests_than_these_need_a_device():
     """A gpu test that launches kernels is to run dry. Add to the list what cannot, and say why beside it."""
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(NOT_DRY) <= 14
     assert not [name for name in NOT_DRY if f"def {name}(" not in sources]

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -39,7 +40,15 @@ from .rotary import rotary_kernel
 from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-MATRIX = {9: r"\bHGMMA", 10: r"\bUTC\w*MMA"}  # by major version; HMMA elsewhere
+INSTRUCTIONS = {  # that are counted in the machine code: by name, how they are spelled there
+    "HGMMA": r"\bHGMMA",
+    "HMMA": r"\bHMMA",
+    "UTCMMA": r"\bUTC\w*MMA",
+    "TMA": r"\bUTMALDG",
+    "copy": r"\bLDGSTS",
+    "load 16 B": r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128",
+}
+MATRIX = {9: "HGMMA", 10: "UTCMMA"}  # by major version; HMMA elsewhere
 DTYPES = ("bf16", "fp16", "fp32")
 TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
     ("lse_ptr", "delta_ptr", "dweight_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "loss_ptr", "row_scale_ptr", "logits_ptr"),
@@ -194,24 +203,51 @@ def compile_case(case: Case):
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
-def inspect(case: Case) -> Report:
-    """Compile one case and read its cubin."""
-    size = None if case.size == ANY else case.size
-    about = (case.kernel, size, case.call, case.arch, case.dtype)
+@dataclass(frozen=True)
+class Built:
+    """What compiling a case gave."""
+
+    seconds: float
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    code: bytes = b""  # the instructions
+    error: str | None = None  # what the compiler said where there is no code
+
+
+def build(case: Case) -> Built:
+    """Compile one case."""
     started = time.perf_counter()
     try:
         compiled = compile_case(case)
     except Exception as error:  # whatever the compiler raises is a fault of the case
-        return Report(*about, 0, 0, 0, {}, round(time.perf_counter() - started, 2), [f"does not compile: {one_line(error)}"])
+        return Built(time.perf_counter() - started, error=one_line(error))
     seconds = time.perf_counter() - started
-    (registers, stack), sass = resources(compiled), _cuobjdump("--dump-sass", compiled)
-    patterns = {"HGMMA": r"\bHGMMA", "HMMA": r"\bHMMA", "UTCMMA": r"\bUTC\w*MMA", "TMA": r"\bUTMALDG", "copy": r"\bLDGSTS"}
-    patterns["load 16 B"] = r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128"
-    found = {name: len(re.findall(pattern, sass)) for name, pattern in patterns.items()}
-    shared = compiled.metadata.shared
-    faults = too_much(case.arch, case.config, stack, shared, calls_of(case.kernel)[case.call].odd)
-    faults += _lacking(case, found, sass)
-    return Report(*about, registers, stack, shared, found, round(seconds, 2), faults)
+    return Built(seconds, *resources(compiled), compiled.metadata.shared, machine_code(compiled.asm["cubin"]))
+
+
+def judge(cases: list[Case], built: list[Built]) -> list[Report]:
+    """The report of each case, from what its machine code needs and holds."""
+    listings = {}
+    for arch in {case.arch for case in cases}:  # the disassembler takes a third of a second to start, and no time for a kernel
+        mine = [number for number, case in enumerate(cases) if case.arch == arch]
+        listings |= dict(zip(mine, disassemble([built[number].code for number in mine], arch), strict=True))
+    return [_report(case, result, listings[number]) for number, (case, result) in enumerate(zip(cases, built, strict=True))]
+
+
+def _report(case: Case, built: Built, listing: str) -> Report:
+    about = (case.kernel, None if case.size == ANY else case.size, case.call, case.arch, case.dtype)
+    if built.error is not None:
+        return Report(*about, 0, 0, 0, {}, round(built.seconds, 2), [f"does not compile: {built.error}"])
+    found = {name: len(re.findall(pattern, listing)) for name, pattern in INSTRUCTIONS.items()}
+    faults = too_much(case.arch, case.config, built.stack, built.shared, calls_of(case.kernel)[case.call].odd)
+    faults += _lacking(case, found)
+    return Report(*about, built.registers, built.stack, built.shared, found, round(built.seconds, 2), faults)
+
+
+def inspect(case: Case) -> Report:
+    """Compile one case and read its machine code."""
+    return judge([case], [build(case)])[0]
 
 
 def one_line(error: Exception) -> str:
@@ -222,16 +258,37 @@ def one_line(error: Exception) -> str:
 
 def resources(compiled) -> tuple[int, int]:
     """Registers and stack bytes (spills) of a thread of a compiled kernel."""
-    usage = _cuobjdump("--dump-resource-usage", compiled)
+    usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", data=compiled.asm["cubin"])
     return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
 
 
-def _cuobjdump(option: str, compiled) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        return subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin, a 64-bit ELF file: its sections .text.*, one after another."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names_section = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]  # name, _, _, _, offset, length
+    names = cubin[sections[names_section][4] :]
+    return b"".join(cubin[x[4] : x[4] + x[5]] for x in sections if names.startswith(b".text.", x[0]))
+
+
+def disassemble(codes: list[bytes], arch: int) -> list[str]:
+    """The listing of each of them, a line for an instruction of 16 bytes, from one run of the disassembler."""
+    target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+    text = _nvidia_tool("nvdisasm", "--binary", target, data=b"".join(codes)) if any(codes) else ""
+    lines = (line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
+    listings = ["\n".join(islice(lines, len(code) // 16)) for code in codes]
+    if next(lines, None) is not None or sum(map(len, codes)) // 16 != sum(len(x.splitlines()) for x in listings):
+        raise RuntimeError("nvdisasm printed another number of instructions than it was given")
+    return listings
+
+
+def _nvidia_tool(name: str, *options: str, data: bytes) -> str:
+    """What one of the tools that come with Triton prints about a file that holds `data`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(data)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def too_much(arch: int, config: Config, stack: int, shared: int, odd: bool) -> list[str]:
@@ -244,18 +301,18 @@ def too_much(arch: int, config: Config, stack: int, shared: int, odd: bool) -> l
     return faults
 
 
-def _lacking(case: Case, found: dict[str, int], sass: str) -> list[str]:
+def _lacking(case: Case, found: dict[str, int]) -> list[str]:
     """Instructions that the machine code should have and has not, and slow ones that it has."""
     faults = []
     if case.dtype == "fp32" and _kernels()[case.kernel].matrix:
         return faults  # for checking: the matrix units would round
     if calls_of(case.kernel)[case.call].pointers:
         return faults  # nobody is served fast there
-    matrix = MATRIX.get(case.arch // 10, r"\bHMMA")
+    matrix = MATRIX.get(case.arch // 10, "HMMA")
     if _kernels()[case.kernel].matrix:
-        if not re.search(matrix, sass):
-            faults.append(f"no {matrix[2:]} instruction")
-        if matrix != r"\bHMMA" and found["HMMA"]:
+        if not found[matrix]:
+            faults.append(f"no {matrix} instruction")
+        if matrix != "HMMA" and found["HMMA"]:
             faults.append("HMMA, the slow matrix path of this architecture")
     elif not found["load 16 B"] and calls_of(case.kernel)[case.call].strides_of_16:
         faults.append("no load of 16 bytes at a time")
@@ -266,10 +323,12 @@ def _lacking(case: Case, found: dict[str, int], sass: str) -> list[str]:
 
 def inspect_all(todo: list[Case], console: Console) -> list[Report]:
     """Reports in the order of `todo`, compiled by all cores."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["nanostack.kernels.aot"])  # torch is imported once for all workers
     workers = min(len(todo), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = pool.map(inspect, todo)
-        return list(track(done, "compiling", total=len(todo), console=console, disable=not console.is_terminal))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        done = pool.map(build, todo)
+        return judge(todo, list(track(done, "compiling", total=len(todo), console=console, disable=not console.is_terminal)))
 
 
 def show(reports: list[Report], console: Console) -> None:

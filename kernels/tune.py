@@ -101,7 +101,7 @@ def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.
     torch, and has not touched the GPU: starting one takes no seconds.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "kernels.tune"])
+    context.set_forkserver_preload(["torch", "nanostack.kernels.tune"])
     cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     waiting, running, found, end = list(enumerate(jobs)), {}, {}, time.monotonic() + seconds
     try:

@@ -99,4 +99,7 @@ def install() -> None:
 def alias_kernels() -> None:
     """Make `kernels`, which is being imported, another name of `nanostack.kernels`."""
     sys.meta_path.insert(0, Alias())
-    sys.modules["kernels"] = importlib.import_module("nanostack.kernels")
+    importlib.import_module("nanostack.kernels")
+    for name, module in list(sys.modules.items()):
+        if f"{name}.".startswith("nanostack.kernels."):  # found now: a later import would replace kernels.rotary, the function
+            sys.modules[name.removeprefix("nanostack.")] = module

@@ -2,8 +2,8 @@
 
 A CPU tensor stands for one on the GPU (kernels/dry.py). A launch that does not compile, spills beyond its row of configs.py,
 needs too much shared memory or gives TMA what it refuses fails its test. What a test says about values is passed over and
-counted: this tells whether the kernels can be launched, never whether they are right. The tests of test_kernels.py and
-test_kernels_attention.py, which the interpreter runs for their values, run here for their shapes.
+counted: this tells whether the kernels can be launched, never whether they are right. The tests of test_operations.py and
+test_attention.py, which the interpreter runs for their values, run here for their shapes.
 
 `make dry-gpu` runs it whole; `make dry-gpu TRITON=3.6.0` with another Triton, unpacked beside and not installed.
 """

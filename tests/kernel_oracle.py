@@ -7,6 +7,7 @@ dtype: without it a torch that is exact by luck (one row, whose elements share o
 
 import contextlib
 import functools
+import itertools
 import os
 
 import dry_gpu
@@ -32,12 +33,30 @@ INTERPRETER = [_target("cpu", "triton", dtype) for dtype in (torch.float32, torc
 GPU = [_target(GPU_DEVICE, "triton", dtype, gpu=True) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 REFERENCE = [_target("cpu", way, dtype) for way in ("torch", "c") for dtype in (torch.float32, torch.bfloat16)]
 # What shapes can show is shown in the interpreter, and on a dry GPU whether they compile; a GPU's minutes are for realistic
-# sizes (test_kernels_gpu.py).
+# sizes (kernels/test_gpu.py).
 on_every_target = pytest.mark.parametrize("target", INTERPRETER if INTERPRETED else GPU if dry_gpu.active else REFERENCE)
 on_triton = pytest.mark.parametrize("target", INTERPRETER if INTERPRETED else GPU if dry_gpu.active else GPU[-1:])
 on_gpu = pytest.mark.parametrize("target", GPU)
+
+
+def in_turn(**parameters):
+    """Parametrise a test by all combinations of these values, each on every target.
+
+    In the interpreter, which takes seconds for a case, a combination has one of the two dtypes, in turn: with two parameters or
+    more any two values, and any value and dtype, still meet.
+    """
+    names, cases = ",".join(("target", *parameters)), []
+    for numbers in itertools.product(*(range(len(values)) for values in parameters.values())):
+        chosen = [values[i] for values, i in zip(parameters.values(), numbers, strict=True)]
+        targets = INTERPRETER[sum(numbers) % 2 :][:1] if INTERPRETED else GPU if dry_gpu.active else REFERENCE
+        for target in targets:
+            name = "-".join([target.id, *map(str, chosen)])
+            cases.append(pytest.param(*target.values, *chosen, id=name, marks=target.marks))
+    return pytest.mark.parametrize(names, cases)
+
+
 few_examples = settings(
-    max_examples=4 if INTERPRETED or dry_gpu.active else 12,
+    max_examples=3 if INTERPRETED or dry_gpu.active else 12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -199,7 +218,7 @@ def attention_inputs(batch, q_len, kv_len, n_head, n_kv_head, d_head, target):
     return [randn(*shape, seed=seed, target=target) for seed, shape in enumerate(shapes)]
 
 
-def all_operations(target, batch=1, seq=40, heads=2, kv_heads=1, d_head=32, width=40, vocab=50):
+def all_operations(target, batch=1, seq=11 if INTERPRETED else 40, heads=2, kv_heads=1, d_head=32, width=40, vocab=50):
     """Each operation as (function, inputs), on small odd shapes."""
     device, backend, _ = target
     x, residual, weight, gate_up, head = (

@@ -1,4 +1,4 @@
-"""Numbers of attention, as in test_kernels.py: on the torch references, in C, interpreted, and with a CUDA device compiled."""
+"""Numbers of attention, as in test_operations.py: on the torch paths, in C, interpreted, and with a CUDA device compiled."""
 
 import importlib
 
@@ -13,6 +13,7 @@ from kernel_oracle import (
     check_attention,
     few_examples,
     holds,
+    in_turn,
     naive_attention,
     naive_rotary,
     naive_scores,
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels import configs
 
-attention = importlib.import_module("kernels.flash_attention")  # the package exports the function of that name
+attention = importlib.import_module("kernels.attention_triton")
 
 
 ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
@@ -45,8 +46,7 @@ ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
 ]
 
 
-@on_every_target
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@in_turn(shape=ATTENTION_SHAPES)
 def test_attention_obeys_error_rule(shape, target, monkeypatch):
     check_attention(*attention_inputs(*shape[:-1], target), target, monkeypatch, causal=shape[-1])
 
@@ -81,17 +81,14 @@ def test_attention_survives_scores_far_below_zero(target):
             assert holds(result.isfinite().all())
 
 
-@on_every_target
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("edges", [[0, 50], [0, 1, 1, 17, 18, 75], [0, 40, 64, 65]], ids=str)
+@in_turn(causal=[True, False], edges=[[0, 50], [0, 1, 1, 17, 18, 75], [0, 40, 64, 65]])
 def test_attention_stays_inside_documents(edges, causal, target, monkeypatch):
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=target[0])
     q, k, v = attention_inputs(1, edges[-1], edges[-1], 4, 2, 32, target)
     check_attention(q, k, v, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
 
 
-@on_every_target
-@pytest.mark.parametrize("edges", [None, [0, 20, 45]], ids=str)
+@in_turn(edges=[None, [0, 20, 45]])
 def test_attention_returns_the_natural_logsumexp(edges, target):
     q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
     cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=target[0])
@@ -139,22 +136,25 @@ def test_attention_stays_inside_any_documents(lengths, causal, group, target, mo
     check_attention(*inputs, target, monkeypatch, causal=causal, cu_seqlens=cu_seqlens)
 
 
-@on_every_target
-@pytest.mark.parametrize("edges", [None, [0, 1, 37, 50, 50, 74], [0, 5, 30, 50, 50, 74]], ids=str)
-@pytest.mark.parametrize(("n_head", "n_kv_head", "d_head"), [(4, 2, 40), (1, 1, 64)])
-def test_rotary_attention_obeys_error_rule(n_head, n_kv_head, d_head, edges, target, monkeypatch):
-    """Two rows of 37 tokens; a document that goes on from the first into the second keeps the positions of each."""
-    qkv = randn(2, 37, n_head + 2 * n_kv_head, d_head, target=target)
-    angle = torch.outer(torch.arange(41.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
+SEQ = 19 if INTERPRETED else 37  # two blocks of rows of the interpreter's, three of columns; in C more than one of either
+
+
+@in_turn(heads=[(4, 2, 40), (1, 1, 64)], edges=[(), (1, SEQ), (5, SEQ - 7)])
+def test_rotary_attention_obeys_error_rule(heads, edges, target, monkeypatch):
+    """Two rows of tokens; a document that goes on from the first into the second keeps the positions of each."""
+    n_head, n_kv_head, d_head = heads
+    edges = [0, *edges, SEQ + 13, SEQ + 13, 2 * SEQ] if edges else None
+    qkv = randn(2, SEQ, n_head + 2 * n_kv_head, d_head, target=target)
+    angle = torch.outer(torch.arange(SEQ + 4.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
     cos, sin = angle.cos(), angle.sin()
     cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=target[0])
 
     def apart(attend):
         def function(qkv):
             q, k, v = qkv.split([n_head, n_kv_head, n_kv_head], 2)
-            q, k = naive_rotary(q, k, *(table[:37].to(torch.promote_types(q.dtype, torch.float32)) for table in (cos, sin)))
-            packed = [x if edges is None else x.reshape(1, 74, -1, d_head) for x in (q, k, v)]
-            return attend(*packed, cu_seqlens=cu_seqlens).reshape(2, 37, n_head, d_head)
+            q, k = naive_rotary(q, k, *(table[:SEQ].to(torch.promote_types(q.dtype, torch.float32)) for table in (cos, sin)))
+            packed = [x if edges is None else x.reshape(1, 2 * SEQ, -1, d_head) for x in (q, k, v)]
+            return attend(*packed, cu_seqlens=cu_seqlens).reshape(2, SEQ, n_head, d_head)
 
         return function
 

@@ -1,4 +1,4 @@
-"""The C functions of the CPU beyond their numbers, which test_kernels.py checks: how they are built, chosen and left alone."""
+"""The C functions of the CPU: how they are built, chosen and left alone; test_operations.py checks their numbers."""
 
 import os
 import subprocess

@@ -1,6 +1,5 @@
 """The gate without a GPU: every kernel in every configuration, compiled for real architectures; and what torch.compile sees."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -18,24 +17,27 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import aot, tune
+from kernels import aot, dispatch, tune
 from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for
 
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-def gate(*arguments, **environment):
-    command = [sys.executable, "-m", "kernels.aot", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+SPILLS = attention(128, 256, 4, 1, TMA=True)  # at a d_head of 128
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # hundreds of compilations, on whatever cores there are
-def test_every_configuration_compiles_into_the_code_it_promises():
+def test_every_configuration_compiles_into_the_code_it_promises(capsys):
     reports = []
     # Rows of fp32 are the same on both, and odd calls of rows of 80 are for the dry GPU (make dry-gpu).
     for arguments in (("--arch", "90"), ("--arch", "80", "--dtype", "bf16", "--usual")):
-        done = gate(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        reports += json.loads(done.stdout)["kernels"]
+        code = aot.main([*arguments, "--json"])
+        told = capsys.readouterr()
+        assert code == 0, told.err
+        reports += json.loads(told.out)["kernels"]
     for name in TABLE:
         for arch, dtype in ((90, "bf16"), (90, "fp16"), (90, "fp32"), (80, "bf16")):
             if dtype == "fp16" and not name.startswith("attention"):
@@ -49,7 +51,7 @@ def test_every_configuration_compiles_into_the_code_it_promises():
 @pytest.mark.parametrize(
     ("kernel", "size", "call", "config", "fault"),
     [
-        ("attention_forward", 128, "causal", attention(128, 256, 4, 1, TMA=True), r"stack of \d+ bytes, 0 allowed"),
+        ("attention_forward", 128, "causal", SPILLS, r"stack of \d+ bytes, 0 allowed"),
         ("attention_forward", 128, "causal", attention(128, 128, 8, 4, TMA=True), "bytes of shared memory"),
         ("attention_forward", 64, "causal", attention(16, 64, 4, 1), "no HGMMA"),
         ("rms_norm_forward", 256, "alone", row(8, BLOCK_ROWS=1), "no load of 16 bytes"),
@@ -60,19 +62,31 @@ def test_the_gate_names_what_is_wrong_with_a_row(kernel, size, call, config, fau
     assert any(re.search(fault, found) for found in report.faults), report.faults
 
 
-def test_the_gate_fails_with_a_message():
-    program = """if True:
-        import sys
-        from kernels import aot, configs
-        configs.TABLE["swiglu_forward"] = {80: {configs.ANY: configs.row(4, BLOCK=128)}}
-        sys.exit(aot.main(["--arch", "90", "--kernel", "swiglu_forward"]))
-    """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.splitlines()[0] == "error: swiglu_forward bf16 sm_90: no load of 16 bytes at a time"
-    done = gate(TRITON_INTERPRET="1")
-    assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1")
-    assert gate("--arch", "70").returncode == 2
+def test_the_gate_fails_with_a_message(monkeypatch, capsys):
+    monkeypatch.setitem(TABLE, "swiglu_forward", {80: {ANY: row(4, BLOCK=128)}})
+    assert aot.main(["--arch", "90", "--kernel", "swiglu_forward"]) == 1
+    assert capsys.readouterr().err.splitlines()[0] == "error: swiglu_forward bf16 sm_90: no load of 16 bytes at a time"
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--arch", "70"])
+    assert ended.value.code == 2
+
+
+def test_the_gate_does_not_take_interpreted_kernels():
+    command, environment = [sys.executable, "-m", "kernels.aot"], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1"), done.stderr
+
+
+def test_listings_of_several_kernels_are_each_the_one_of_the_whole_file(tmp_path):
+    """One run of the disassembler for all kernels, beside a run for each whole file of machine code."""
+    cases = [aot.Case(name, ANY, "", 90, "bf16", row(4, BLOCK=1024)) for name in ("swiglu_forward", "swiglu_backward")]
+    cubins = [aot.compile_case(case).asm["cubin"] for case in cases]
+    listings = aot.disassemble([aot.machine_code(cubin) for cubin in cubins], 90)
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+    for cubin, listing in zip(cubins, listings, strict=True):
+        whole = aot._nvidia_tool("cuobjdump", "--dump-sass", data=cubin)
+        opcodes, expected = ([found.split()[0] for found in instruction.findall(text)] for text in (listing, whole))
+        assert len(opcodes) > 50 and opcodes == expected
 
 
 def test_tune_prints_rows_as_the_source_of_the_table():
@@ -98,7 +112,7 @@ def test_tune_measures_a_kernel():
 
 
 def test_unsound_candidates_are_not_taken_however_fast():
-    fine, spills = row(4, BLOCK=1024), attention(128, 256, 4, 1)
+    fine, spills = row(4, BLOCK=1024), SPILLS
     taken = [
         tune.gated(kernel, size, 90, [config], seconds, tune._fault)
         for kernel, size, config, seconds in (
@@ -140,11 +154,12 @@ def test_tuned_row_allows_its_odd_calls_what_they_need_and_none_that_breaks_is_t
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_sees_each_kernel_and_what_it_writes(dynamic, monkeypatch):
     """One graph, no copies of inputs for fear that a kernel might write them: traced with fake tensors on a fake Hopper."""
-    hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    hopper = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(importlib.import_module("kernels.dispatch"), "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda device: None)
     nanostack = torch.ops.nanostack
     written = []
 

@@ -1,7 +1,7 @@
 """Inputs at the edge of a dtype: what is finite in fp64 and fits the dtype stays so, and nothing that is not finite is lost.
 
 The right value is the naive formula in fp64, rounded. Where torch in the same dtype has another, that is accepted, too, unless
-a test says that only the right one is. As test_kernels.py: on the torch references, in C, interpreted, and on a GPU.
+a test says that only the right one is. As test_operations.py: on the torch references, in C, interpreted, and on a GPU.
 """
 
 import dry_gpu
@@ -10,6 +10,7 @@ import torch
 from kernel_oracle import (
     holds,
     in_double,
+    in_turn,
     naive_scores,
     on_every_target,
     plain_rms_norm,
@@ -55,9 +56,7 @@ FINITE = [0.0, 1.0, -1.0, 30.0, -30.0, 88.5, -88.5, 1e4, -1e4, 3e38, -3e38]
 NOT_FINITE = [float("inf"), -float("inf"), float("nan")]
 
 
-@on_every_target
-@pytest.mark.parametrize("size", [1.0, 1e20])
-@pytest.mark.parametrize("up", [0.5, -2.0, 1e20])
+@in_turn(size=[1.0, 1e20], up=[0.5, -2.0, 1e20])
 def test_swiglu_of_any_gate(up, size, target):
     swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
     gates = [gate for gate in FINITE if target[2] != torch.float16 or abs(gate) < 6e4]
@@ -99,9 +98,7 @@ def test_cross_entropy_of_logits_of_any_size(size, z_loss, target):
         assert_right(cross_entropy, naive, inputs, torch_too=False, slack=(1, 1 + abs(size * z_loss), abs(size)))
 
 
-@on_every_target
-@pytest.mark.parametrize("answer", [3, 39])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@in_turn(answer=[3, 39], z_loss=[0.0, 1e-2])
 def test_cross_entropy_of_logits_of_minus_infinity(z_loss, answer, target, monkeypatch):
     """A class that is forbidden: the whole first block of a row is, and the target may be."""
     monkeypatch.setitem(configs.TABLE, "cross_entropy", {80: {configs.ANY: configs.row(4, BLOCK_V=16)}})
@@ -117,9 +114,7 @@ def exact_attention(q, k, v, causal, scale):
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v), scores.logsumexp(-1).detach()
 
 
-@on_every_target
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("scale", [0.3, 0.0, -0.3, -2.0])
+@in_turn(causal=[True, False], scale=[0.3, 0.0, -0.3, -2.0])
 def test_attention_of_any_scale(scale, causal, target):
     q, k, v = (torch.randn(1, 37, 1, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     inputs = [x.to(target[0], target[2]).requires_grad_() for x in (q, k, v)]

@@ -1,6 +1,6 @@
 """The compiled kernels on a GPU: each in each dtype at a realistic size and at an odd one, and what only a GPU has.
 
-Whatever a shape can show, test_kernels.py and test_kernels_attention.py show in the interpreter. This file is to take less than
+Whatever a shape can show, test_operations.py and test_attention.py show in the interpreter. This file is to take less than
 a minute of a machine with 16 cores (an estimate until it has run): most of it is compiling, which -n divides.
 """
 

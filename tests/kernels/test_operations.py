@@ -1,6 +1,6 @@
 """Numbers: each operation, its outputs and all its gradients, against naive formulas in fp64.
 
-This file runs three times: here on the torch references, in test_kernels_interpreted.py on the interpreted Triton kernels, and
+This file runs three times: here on the torch references, in test_interpreted.py on the interpreted Triton kernels, and
 with a CUDA device on the compiled ones.
 """
 
@@ -18,6 +18,7 @@ from kernel_oracle import (
     check_attention,
     few_examples,
     holds,
+    in_turn,
     naive_cross_entropy,
     naive_rms_norm,
     naive_rotary,
@@ -59,8 +60,7 @@ def check_add_rms_norm(x, residual, weight, target, monkeypatch):
     )
 
 
-@on_every_target
-@pytest.mark.parametrize("shape", [(1, 1), (192,), (127, 192), (3, 5, 781), (2, 3, 4, 64), (3, 4096)], ids=str)
+@in_turn(shape=[(1, 1), (192,), (37, 192), (3, 5, 781), (2, 3, 4, 64), (3, 4096)])
 def test_rms_norm_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
     weight = randn(shape[-1], target=target, seed=1)
     check_rms_norm(randn(*shape, target=target), weight, target, monkeypatch)
@@ -71,7 +71,7 @@ def test_rms_norm_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
 @on_every_target
 def test_rms_norm_takes_strided_inputs_and_fp32_weight(target, monkeypatch):
     weight = randn(96, target=target, seed=1).detach().float().requires_grad_()
-    for view in (lambda x: x.transpose(0, 1), lambda x: x[:, ::2, :96], lambda x: x.transpose(1, 2)[..., :96]):
+    for view in (lambda x: x.transpose(0, 1)[:13], lambda x: x[:, ::2, :96], lambda x: x.transpose(1, 2)[..., :96]):
         x, residual = (view(randn(4, 100, 100, target=target, seed=seed, grad=False)) for seed in (0, 1))
         x, residual = x[:, :5, :96].requires_grad_(), residual[:, :5, :96].requires_grad_()
         assert not x.is_contiguous()
@@ -103,14 +103,9 @@ def test_rms_norm_obeys_error_rule_in_any_shape(rows, width, target, monkeypatch
     check_rms_norm(randn(rows, width, target=target), randn(width, target=target, seed=1), target, monkeypatch)
 
 
-@on_every_target
-@pytest.mark.parametrize(
-    ("batch", "seq", "n_head", "n_kv_head", "d_head", "offset"),
-    [(2, 1, 1, 1, 2, 0), (1, 37, 8, 1, 32, 3), (2, 5, 4, 2, 80, 0), (1, 3, 6, 6, 128, 7), (1, 2, 40, 5, 256, 1)],
-)
-def test_rotary_obeys_error_rule_on_slices_of_a_fused_projection(
-    batch, seq, n_head, n_kv_head, d_head, offset, target, monkeypatch
-):
+@in_turn(shape=[(2, 1, 1, 1, 2, 0), (1, 37, 8, 1, 32, 3), (2, 5, 4, 2, 80, 0), (1, 3, 6, 6, 128, 7), (1, 2, 40, 5, 256, 1)])
+def test_rotary_obeys_error_rule_on_slices_of_a_fused_projection(shape, target, monkeypatch):
+    batch, seq, n_head, n_kv_head, d_head, offset = shape
     fused = randn(batch, seq, n_head + 2 * n_kv_head, d_head, target=target, grad=False)
     q, k, _ = (x.requires_grad_() for x in fused.split([n_head, n_kv_head, n_kv_head], 2))
     angle = torch.outer(torch.arange(offset + seq + 2.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
@@ -139,8 +134,7 @@ def test_rotary_turns_by_relative_position_only(target):
     torch.testing.assert_close(product(3, 9), product(41, 47))
 
 
-@on_every_target
-@pytest.mark.parametrize("shape", [(2,), (3, 74), (2, 5, 384), (1, 2, 3, 2050)], ids=str)
+@in_turn(shape=[(2,), (3, 74), (2, 5, 384), (1, 2, 3, 2050)])
 def test_swiglu_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
     gate_up = randn(*shape, target=target, scale=3)
     swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
@@ -195,8 +189,7 @@ LAYOUTS = {"between others": between_others, "rows repeated": repeated(0), "elem
 LAYOUTS["sign to be turned"] = lambda x: torch._neg_view(-x)
 
 
-@on_every_target
-@pytest.mark.parametrize("layout", LAYOUTS)
+@in_turn(layout=list(LAYOUTS))
 def test_memory_layout_does_not_matter(layout, target):
     """Of any input, integers too, and of the gradients that come back."""
     for name, (function, inputs) in all_operations(target, batch=2, seq=7).items():
@@ -292,9 +285,7 @@ CROSS_ENTROPY_OPTIONS = [
 ]
 
 
-@on_every_target
-@pytest.mark.parametrize("options", CROSS_ENTROPY_OPTIONS, ids=str)
-@pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
+@in_turn(chunk_rows=[1, 5, 1000], options=CROSS_ENTROPY_OPTIONS)
 def test_cross_entropy_obeys_error_rule_in_any_chunks(chunk_rows, options, target, monkeypatch):
     module = importlib.import_module("kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 61 * chunk_rows)

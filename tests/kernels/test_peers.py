@@ -1,18 +1,13 @@
 """tests/peers: what the runner says when something is missing, and that an adapter reaches our kernels."""
 
 import json
-import sys
 
 import pytest
 from conftest import ROOT, python
+from peers import run as runner
+from peers.run import Options, adapters, main, table
 
 from nanostack.errors import UserError
-
-sys.path.insert(0, str(ROOT / "tests/peers"))
-import run as runner
-from run import Options, adapters, main, table
-
-sys.path.remove(str(ROOT / "tests/peers"))  # adapters are named as the peers are: `import torchtune` must not find one of ours
 
 FAKE_PACKAGE = """
 def linear_cross_entropy(*args, **options):

@@ -16,11 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from nanostack.errors import UserError, command_line
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
 BACKENDS = ("torch", "c", "triton")
 

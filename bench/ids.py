@@ -1,6 +1,6 @@
 """Token ids for benchmarks in which text decides nothing: drawn at random, and about as frequent as words are in text.
 
-They are written by nanostack.prepare's own writer to a folder in the format that train.py reads, so that what is timed reads,
+The writer of nanostack/text/corpus.py puts them into a folder in the format that train.py reads, so that what is timed reads,
 shuffles and copies them to the device as it does text. Nothing has to be prepared, and nothing comes from the network.
 """
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from bench import ROOT, anchors, growth, sections, throughput
-from bench.results import RESULTS, markdown
+from bench.results import RESULTS
 from kernels.configs import ANY
+from study.results import markdown
 
 PAGE = ROOT / "docs/performance.md"
 MARKS = ("<!-- begin: python bench/report_gpu.py -->", "<!-- end: python bench/report_gpu.py -->")

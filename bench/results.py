@@ -62,9 +62,3 @@ def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> Non
             found[package] = version(package)
     result |= {"versions": found, "git_commit": commit(), "date": date.today().isoformat()}
     sections.write(out, result)
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table whose first column says what a row is of; the others hold numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -40,6 +40,7 @@ from nanostack.config import Stage, Train, load
 from nanostack.device import compute_dtype
 from nanostack.errors import UserError, command_line
 from nanostack.flops import MFU, mfu, n_params, peak_flops
+from nanostack.preflight import choose_kernels
 from nanostack.provenance import device_name
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.text.manifest import load_manifest
@@ -103,15 +104,16 @@ def ours(config: Train, mark) -> str:
 
     with TemporaryDirectory() as folder:
         run = train.Run(replace(config, out=folder))
-        step = run.train_step
+        stepped = run.recorder.stepped
 
-        def marked(batches):
-            step(batches)
+        def marked(*step) -> dict:
+            values = stepped(*step)
             mark()
+            return values
 
-        run.train_step, run.save, run.log = marked, lambda: None, lambda *_: None
+        run.recorder.stepped, run.recorder.log, run.save = marked, lambda *_: None, lambda: None
         run.train()
-    return run.kernels
+    return choose_kernels(config.kernels, run.placement)
 
 
 def theirs(name: str, config: Train, mark) -> str:
@@ -145,7 +147,7 @@ def theirs(name: str, config: Train, mark) -> str:
                     with torch.autocast(device.type, dtype, enabled=low):
                         loss = model(*next(batches)) / parts
                     loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             mark()

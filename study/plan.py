@@ -69,7 +69,7 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     decay: float = 0.2  # of a budget's FLOPs
     val_tokens: int = 65536
-    text: str = "stdlib"  # source of nanostack.prepare, large enough for these budgets
+    text: str = "stdlib"  # source of `nanostack prepare`, large enough for these budgets
 
     def __post_init__(self):
         _check(

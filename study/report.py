@@ -13,14 +13,14 @@ import numpy
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
-from bench.results import markdown
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token, n_params
 from nanostack.growth.budget import growth_tokens
 from nanostack.model import LlamaConfig
+from study import ROOT
 from study.draw import draw_curves
-from study.results import ROOT, at_best_pace, pays, percent, plus_minus, read_results, rows, summarise
+from study.results import at_best_pace, markdown, pays, percent, plus_minus, read_results, rows, summarise
 
 OURS = ROOT / "bench/results"
 ORDER = ("operators", "timing", "factor", "optimizer", "scale")
@@ -164,7 +164,7 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
 ![loss over the share of FLOPs before growth]({picture})
 
 A budget at which fewer than four arms have a point is left out. The formula was fitted at 8e19 FLOPs and more, far outside of
-what was run here; `nanostack.plan` caps it at a share of the budget for that reason.
+what was run here; `nanostack plan` caps it at a share of the budget for that reason.
 """
 
 
@@ -211,6 +211,6 @@ def scaling(summaries: dict[str, dict]) -> str:
 
 def meaning(study: str) -> str:
     """The conclusion that its study file draws from our results, if it is one of ours."""
-    path = ROOT / "config/study" / f"{study}.py"
+    path = ROOT / f"study/studies/{study}.py"
     means = runpy.run_path(str(path))["study"].means if path.is_file() else ""
     return f"\n**What it means.**\n{means.strip()}\n" if means else ""

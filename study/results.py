@@ -1,10 +1,6 @@
 """What growth saves: FLOPs(scratch) / FLOPs(grown, base included) − 1 at equal validation loss.
 
-    python bench/speedup.py study/studies/operators.py                        run a study (study/plan.py), or go on with it
-    python bench/speedup.py out/quickstart/scratch out/quickstart/grown ...  compare finished runs
-    python bench/speedup.py --report                                         write docs/study.md anew from the results
-
-Of a study, every point of every curve is the end of a fully decayed run, seeds are paired, and the interval is Student's t at
+Every point of every curve of a study is the end of a fully decayed run; seeds are paired, and the interval is Student's t at
 95 %. Between two points a curve is a straight line of loss over log FLOPs. A curve that does not come down to the target, or
 does not stay below it, has not reached it: then there is no number.
 """
@@ -12,46 +8,17 @@ does not stay below it, has not reached it: then there is no number.
 import itertools
 import json
 import math
-import os
-import runpy
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-from rich.console import Console
 from rich.table import Table
 
-from nanostack.errors import UserError, command_line
+from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.model import LlamaConfig
-from study import ROOT
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
-
-
-@dataclass(frozen=True)
-class Command:
-    """How many FLOPs did growth save?"""
-
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """A study file, or folders of finished runs."""
-    data: Path | None = None
-    """Prepared text of a study; data/stdlib512 or data/site-packages512, as its size asks for, unless given."""
-    size: str | None = None
-    """Of a study: cpu, gpu, ...; what this machine is, unless given."""
-    jobs: int | None = None
-    """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
-    out: Path = Path("out/study")
-    """Folder of a study's runs."""
-    results: Path = Path("bench/results")
-    """Folder of result files and pictures."""
-    report: bool = False
-    """Write study.md in `docs` anew from all studies in `results`."""
-    docs: Path = ROOT / "docs"
-    json: bool = False
-    """Print the summary as one JSON object; everything else goes to standard error."""
 
 
 def read_results(path: Path) -> dict:
@@ -328,74 +295,7 @@ def table(summary: dict) -> Table:
     return shown
 
 
-def main(command: Command) -> dict:
-    try:
-        return answer(command)
-    except OSError as error:
-        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
-
-
-def answer(command: Command) -> dict:
-    console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 170)
-    if command.report:
-        from study.report import write_report
-
-        return write_report(command.results, command.docs, console)
-    if not command.paths:
-        raise UserError("give a study file (study/studies/*.py), folders of finished runs, or --report")
-    if command.paths[0].suffix == ".py":
-        return run_study(command, console)
-    from study.runs import collect
-
-    results = collect(command.paths)
-    stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "compared"
-    summary = show(results, stem, console)
-    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
-
-
-def show(results: dict, stem: Path, console: Console) -> dict:
-    """Table and verdict on the console, the picture beside `stem`. Returns the summary."""
-    from study.draw import draw_curves
-
-    summary = summarise(results)
-    console.print(table(summary))
-    console.print(pays(summary))
-    draw_curves(results, summary, stem.with_name(stem.name + ".png"))
-    console.print(f"wrote {stem}.png", soft_wrap=True)
-    return summary
-
-
-def run_study(command: Command, console: Console) -> dict:
-    import torch
-
-    from study import runner
-    from study.plan import Study
-
-    path, *others = command.paths
-    if others or not path.is_file():
-        raise UserError(f"there is no study file {path}" if not others else f"one study at a time: {path}")
-    try:
-        study = runpy.run_path(str(path)).get("study")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path} is not a valid study: {type(error).__name__}: {error}") from error
-    if not isinstance(study, Study):
-        raise UserError(f"{path} has no variable `study` of type bench.study.Study")
-    cuda = torch.cuda.is_available()
-    size = command.size or ("gpu" if cuda else "cpu")
-    jobs = (4 if cuda else os.cpu_count()) if command.jobs is None else command.jobs  # small models leave most of a GPU idle
-    if jobs < 1:
-        raise UserError(f"jobs must be at least 1, not {jobs}")
-    data = command.data and command.data.resolve()
-    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console)
-    summaries = {}
-    for file in files:
-        console.print(f"results are in {file}", soft_wrap=True)
-        summaries[file.stem] = show(at_best_pace(json.loads(file.read_text())), file.with_suffix(""), console)
-    return summaries[files[0].stem] if len(files) == 1 else summaries
-
-
-if __name__ == "__main__":
-    command_line(Command, main)
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table whose first column says what a row is of; the others hold numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from nanostack.config import Stage, Train
 from nanostack.errors import UserError
 from nanostack.files import replacing
 from nanostack.provenance import device_name, git_commit, versions
+from nanostack.recorder import Diverged
 from nanostack.runs import read_run
 from study.plan import Job, Plan, Study
 from study.results import read_results
@@ -71,7 +71,7 @@ def attempt(config: Train) -> dict | None:
         try:
             run = train.Run(replace(config, resume=True))
             run.train()
-        except train.Diverged as error:
+        except Diverged as error:
             diverged = True
             print(f"error: {error}")
     try:
@@ -112,6 +112,8 @@ class Runner:
             self.runs |= read_results(file)["runs"]
         self.runs |= self.results["runs"]
         self.ran = False
+        self.processes = get_context("forkserver")
+        self.processes.set_forkserver_preload(["train"])  # so that torch is imported once, and not by every worker
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """Those to run, in order: jobs without a result, and those whose checkpoint one of them needs and is gone."""
@@ -137,7 +139,7 @@ class Runner:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
         with (
             Progress(*columns, console=self.console) as progress,
-            ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_worker) as pool,
+            ProcessPoolExecutor(self.workers, mp_context=self.processes, initializer=_worker) as pool,
         ):
             task, running = progress.add_task(what, total=total), {}
             try:
@@ -187,8 +189,6 @@ class Runner:
 
 
 def _worker() -> None:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

@@ -22,7 +22,7 @@ from study.results import path_of, read_results, summarise
 from study.runner import Runner, execute, tune
 
 STUDY_WITH = """
-from bench.study import Arm, Jump, Size, Study
+from study.plan import Arm, Jump, Size, Study
 from nanostack.config import Growth
 from nanostack.model import LlamaConfig
 
@@ -139,7 +139,7 @@ def test_rate_that_diverges_is_recorded_and_other_losses_than_before_are_refused
 
 
 STUDY = """
-from bench.study import Arm, Jump, Size, Study
+from study.plan import Arm, Jump, Size, Study
 from nanostack.config import Growth
 from nanostack.model import LlamaConfig
 

@@ -1,0 +1,118 @@
+"""How many FLOPs does growth save? `python bench/speedup.py` is another spelling of `python -m study`.
+
+python -m study study/studies/operators.py                       run a study (study/plan.py), or go on with it
+python -m study out/quickstart/scratch out/quickstart/grown ...  compare finished runs
+python -m study --report                                         write docs/study.md anew from the results
+"""
+
+import json
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+
+from nanostack.errors import UserError, command_line
+from study import ROOT, runner
+from study.draw import draw_curves
+from study.plan import Study
+from study.report import write_report
+from study.results import at_best_pace, pays, summarise, table
+from study.runs import collect
+
+
+@dataclass(frozen=True)
+class Command:
+    """How many FLOPs did growth save?"""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """A study file, or folders of finished runs."""
+    data: Path | None = None
+    """Prepared text of a study; data/stdlib512 or data/site-packages512, as its size asks for, unless given."""
+    size: str | None = None
+    """Of a study: cpu, gpu, ...; what this machine is, unless given."""
+    jobs: int | None = None
+    """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
+    out: Path = Path("out/study")
+    """Folder of a study's runs."""
+    results: Path = Path("bench/results")
+    """Folder of result files and pictures."""
+    report: bool = False
+    """Write study.md in `docs` anew from all studies in `results`."""
+    docs: Path = ROOT / "docs"
+    json: bool = False
+    """Print the summary as one JSON object; everything else goes to standard error."""
+
+
+def main(command: Command) -> dict:
+    try:
+        return answer(command)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
+
+
+def answer(command: Command) -> dict:
+    console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 170)
+    if command.report:
+        return write_report(command.results, command.docs, console)
+    if not command.paths:
+        raise UserError("give a study file (study/studies/*.py), folders of finished runs, or --report")
+    if command.paths[0].suffix == ".py":
+        return run_study(command, console)
+    results = collect(command.paths)
+    stem = Path(os.path.commonpath([folder.resolve() for folder in command.paths])) / "compared"
+    summary = show(results, stem, console)
+    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def show(results: dict, stem: Path, console: Console) -> dict:
+    """Table and verdict on the console, the picture beside `stem`. Returns the summary."""
+    summary = summarise(results)
+    console.print(table(summary))
+    console.print(pays(summary))
+    draw_curves(results, summary, stem.with_name(stem.name + ".png"))
+    console.print(f"wrote {stem}.png", soft_wrap=True)
+    return summary
+
+
+def study_of(path: Path) -> Study:
+    """The study that a file defines."""
+    if not path.is_file():
+        raise UserError(f"there is no study file {path}")
+    try:
+        study = runpy.run_path(str(path)).get("study")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path} is not a valid study: {type(error).__name__}: {error}") from error
+    if not isinstance(study, Study):
+        raise UserError(f"{path} has no variable `study` of type study.plan.Study")
+    return study
+
+
+def run_study(command: Command, console: Console) -> dict:
+    path, *others = command.paths
+    if others:
+        raise UserError(f"one study at a time: {path}")
+    study = study_of(path)
+    cuda = torch.cuda.is_available()
+    size = command.size or ("gpu" if cuda else "cpu")
+    jobs = (4 if cuda else os.cpu_count()) if command.jobs is None else command.jobs  # small models leave most of a GPU idle
+    if jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {jobs}")
+    data = command.data and command.data.resolve()
+    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console)
+    summaries = {}
+    for file in files:
+        console.print(f"results are in {file}", soft_wrap=True)
+        summaries[file.stem] = show(at_best_pace(json.loads(file.read_text())), file.with_suffix(""), console)
+    return summaries[files[0].stem] if len(files) == 1 else summaries
+
+
+if __name__ == "__main__":
+    command_line(Command, main)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,18 @@ def python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str
     return start_python(*words, cwd=cwd, env=env, input=input).done()
 
 
+def ranks(*words: object, number: int, env: dict | None = None) -> subprocess.CompletedProcess:
+    """What `python WORDS` does as so many ranks of one process group: the largest exit code, and all that they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)} | (env or {})
+    started = [start_python(*words, env=group | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(number)]
+    done = [process.done() for process in started]
+    said = ("".join(getattr(one, name) for one in done) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(done[0].args, max(one.returncode for one in done), *said)
+
+
 class Trainer:
     """Runs the real train.py on tests/tiny.py."""
 
@@ -148,10 +161,15 @@ class Trainer:
             return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *script]
         return [sys.executable, *script]
 
-    def __call__(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+    def __call__(
+        self, out: str, *overrides: str, processes: int = 0, env: dict | None = None, torchrun: bool = False
+    ) -> subprocess.CompletedProcess:
+        """Several processes are ranks, started as torchrun starts them; by `torchrun` itself where that is what is tested."""
         command = self.command(out, *overrides, processes=processes)
         if not processes:
             return python(*command[1:], env=env)
+        if not torchrun:
+            return ranks(*self.command(out, *overrides)[1:], number=processes, env=env)
         env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})  # bit for bit is a promise of the CPU
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 

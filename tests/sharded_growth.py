@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -38,11 +40,11 @@ def roots(state: State) -> list[str]:
     return [name for name, module in named if module._get_fsdp_state()._is_root]
 
 
-def main(out: str, shard: int, how: Growth) -> None:
-    placement = parallel.start(Parallel(dp_shard=shard), "float32", compile=False)
+def main(out: str, placement: parallel.Placement, how: Growth) -> None:
+    shard = placement.shards
     state = State.create(CONFIG, Optim(), placement, seed=3)
     train(state, 2)
-    checkpoint.save(state, f"{out}/base.pt")
+    checkpoint.save(state, f"{out} base.pt")
     held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
     with pytest.raises(UserError, match="a sharded model does not grow in width"):
         state.grow(Growth(width="split", d_model=64))
@@ -59,7 +61,7 @@ def main(out: str, shard: int, how: Growth) -> None:
     new = [b for b, rule in zip(state.model.blocks, receipt["rules"], strict=True) if rule != "kept"]
     local = sum(p.to_local().nbytes for b in new for p in b.parameters())
     assert receipt["bytes_allocated"] >= local and (how.moments().new != "zero" or receipt["bytes_allocated"] == local)
-    checkpoint.save(state, f"{out}/grown.pt")
+    checkpoint.save(state, f"{out} grown.pt")
     if how.op == "insert":
         held = {name: p.to_local().clone() for name, p in state.model.named_parameters()}
         state.freeze(Stage(1, lr=1.0, freeze=True))
@@ -80,9 +82,8 @@ def main(out: str, shard: int, how: Growth) -> None:
     assert all(isinstance(p, DTensor) for p in state.model.blocks.parameters())
     contexts = {id(m._get_fsdp_state()._state_ctx) for m in state.model.modules() if isinstance(m, FSDPModule)}
     assert len(contexts) == 1
-    checkpoint.save(state, f"{out}/trained.pt")
+    checkpoint.save(state, f"{out} trained.pt")
     accumulate(state)
-    parallel.leave()
 
 
 def accumulate(state: State) -> None:
@@ -100,4 +101,9 @@ def accumulate(state: State) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Growth(**json.loads(sys.argv[3])))
+    folder, cases = sys.argv[1], json.loads(sys.argv[2])
+    first = parallel.start(Parallel(dp_shard=2), "float32", compile=False)
+    for name, (shard, how) in cases.items():
+        mesh = init_device_mesh("cpu", parallel.mesh_shape(Parallel(dp_shard=shard), 2), mesh_dim_names=("replicate", "shard"))
+        main(f"{folder}/{name}", replace(first, mesh=mesh), Growth(**how))
+    parallel.leave()

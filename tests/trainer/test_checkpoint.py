@@ -3,14 +3,12 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_state
+from conftest import ROOT, assert_same_state, start_python
 
 from nanostack import checkpoint
 from nanostack.config import Growth, Optim
@@ -162,22 +160,23 @@ def test_full_disk_is_told_and_the_previous_checkpoint_survives(saved):
 def test_killed_while_saving_again_and_again_ckpt_is_always_whole(tmp_path):
     """A process that does nothing but save is killed at many moments; what is at ckpt.pt must load every time."""
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests/trainer")!r}]
 from test_checkpoint import trained
 from nanostack import checkpoint
 state = trained(1)
 checkpoint.save(state, {str(tmp_path / "ckpt.pt")!r}, "manifest")
-print("go", flush=True)
 while True:
     state.cursor.samples += 1
     checkpoint.save(state, {str(tmp_path / "ckpt.pt")!r}, "manifest")
 """
     seen = []
     for attempt in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert process.stdout.readline() == "go\n"
+        (tmp_path / "ckpt.pt").unlink(missing_ok=True)
+        process = start_python("-c", code)
+        while not (tmp_path / "ckpt.pt").exists():
+            assert process.poll() is None, process.done().stderr
         time.sleep(0.05 + 0.037 * attempt)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append(checkpoint.load(tmp_path / "ckpt.pt")["cursor"]["samples"])
     assert len(set(seen)) > 1, "it was always killed at the same place"

@@ -150,6 +150,7 @@ def test_graph_without_a_gpu_is_refused_before_training(trainer):
 
 PLAIN = ("--dtype", "bfloat16", "--stages.0.tokens", "12800", "--stages.1.tokens", "12800")
 PLAIN += ("--stages.0.lr", "2e-3", "--stages.1.lr", "1e-3")  # at larger rates noise grows from step to step
+SHORT = (*PLAIN, "--stages.0.tokens", "5120", "--stages.1.tokens", "2560")
 OPTIONS = {
     "accumulation": ("--micro_batch", "2"),
     "selective": ("--parallel.activation_checkpointing", "selective"),
@@ -170,10 +171,12 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_losses_over_a_hundred_steps_are_the_plain_ones_within_bfloat16_noise(corpus, tmp_path, option, plain):
-    """50 steps, stacked ×2, 50 steps. Two runs in bfloat16 that differ in rounding only drift apart by this much: the bound is
-    1 % of the loss at any step, 0.3 % in the mean."""
-    assert_alike(losses(corpus, tmp_path / "run", *PLAIN, *OPTIONS[option]), plain)
+def test_losses_are_the_plain_ones_within_bfloat16_noise(corpus, tmp_path, option, plain):
+    """Two runs in bfloat16 that differ in rounding only drift apart by this much: the bound is 1 % of the loss at any step,
+    0.3 % in the mean. All options together run a hundred steps, each alone twenty before the growth and ten after it."""
+    assert_alike(
+        losses(corpus, tmp_path / "run", *(PLAIN if option == "all" else SHORT), *OPTIONS[option]), plain[option == "all"]
+    )
 
 
 @pytest.mark.slow
@@ -210,15 +213,15 @@ def losses(corpus, out, *changes) -> list[float]:
 
 
 def assert_alike(found, plain) -> None:
-    assert len(found) == len(plain) == 100
+    assert len(found) == len(plain) >= 30
     apart = [abs(a - b) / b for a, b in zip(found, plain, strict=True)]
     assert max(apart) < 1e-2 and sum(apart) / len(apart) < 3e-3, (max(apart), sum(apart) / len(apart))
 
 
 @pytest.fixture(scope="module")
-def plain(corpus, tmp_path_factory) -> list[float]:
-    """Losses of the plain path: fp32 masters, no option."""
-    out = tmp_path_factory.mktemp("plain") / "run"
-    found = losses(corpus, out, *PLAIN)
-    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["dtype"] == "bfloat16"
+def plain(corpus, tmp_path_factory) -> list[list[float]]:
+    """Losses of the plain path, fp32 masters and no option: of a short run, and of one of a hundred steps."""
+    out = tmp_path_factory.mktemp("plain")
+    found = [losses(corpus, out / name, *options) for name, options in (("short", SHORT), ("long", PLAIN))]
+    assert json.loads((out / "long/metrics.jsonl").read_text().splitlines()[0])["dtype"] == "bfloat16"
     return found

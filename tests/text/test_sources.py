@@ -93,9 +93,7 @@ configs:
 ---
 """
 TEXTS = [f"document {i} of a dataset\n" * 400 for i in range(24)]
-SMALL = (
-    "from nanostack.text import hub; from nanostack.commands import prepare; hub.BLOCK = 1 << 12; prepare.run()"  # so that a small file comes in several blocks
-)
+SMALL = "from nanostack.text import hub; from nanostack.commands import prepare; hub.BLOCK = 1 << 12; prepare.run()"  # so that a small file comes in several blocks
 READ = """
 import json, sys
 from collections import Counter

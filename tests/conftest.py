@@ -86,7 +86,7 @@ class Forks:
             command = [sys.executable, str(ROOT / "tests/forks.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self.server = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
-            atexit.register(self.server.stdin.close)  # which ends it
+            atexit.register(self.server.communicate)  # which ends it
         try:
             print(json.dumps(request), file=self.server.stdin, flush=True)
             return json.loads(self.server.stdout.readline())

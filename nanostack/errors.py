@@ -1,4 +1,4 @@
-"""How a command line begins and ends: a user's mistake is one message, exit code 2, no traceback; Ctrl-C one message and 130."""
+"""How a command line ends: a user's mistake in one message, exit code 2 and no traceback, Ctrl-C in one message and 130."""
 
 import contextlib
 import json

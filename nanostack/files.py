@@ -1,6 +1,7 @@
 """The one way to write a file that is whole or not there."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,12 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A new file, open for writing, that takes the place of `path` when the block ends.
 
     It is written beside its place, synced to disk, then renamed, and the folder is synced. A process killed at any moment
-    leaves the old file or the new one, and perhaps `NAME.PID.partial`. Whatever is raised in the block leaves the old file.
+    leaves the old file or the new one, and perhaps `NAME.PID.partial`, which the next one to write there clears away. Whatever
+    is raised in the block leaves the old file.
     """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        if not _runs(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode) as file:
@@ -26,6 +31,17 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this number may run on this machine."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
 
 
 def sync(path: Path) -> None:

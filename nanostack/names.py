@@ -64,7 +64,7 @@ class Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 
 class Alias(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Finds `kernels` and all in it as what `nanostack.kernels` holds."""
+    """Finds a module of `kernels` that is not loaded yet as the one of `nanostack.kernels`."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if not fullname.startswith("kernels."):
@@ -99,7 +99,8 @@ def install() -> None:
 def alias_kernels() -> None:
     """Make `kernels`, which is being imported, another name of `nanostack.kernels`."""
     sys.meta_path.insert(0, Alias())
-    importlib.import_module("nanostack.kernels")
-    for name, module in list(sys.modules.items()):
-        if f"{name}.".startswith("nanostack.kernels."):  # found now: a later import would replace kernels.rotary, the function
-            sys.modules[name.removeprefix("nanostack.")] = module
+    sys.modules["kernels"] = importlib.import_module("nanostack.kernels")
+    # Those that are loaded get their second name here: the import system would put each of them into the package by its name,
+    # where kernels.rms_norm is the function.
+    loaded = [name for name in sys.modules if name.startswith("nanostack.kernels.")]
+    sys.modules |= {name.removeprefix("nanostack."): sys.modules[name] for name in loaded}

@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny.py")
+READ_AT_IMPORT = {"CXX", "TRITON_INTERPRET"}  # variables that torch and Triton read when they are imported
 
 # One thread per process: many small processes share two cores, and sums must be taken in the same order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -86,7 +87,7 @@ class Forks:
             command = [sys.executable, str(ROOT / "tests/forks.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self.server = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
-            atexit.register(self.server.stdin.close)  # which ends it
+            atexit.register(self.server.communicate)  # which ends it
         try:
             print(json.dumps(request), file=self.server.stdin, flush=True)
             return json.loads(self.server.stdout.readline())
@@ -133,7 +134,7 @@ def start_python(*words: object, cwd: Path = ROOT, env: dict | None = None, inpu
 
 
 def python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "") -> subprocess.CompletedProcess:
-    """What `python WORDS` does in the folder `cwd`, on the CPU. env: what torch reads when it is imported has no effect."""
+    """What `python WORDS` does in the folder `cwd`, on the CPU. env: READ_AT_IMPORT have no effect."""
     return start_python(*words, cwd=cwd, env=env, input=input).done()
 
 
@@ -166,7 +167,7 @@ class Trainer:
     ) -> subprocess.CompletedProcess:
         """Several processes are ranks, started as torchrun starts them; by `torchrun` itself where that is what is tested."""
         command = self.command(out, *overrides, processes=processes)
-        if not processes:
+        if not processes and not (env or {}).keys() & READ_AT_IMPORT:
             return python(*command[1:], env=env)
         if not torchrun:
             return ranks(*self.command(out, *overrides)[1:], number=processes, env=env)

@@ -43,7 +43,7 @@ os.chdir(request["cwd"])
 os.environ |= request["env"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background have ignored
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
-del sys.path[0]  # this folder
+sys.path[:1] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # instead of this folder
 sys.argv = request["argv"]
 if sys.argv[0] in ("-m", "-c"):
     kind, what = sys.argv[:2]

@@ -1,15 +1,13 @@
 """grow.py on real checkpoints."""
 
-import functools
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, Trainer, python, records
+from conftest import ROOT, Trainer, python, records, start_python
 
 from nanostack import checkpoint
 
@@ -132,9 +130,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(ckpt):
 
 def test_device_that_is_too_small_is_told_before_anything_is_touched(ckpt, monkeypatch):
     import grow as script
-    from nanostack import parallel
+    from nanostack import device
 
-    monkeypatch.setattr(parallel, "free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(device, "free_bytes", lambda device: 1000.0)
     monkeypatch.setattr(script, "free_bytes", lambda device: 1000.0)
     assert script.main(script.Command(ckpt, dry_run=True))["bytes_free"] == 1000
     with pytest.raises(ValueError, match=r"growing needs 0.00 GiB on cpu, which has 0.00 GiB free"):
@@ -144,17 +142,16 @@ def test_device_that_is_too_small_is_told_before_anything_is_touched(ckpt, monke
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_write_leaves_the_source_intact_and_no_half_checkpoint(ckpt, number):
-    before, partial, out = ckpt.read_bytes(), ckpt.with_name("ckpt-x64.pt.partial"), ckpt.with_name("ckpt-x64.pt")
-    command = [sys.executable, str(ROOT / "grow.py"), str(ckpt), "--g", "64", "--optimizer", "copy"]
+    before, out = ckpt.read_bytes(), ckpt.with_name("ckpt-x64.pt")
     for _ in range(10):  # on a busy machine the write can be over before the signal is sent
-        # a shell that starts the tests in the background has them ignore Ctrl-C, and their children too
-        heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+        process = start_python(ROOT / "grow.py", ckpt, "--g", "64", "--optimizer", "copy")
+        partial = ckpt.with_name(f"ckpt-x64.pt.{process.pid}.partial")
         while not partial.exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.done().stderr
             time.sleep(0.0005)
         process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
+        done = process.done()
+        said = done.stderr
         assert ckpt.read_bytes() == before
         if not out.exists():
             break

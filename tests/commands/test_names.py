@@ -73,7 +73,7 @@ def test_reader_that_leaves_early_gets_no_traceback(arguments):
 
 SAME = """
 import sys
-names = ["kernels", "kernels.rms_norm", "kernels.attention", "kernels.dispatch"]
+names = ["kernels", "kernels.rms_norm", "kernels.attention", "kernels.dispatch", "kernels.configs", "kernels.aot"]
 first = [__import__(name, fromlist=["x"]) for name in names] if "before" in sys.argv else []
 import nanostack.model
 import torch
@@ -83,7 +83,9 @@ for name in names:
     assert short is long is sys.modules[name] is sys.modules[f"nanostack.{name}"], name
     assert long.__name__ == long.__spec__.name == f"nanostack.{name}"
 assert not first or first == [sys.modules[name] for name in names]
-assert sys.modules["kernels"].rms_norm is nanostack.kernels.rms_norm
+for name in ("rms_norm", "linear_cross_entropy", "swiglu", "rotary"):
+    function = getattr(sys.modules["kernels"], name)
+    assert callable(function) and function is getattr(sys.modules[f"kernels.{name}"], name)
 assert "linear_cross_entropy_rows" in operators
 assert operators == sorted(name for name in dir(torch.ops.nanostack) if not name.startswith("_"))
 """

@@ -6,6 +6,7 @@ import pytest
 from conftest import python
 
 from nanostack.curves import LINES, MARKS, points
+from nanostack.growth import Receipt
 from nanostack.runs import read_run
 
 
@@ -17,7 +18,8 @@ def run(folder, losses, growth_at=None):
         record = {"flops": 1e9 * i, "tokens": 1000 * i, "seconds": 2.0 * i, "loss": loss + 0.1, "val_loss": loss, "lr": 1e-3}
         lines.append(record | {"tokens_per_s": 500.0})
         if i == growth_at:
-            grown = {"op": "stack", "rules": ["kept"] * 2 + ["copied"] * 6}
+            rules = ["kept"] * 2 + ["copied"] * 6
+            grown = Receipt("stack", 4, None, [0, 1] * 4, rules, rc=0.75, width=None, moments=None, noise=0.0).as_dict()
             lines.append(record | {"loss": None, "lr": None, "tokens_per_s": None, "growth": grown, "val_loss": loss + 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

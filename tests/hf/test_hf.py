@@ -17,6 +17,7 @@ from nanostack.config import Growth, Optim, load
 from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.hf import weights as hf
+from nanostack.hf.config import to_config
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
 from nanostack.state import State
@@ -44,7 +45,7 @@ def state_of(config: LlamaConfig, seed: int = 0) -> State:
 
 
 def run(module, *arguments):
-    return python(*(["-m", module] if module.startswith("nanostack") else [module]), *arguments)
+    return python(*([module] if module.endswith(".py") else ["-m", "nanostack", module]), *arguments)
 
 
 def exported(state, folder, **options):
@@ -70,21 +71,21 @@ def test_round_trip_is_bit_for_bit_and_keeps_the_ledger(config, tmp_path):
     state.cursor.advance(7, config)
     state.grow(Growth("stack", 2))
     folder = exported(state, tmp_path / "out", shard_bytes=100_000)
-    done = run("nanostack.import_hf", folder, tmp_path / "back.pt")
+    done = run("import", folder, tmp_path / "back.pt")
     assert done.returncode == 0, done.stderr
     back = checkpoint.load(tmp_path / "back.pt")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2 and (folder / "model.safetensors.index.json").is_file()
     for name, parameter in state.model.named_parameters():
         assert torch.equal(back["model"][name], parameter), name
     assert back["config"] == asdict(state.model.config) and back["cursor"] == asdict(state.cursor)
-    assert back["growth"] == json.loads(json.dumps(state.growth)) and back["seed"] == 5
+    assert back["growth"] == json.loads(json.dumps([receipt.as_dict() for receipt in state.growth])) and back["seed"] == 5
     restored = State.restore(back, Optim(), Placement(CPU))
     assert torch.equal(restored.model(TOKENS), state.model(TOKENS))
 
 
 @on_every_shape
 def test_what_transformers_saved_is_read(config, tmp_path):
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.to_config(config, None, torch.float32)))
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_config(config, None, torch.float32)))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     saved = hf.load(tmp_path / "theirs")
     assert LlamaConfig(**saved["config"]) == config
@@ -207,7 +208,7 @@ def test_tokenizer_gives_the_same_ids_as_tiktoken(corpus, tmp_path):
 def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
     config = load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run")])
     train.Run(config).train()
-    done = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", corpus, "--json")
+    done = run("export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", corpus, "--json")
     assert done.returncode == 0, done.stderr
     files = json.loads(done.stdout)["files"]
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -217,25 +218,25 @@ def test_checkpoint_of_a_run_is_exported_whole_and_generates(corpus, tmp_path):
     pipe = transformers.pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
     text = pipe("def ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     assert text.startswith("def ") and len(text) > 4
-    again = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out")
+    again = run("export", tmp_path / "run/ckpt.pt", tmp_path / "out")
     assert again.returncode == 2 and "exists already" in again.stderr
     assert run("grow.py", tmp_path / "run/ckpt.pt", "--g", "2").returncode == 0
-    assert run("nanostack.export", tmp_path / "run/ckpt-x2.pt", tmp_path / "deep").returncode == 0
+    assert run("export", tmp_path / "run/ckpt-x2.pt", tmp_path / "deep").returncode == 0
     deep = (tmp_path / "deep/README.md").read_text()
     assert "stack to 8 layers, after 6.14k tokens" in deep and "validation loss" not in deep and "curves" not in deep
     shutil.rmtree(tmp_path / "deep")
     assert "- text: " in page and "in tokens of bpe:300" in page
     for folder in (tmp_path / "run", tmp_path):  # with the checkpoint itself in it
-        lost = run("nanostack.export", tmp_path / "run/ckpt.pt", folder, "--overwrite")
+        lost = run("export", tmp_path / "run/ckpt.pt", folder, "--overwrite")
         assert lost.returncode == 2 and "is not replaced" in lost.stderr and (tmp_path / "run/ckpt.pt").exists()
     inside = run("grow.py", tmp_path / "out", "--g", "2", "--out", tmp_path / "out", "--overwrite")
     assert inside.returncode == 2 and (tmp_path / "out/model.safetensors").exists(), inside.stderr
-    other = run("nanostack.prepare", "tests/tiny.py", "tests/conftest.py", "--out", tmp_path / "bytes", "--tokenizer", "bytes")
+    other = run("prepare", "tests/tiny.py", "tests/conftest.py", "--out", tmp_path / "bytes", "--tokenizer", "bytes")
     assert other.returncode == 0, other.stderr
-    wrong = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "wrong", "--data", tmp_path / "bytes")
+    wrong = run("export", tmp_path / "run/ckpt.pt", tmp_path / "wrong", "--data", tmp_path / "bytes")
     assert wrong.returncode == 2 and "the model was trained with bpe:300" in wrong.stderr
     shutil.rmtree(tmp_path / "bytes")
-    replaced = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--overwrite", "--dtype", "bfloat16")
+    replaced = run("export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--overwrite", "--dtype", "bfloat16")
     assert replaced.returncode == 0 and not (tmp_path / "out/tokenizer.json").exists(), replaced.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"], "nothing half-written is left"
 
@@ -247,14 +248,14 @@ def test_model_of_theirs_trains_on_text_prepared_with_its_own_tokenizer(corpus, 
     base = exported(state_of(config), tmp_path / "base", tokenizer=ours)
     text = {"sources": [str(ROOT / "nanostack")], "out": tmp_path / "data", "tokenizer": str(base), "val_fraction": 0.2}
     prepare(CorpusConfig(**text, workers=1))
-    assert run("nanostack.import_hf", base, tmp_path / "ckpt.pt").returncode == 0
+    assert run("import", base, tmp_path / "ckpt.pt").returncode == 0
     options = {"data.path": tmp_path / "data", "init_from": tmp_path / "ckpt.pt", "out": tmp_path / "run"}
     options |= {"model.vocab_size": 300, "stages.0.tokens": 1024, "stages.1.tokens": 1024}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     trained = train.Run(load(TINY, [*words, "--data.document_mask"]))
     assert trained.state.model.end_of_text == ours.eot
     trained.train()
-    done = run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", tmp_path / "data")
+    done = run("export", tmp_path / "run/ckpt.pt", tmp_path / "out", "--data", tmp_path / "data")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == ours.eot
@@ -349,12 +350,12 @@ def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
     folder = exported(state_of(MHA), tmp_path / "model")
     cut(folder)
     for arguments, message in (
-        (("nanostack.export", tmp_path / "ckpt.pt", tmp_path / "out", "--data", corpus), "the tokenizer has"),
-        (("nanostack.export", tmp_path / "none.pt", tmp_path / "out"), "there is no checkpoint"),
-        (("nanostack.export", tmp_path / "ckpt.pt", tmp_path / "out", "--shard_gb", "0"), "shard_gb must be positive"),
-        (("nanostack.import_hf", folder, tmp_path / "out.pt"), "is damaged"),
-        (("nanostack.import_hf", "nowhere", tmp_path / "out.pt"), "there is no folder nowhere"),
-        (("nanostack.import_hf", folder, tmp_path / "ckpt.pt"), "exists already"),
+        (("export", tmp_path / "ckpt.pt", tmp_path / "out", "--data", corpus), "the tokenizer has"),
+        (("export", tmp_path / "none.pt", tmp_path / "out"), "there is no checkpoint"),
+        (("export", tmp_path / "ckpt.pt", tmp_path / "out", "--shard_gb", "0"), "shard_gb must be positive"),
+        (("import", folder, tmp_path / "out.pt"), "is damaged"),
+        (("import", "nowhere", tmp_path / "out.pt"), "there is no folder nowhere"),
+        (("import", folder, tmp_path / "ckpt.pt"), "exists already"),
         (("grow.py", folder, "--g", "2"), "is damaged"),
     ):
         done = run(*arguments)
@@ -366,9 +367,9 @@ def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
 def test_model_that_is_still_ramped_in_is_not_exported(corpus, tmp_path):
     options = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.1.growth.op", "random"]
     train.main([TINY, *options, "--stages.1.growth.ramp_tokens", "2048", "--save_interval", "512", "--keep", "99"])
-    ramped = run("nanostack.export", tmp_path / "run/ckpt-128.pt", tmp_path / "out")
+    ramped = run("export", tmp_path / "run/ckpt-128.pt", tmp_path / "out")
     assert ramped.returncode == 2 and "is still ramping in its last growth" in ramped.stderr
-    assert run("nanostack.export", tmp_path / "run/ckpt.pt", tmp_path / "out").returncode == 0
+    assert run("export", tmp_path / "run/ckpt.pt", tmp_path / "out").returncode == 0
 
 
 def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
@@ -379,8 +380,8 @@ def test_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
 
 def test_context_can_be_cut_on_the_way_in(tmp_path):
     folder = exported(state_of(MHA), tmp_path / "model")
-    assert run("nanostack.import_hf", folder, tmp_path / "a.pt", "--seq_len", "32").returncode == 0
+    assert run("import", folder, tmp_path / "a.pt", "--seq_len", "32").returncode == 0
     assert checkpoint.load(tmp_path / "a.pt")["config"]["seq_len"] == 32
-    longer = run("nanostack.import_hf", folder, tmp_path / "b.pt", "--seq_len", "128")
+    longer = run("import", folder, tmp_path / "b.pt", "--seq_len", "128")
     assert longer.returncode == 2 and "between 1 and the model's 64" in longer.stderr
     shutil.rmtree(folder)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
-from conftest import ROOT
+from conftest import python
 from hub_server import COMMIT, Hub
 
 from nanostack.config import Optim
@@ -93,7 +92,12 @@ configs:
 ---
 """
 TEXTS = [f"document {i} of a dataset\n" * 400 for i in range(24)]
-SMALL = "from nanostack.text import hub; from nanostack.commands import prepare; hub.BLOCK = 1 << 12; prepare.run()"  # so that a small file comes in several blocks
+SMALL = """
+from nanostack.commands import prepare
+from nanostack.text import hub
+hub.BLOCK = 1 << 12  # a small file comes in several blocks
+prepare.run()
+"""
 READ = """
 import json, sys
 from collections import Counter
@@ -128,17 +132,15 @@ def hub(tmp_path):
     server.shutdown()
 
 
-def python(hub: Hub, *words: object) -> subprocess.CompletedProcess:
+def python_at(hub: Hub, *words: object) -> subprocess.CompletedProcess:
     """Run Python where `hub` is the Hub; what it downloads is kept in `home` beside its folder."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_OFFLINE": "0"}
     environment["HF_DATASETS_OFFLINE"] = "0"  # which other tests of this process may have set
-    command = [sys.executable, *map(str, words)]
-    root = ROOT
-    return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=120)
+    return python(*words, env=environment)
 
 
 def prepared(hub: Hub, out: Path, *words: object, name: str = "bytes") -> dict:
-    done = python(hub, "-c", SMALL, *words, "--out", out, "--tokenizer", name, "--workers", 1, "--json")
+    done = python_at(hub, "-c", SMALL, *words, "--out", out, "--tokenizer", name, "--workers", 1, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -160,7 +162,7 @@ def test_a_dataset_of_the_hub_is_its_files_at_a_commit(hub, tmp_path):
 
 
 def test_folders_and_files_of_a_dataset_are_read_in_order(hub):
-    done = python(hub, "-c", READ, "text", "hf:own/slim", "hf:own/slim,split=validation", "hf:own/web")
+    done = python_at(hub, "-c", READ, "text", "hf:own/slim", "hf:own/slim,split=validation", "hf:own/web")
     train, held_out, default = (json.loads(line) for line in done.stdout.splitlines())
     assert train == [*TEXTS[0::3], *TEXTS[1::3], *TEXTS[1::3]] and set(held_out) == {"held out"} and default == ["crawled"]
 
@@ -168,7 +170,7 @@ def test_folders_and_files_of_a_dataset_are_read_in_order(hub):
 def test_a_download_that_died_goes_on_where_it_stopped(hub, tmp_path):
     words = ["-c", SMALL, "hf:own/web,name=sample", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1]
     hub.breaks_at = 40_000
-    died = python(hub, *words)
+    died = python_at(hub, *words)
     assert died.returncode == 2 and died.stderr.count("\n") == 1
     assert died.stderr.startswith(f"error: sample/000.parquet of hf:own/web@{COMMIT} could not be had from Hugging Face's Hub")
     assert "the same command goes on from there" in died.stderr
@@ -177,7 +179,7 @@ def test_a_download_that_died_goes_on_where_it_stopped(hub, tmp_path):
     there = (kept / "000.parquet.partial").stat().st_size
     hub.breaks_at = None
     hub.requests.clear()
-    assert there >= 40_000 and python(hub, *words).returncode == 0
+    assert there >= 40_000 and python_at(hub, *words).returncode == 0
     name, part = fetched(hub)[0]
     assert name == "000.parquet" and part.startswith(f"{there}-")
     for file in (hub.folder / "datasets/own/web/sample").iterdir():
@@ -215,14 +217,14 @@ def test_mistakes_with_datasets_are_told_in_one_line(hub):
         "hf:own/slim": "example_0.jsonl.zst, line 1: no field 'body' (there is text, meta); choose it with --field",
         "hf:own/web": "000.parquet: no column 'body' (there is text, id); choose it with --field",
     }
-    done = python(hub, "-c", READ, "body", *mistakes)
+    done = python_at(hub, "-c", READ, "body", *mistakes)
     for line, (source, message) in zip(done.stdout.splitlines(), mistakes.items(), strict=True):
         assert message in line, (source, line)
 
 
 def test_a_hub_that_is_not_there_gives_one_line(hub):
     hub.url = "http://127.0.0.1:9"
-    done = python(hub, "-m", "nanostack", "prepare", "hf:own/web", "--out", "nowhere")
+    done = python_at(hub, "-m", "nanostack", "prepare", "hf:own/web", "--out", "nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: hf:own/web could not be had from Hugging Face's Hub: ")
     assert done.stderr.count("\n") == 1
 
@@ -236,7 +238,7 @@ def test_a_model_of_the_hub_is_imported_by_its_name(hub, tmp_path, file):
     if file.endswith(".bin"):
         torch.save(safetensors.torch.load_file(place / "model.safetensors"), place / file)
         (place / "model.safetensors").unlink()
-    done = python(hub, "-m", "nanostack", "import", "own/llama", tmp_path / "ckpt.pt", "--json")
+    done = python_at(hub, "-m", "nanostack", "import", "own/llama", tmp_path / "ckpt.pt", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["config"]["n_layer"] == 1, done.stderr
     assert not [
         path

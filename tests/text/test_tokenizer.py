@@ -418,7 +418,12 @@ def test_a_tokenizer_json_without_the_library_names_the_extra(monkeypatch):
         JsonTokenizer("mine", *BUILT["smol"])
 
 
-GET = "import sys; from nanostack.text import tokenizer; made = tokenizer.get(sys.argv[1]); print(made.name, made.eot, made.n_vocab)"
+GET = """
+import sys
+from nanostack.text import tokenizer
+made = tokenizer.get(sys.argv[1])
+print(made.name, made.eot, made.n_vocab)
+"""
 
 
 def test_a_tokenizer_of_the_hub_is_fetched_once_and_told_with_its_commit(tmp_path):

@@ -32,7 +32,7 @@ class MicroStep:
         if about != self._captured:
             self._capture(model, tokens_BT, targets_BT)
             self._captured = about
-        if model.keeps_low:
+        if model.keeps_compute_weights:
             model.refresh()
         self._tokens_BT.copy_(tokens_BT)
         self._targets_BT.copy_(targets_BT)

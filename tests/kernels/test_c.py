@@ -28,7 +28,7 @@ def ask(backend, **environment):
     )
 
 
-def test_without_a_compiler_the_torch_references_run():
+def test_without_a_compiler_the_torch_paths_run():
     out, err = ask("torch", NANOSTACK_CC="").communicate()
     assert out.splitlines() == ["there is no C compiler (cc).", "True"], err
     err = ask("c", NANOSTACK_CC="").communicate()[1]

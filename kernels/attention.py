@@ -1,6 +1,7 @@
-"""Attention as the model calls it, alone or with rotary before it: in Triton (flash_attention.py), in C (cpu.c), or torch's."""
+"""Attention as the model calls it, alone or behind rotary: in Triton (attention_triton.py), in C (cpu.c), or torch's own."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from .dispatch import (
     require_floating,
     require_like,
     require_number,
+    upcast,
     use_c,
     use_triton,
-    wide,
 )
 from .rotary import check as check_rotary
 from .rotary import require_heads, rotary
@@ -107,13 +108,31 @@ _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, b
 _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
 
 
+class Documents(NamedTuple):
+    """cu_seqlens as attention takes it, translated once for all layers of a model."""
+
+    cu_seqlens: torch.Tensor
+    bounds: torch.Tensor | None  # what the Triton kernels read; None where none of them is to run
+
+
+def documents(cu_seqlens: torch.Tensor, seq_len: int, x: torch.Tensor, d_head: int, backend: str | None = None) -> Documents:
+    """What to pass for cu_seqlens to several calls of attention on seq_len tokens, with heads of d_head in x's dtype and place.
+
+    Each call takes cu_seqlens, too, with the same result, and translates it anew. Raises ValueError as flash_attention does.
+    """
+    if not use_triton(backend, x, _too_wide(d_head)):
+        return Documents(cu_seqlens, None)
+    _check_edges(cu_seqlens, seq_len)
+    return Documents(cu_seqlens, document_bounds(cu_seqlens, seq_len))
+
+
 def flash_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool = True,
     scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: "torch.Tensor | Documents | None" = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -124,25 +143,52 @@ def flash_attention(
     Raises ValueError, which names the argument, for what does not fit together. The values of cu_seqlens are checked on the
     CPU only; on a GPU, which nothing here waits for, values that do not rise from 0 to T make the result nan.
     """
-    _check(q, k, v, causal, scale, cu_seqlens)
-    refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[-1]}" if q.shape[-1] > MAX_D_HEAD else None
-    on_triton = use_triton(backend, q, refusal)
+    cu_seqlens, bounds = cu_seqlens if isinstance(cu_seqlens, Documents) else (cu_seqlens, None)
+    _check(q, k, v, causal, scale, cu_seqlens, bounds)
+    on_triton = use_triton(backend, q, _too_wide(q.shape[-1]))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if on_triton and q.numel():
-        if cu_seqlens is not None and not cu_seqlens.is_cuda:
+        if cu_seqlens is not None and bounds is None:
             _check_edges(cu_seqlens, q.shape[1])
-        bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q.shape[1])
+            bounds = document_bounds(cu_seqlens, q.shape[1])
         out, lse = flash_attention_op(q, k, v, bounds, causal, scale)
         return (out, lse * LN_2) if return_lse else out
     if use_c(backend, q, k, v, torch_is_faster=_torch_is_faster(q)) and q.numel():
-        if cu_seqlens is not None:
-            _check_edges(cu_seqlens, q.shape[1])
         out, lse = _AttentionC.apply(q, k, v, cu_seqlens, causal, scale)
         return (out, lse) if return_lse else out
     if cu_seqlens is not None:
-        return _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)
-    out = _reference(q, k, v, causal, scale)
-    return (out, _reference_lse(q, k, causal, scale)) if return_lse else out
+        return _torch_by_document(q, k, v, causal, scale, cu_seqlens, return_lse)
+    out = _attention_torch(q, k, v, causal, scale)
+    return (out, _lse_torch(q, k, causal, scale)) if return_lse else out
+
+
+def flash_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The formula, with all scores at once, for any dtype, differentiated by autograd."""
+    scores = scores_reference(q, k, causal, scale, cu_seqlens)
+    out = torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+    return (out, scores.logsumexp(-1)) if return_lse else out
+
+
+def scores_reference(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """scale · q kᵀ (B, H, T, T_kv), -inf where a query does not see a key."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None, :]
+    seen = (j <= i) if causal else torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    if cu_seqlens is not None:
+        document = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.cpu().diff())
+        seen = seen & (document[:, None] == document[None, :])
+    return scores.masked_fill(~seen.to(scores.device), float("-inf"))
 
 
 def rotary_attention(
@@ -150,7 +196,7 @@ def rotary_attention(
     n_kv_head: int,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: "torch.Tensor | Documents | None" = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """flash_attention, causal, of q, k, v side by side in qkv (B, T, H + 2·H_kv, K), q and k turned by rotary → (B, T, H, K).
@@ -167,9 +213,8 @@ def rotary_attention(
     if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
         check_rotary(*qkv.split(heads, 2)[:2], cos, sin, 0)
         qkv = qkv.reshape(*packed, -1, K)
+        cu_seqlens = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Documents) else cu_seqlens
         _check(*qkv.split(heads, 2), True, None, cu_seqlens)
-        if cu_seqlens is not None:
-            _check_edges(cu_seqlens, B * T)
         out, _ = _RotaryAttentionC.apply(qkv, heads, cos[:T], sin[:T], cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
@@ -183,7 +228,11 @@ def _torch_is_faster(q: torch.Tensor) -> bool:
     return q.shape[1] == 1 or q.dtype != torch.float32
 
 
-def _check(q, k, v, causal, scale, cu_seqlens):
+def _too_wide(d_head):
+    return f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {d_head}" if d_head > MAX_D_HEAD else None
+
+
+def _check(q, k, v, causal, scale, cu_seqlens, bounds=None):
     if scale is not None:
         require_number("scale", scale)
     require_floating("q", q)
@@ -206,14 +255,18 @@ def _check(q, k, v, causal, scale, cu_seqlens):
     offsets = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     require(offsets, lambda: f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be torch.int32 (n_doc + 1,)")
     require(q.shape[0] == 1, lambda: f"q has batch {q.shape[0]}; cu_seqlens needs batch 1: view (B, T) as (1, B·T)")
+    right = bounds is None or bounds.shape[1] == q.shape[1]
+    require(right, lambda: f"q has {q.shape[1]} tokens; its Documents were made for {bounds.shape[1]}")
 
 
 def _check_edges(cu_seqlens, seq_len):
-    rising = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == seq_len and bool((cu_seqlens.diff() >= 0).all())
-    require(rising, lambda: f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to {seq_len}, the length of q")
+    """Raise ValueError for values that cannot be; on a GPU, which is not waited for, document_bounds makes nan of them."""
+    if not cu_seqlens.is_cuda:
+        rising = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == seq_len and bool((cu_seqlens.diff() >= 0).all())
+        require(rising, lambda: f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to {seq_len}, the length of q")
 
 
-def _reference(q, k, v, causal, scale):
+def _attention_torch(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and scale <= 0:  # torch's CPU kernel scales its mask, too: -inf · 0 is nan, and -inf · -1 hides nothing
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
@@ -223,19 +276,21 @@ def _reference(q, k, v, causal, scale):
 
 
 @torch.no_grad()
-def _reference_lse(q, k, causal, scale):
+def _lse_torch(q, k, causal, scale):
     group = q.shape[2] // k.shape[2]
-    scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(k).repeat_interleave(group, 2)) * scale
+    scores = torch.einsum("bthk,bshk->bhts", upcast(q), upcast(k).repeat_interleave(group, 2)) * scale
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
     return scores.logsumexp(-1)
 
 
 @torch.compiler.disable  # the shapes depend on the values of cu_seqlens
-def _reference_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
-    _check_edges(cu_seqlens, q.shape[1])
-    documents = [slice(start, end) for start, end in pairwise(cu_seqlens.tolist()) if start < end]
-    out = torch.cat([_reference(q[:, d], k[:, d], v[:, d], causal, scale) for d in documents], 1)
+def _torch_by_document(q, k, v, causal, scale, cu_seqlens, return_lse):
+    edges, seq_len = cu_seqlens.tolist(), q.shape[1]
+    rising = edges[0] == 0 and edges[-1] == seq_len and edges == sorted(edges)
+    require(rising, lambda: f"cu_seqlens is {edges}; it must rise from 0 to {seq_len}, the length of q")
+    parts = [slice(start, end) for start, end in pairwise(edges) if start < end]
+    out = torch.cat([_attention_torch(q[:, d], k[:, d], v[:, d], causal, scale) for d in parts], 1)
     if not return_lse:
         return out
-    return out, torch.cat([_reference_lse(q[:, d], k[:, d], causal, scale) for d in documents], 2)
+    return out, torch.cat([_lse_torch(q[:, d], k[:, d], causal, scale) for d in parts], 2)

@@ -1,7 +1,7 @@
 """The fused operations in C, for the CPU: cpu.c, compiled on first use in about two seconds and kept.
 
 torch runs an unfused operation as several passes over memory. The C functions do what the Triton kernels do, in float32 and
-bfloat16. Matrix products stay torch's; torch.compile fuses by itself and sees the torch references.
+bfloat16. Matrix products stay torch's; torch.compile fuses by itself and sees the torch paths.
 
 The library is built for the machine's own instructions into $XDG_CACHE_HOME/nanostack (~/.cache/nanostack).
 NANOSTACK_CC names the compiler; NANOSTACK_CC= turns all of this off.

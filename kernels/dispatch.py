@@ -1,7 +1,7 @@
 """The one switch between Triton, C and torch, and the checks every operation shares.
 
 Each operation takes `backend=None | "torch" | "triton" | "c"`; None follows `set_backend`. "auto" means Triton for CUDA
-tensors it can serve, C for CPU tensors where there is a compiler (cpu.py), and the torch reference for everything else. The
+tensors it can serve, C for CPU tensors where there is a compiler (cpu.py), and optimised torch for everything else. The
 choice reads only Python values and tensor metadata, so torch.compile makes it once, while tracing.
 """
 
@@ -144,7 +144,7 @@ def use_c(backend: str | None, *tensors: torch.Tensor, torch_is_faster: bool = F
     return reason is None
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype we compute in: fp32, or fp64 for fp64 inputs. May be `x` itself, so never write to the result."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -16,44 +16,49 @@ import torch.nn.functional as F
 from .dispatch import once_differentiable, require, require_floating, require_like
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """x @ weightᵀ, computed with `low`, which is `weight` in x's dtype. The gradient of weight is in weight's dtype.
+def linear(x: torch.Tensor, weight: torch.Tensor, compute_weight: torch.Tensor) -> torch.Tensor:
+    """x @ weightᵀ, computed with `compute_weight`, which is `weight` in x's dtype. The gradient of weight is in weight's dtype.
 
-    x (..., D_in), weight (D_out, D_in), low like it → (..., D_out) in x's dtype. `low` gets no gradient. Outside of
-    torch.compile a gradient that weight has already is added to in place. Raises ValueError for arguments that do not fit.
+    x (..., D_in), weight and compute_weight (D_out, D_in) → (..., D_out) in x's dtype. compute_weight gets no gradient. Outside
+    of torch.compile a gradient that weight has already is added to in place. Raises ValueError for arguments that do not fit.
     """
     require_floating("x", x)
-    require_like("low", low, "x", x)
+    require_like("compute_weight", compute_weight, "x", x)
     require_like("weight", weight, "x", x, dtype=False)
     require(
-        weight.ndim == 2 and low.shape == weight.shape and x.ndim > 0 and x.shape[-1] == weight.shape[1],
+        weight.ndim == 2 and compute_weight.shape == weight.shape and x.ndim > 0 and x.shape[-1] == weight.shape[1],
         lambda: (
-            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and low {tuple(low.shape)}; weight and low must be "
-            "(D_out, D_in) for x of (..., D_in)"
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and compute_weight {tuple(compute_weight.shape)}; "
+            "weight and compute_weight must be (D_out, D_in) for x of (..., D_in)"
         ),
     )
-    return _Linear.apply(x, weight, low.detach())
+    return _Linear.apply(x, weight, compute_weight.detach())
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The formula, for any dtype, differentiated by autograd."""
+    return x @ weight.to(x.dtype).t()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, low):
-        ctx.save_for_backward(x, weight, low)
-        return F.linear(x, low)
+    def forward(ctx, x, weight, compute_weight):
+        ctx.save_for_backward(x, weight, compute_weight)
+        return F.linear(x, compute_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dy):
-        x, weight, low = saved
-        dx = dy @ low if ctx.needs_input_grad[0] else None
+        x, weight, compute_weight = saved
+        dx = dy @ compute_weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
         dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        wide = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
+        fp32_out = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
         if torch.compiler.is_compiling() or weight.grad is None:
-            dweight = torch.mm(dy_rows.t(), x_rows, out_dtype=torch.float32) if wide else dy_rows.t() @ x_rows
+            dweight = torch.mm(dy_rows.t(), x_rows, out_dtype=torch.float32) if fp32_out else dy_rows.t() @ x_rows
             return dx, dweight.to(weight.dtype), None
-        if wide:
+        if fp32_out:
             torch.addmm(weight.grad, dy_rows.t(), x_rows, out_dtype=torch.float32, out=weight.grad)
         else:
             weight.grad.add_(dy_rows.t() @ x_rows)

@@ -31,9 +31,9 @@ from .dispatch import (
     require_number,
     tl,
     triton,
+    upcast,
     use_c,
     use_triton,
-    wide,
 )
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
@@ -104,13 +104,13 @@ def _rows_torch(logits, targets, row_scale, ignore_index, z_loss, loss, dlogits)
     loss.copy_(torch.where(kept, row_loss, 0).squeeze(1))
     if dlogits is None:
         return
-    wide_dlogits = log_probs.exp_()
+    upcast_dlogits = log_probs.exp_()
     if z_loss:
-        wide_dlogits.mul_(1 + 2 * z_loss * lse)
-    wide_dlogits.scatter_add_(1, target, -torch.ones_like(row_loss))
+        upcast_dlogits.mul_(1 + 2 * z_loss * lse)
+    upcast_dlogits.scatter_add_(1, target, -torch.ones_like(row_loss))
     if row_scale is not None:
-        wide_dlogits.mul_(row_scale.unsqueeze(1))
-    dlogits.copy_(wide_dlogits.masked_fill_(~kept, 0))
+        upcast_dlogits.mul_(row_scale.unsqueeze(1))
+    dlogits.copy_(upcast_dlogits.masked_fill_(~kept, 0))
 
 
 @torch.library.custom_op("nanostack::linear_cross_entropy_rows", mutates_args=())
@@ -133,7 +133,7 @@ def rows_op(
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         product = {"out_dtype": torch.float32} if low_precision_on_cuda else {}
-        logits = wide(torch.mm(x[part], weight.t(), **product))
+        logits = upcast(torch.mm(x[part], weight.t(), **product))
         dlogits = torch.empty(logits.shape, dtype=x.dtype, device=x.device) if gradients else None
         row_scale_part = None if row_scale is None else row_scale[part].contiguous()
         step = {"triton": _rows_triton, "c": cpu.cross_entropy, "torch": _rows_torch}[way]
@@ -150,9 +150,9 @@ def rows_op(
 
 @rows_op.register_fake
 def _(x, weight, targets, row_scale, ignore_index, z_loss, gradients, way):
-    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    upcast_dtype = torch.promote_types(x.dtype, torch.float32)
     dx, dweight = (x.shape, weight.shape) if gradients else ((0,), (0,))
-    return x.new_empty(x.shape[0], dtype=wide_dtype), x.new_empty(dx), x.new_empty(dweight, dtype=wide_dtype)
+    return x.new_empty(x.shape[0], dtype=upcast_dtype), x.new_empty(dx), x.new_empty(dweight, dtype=upcast_dtype)
 
 
 def flops(rows: int, width: int, vocab: int, backward: bool = True) -> int:
@@ -255,3 +255,22 @@ def linear_cross_entropy(
     options = (ignore_index, reduction, float(z_loss), gradients, way)
     loss = _LinearCrossEntropy.apply(x_rows, weight, targets_rows, *options)
     return loss.reshape(targets.shape) if reduction == "none" else loss
+
+
+def linear_cross_entropy_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """The formula, with all logits at once, for any dtype, differentiated by autograd."""
+    logits = upcast(torch.einsum("...d,vd->...v", x, weight.to(x.dtype)))
+    kept = targets != ignore_index
+    lse = logits.logsumexp(-1)
+    loss = lse - logits.gather(-1, targets.where(kept, 0)[..., None])[..., 0] + z_loss * lse.square()
+    loss = loss.where(kept, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)

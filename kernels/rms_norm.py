@@ -29,9 +29,9 @@ from .dispatch import (
     rounded,
     tl,
     triton,
+    upcast,
     use_c,
     use_triton,
-    wide,
     wrap_triton,
 )
 
@@ -201,8 +201,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | N
     if on_triton and x.numel():
         return rms_norm_op(x, weight, eps)
     if use_c(backend, x):
-        return _RMSNormInC.apply(x, None, weight, eps)[0]
-    return _RMSNorm.apply(x, weight, eps)
+        return _RMSNormC.apply(x, None, weight, eps)[0]
+    return _RMSNormTorch.apply(x, weight, eps)
 
 
 def add_rms_norm(
@@ -221,27 +221,39 @@ def add_rms_norm(
     if use_triton(backend, x, _too_wide(x)) and x.numel():
         return add_rms_norm_op(x, residual, weight, eps)
     if use_c(backend, x, residual):
-        return _RMSNormInC.apply(x, residual, weight, eps)
+        return _RMSNormC.apply(x, residual, weight, eps)
     residual_out = x + residual
-    return _RMSNorm.apply(residual_out, weight, eps), residual_out
+    return _RMSNormTorch.apply(residual_out, weight, eps), residual_out
 
 
-class _RMSNorm(torch.autograd.Function):
-    """The torch reference. Its backward is written out: on the CPU three times as fast as autograd through F.rms_norm."""
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The formula, for any dtype, differentiated by autograd."""
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula, for any dtype, differentiated by autograd."""
+    return rms_norm_reference(x + residual, weight, eps), x + residual
+
+
+class _RMSNormTorch(torch.autograd.Function):
+    """Optimised torch: with its backward written out, on the CPU three times as fast as autograd through F.rms_norm."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x_wide = wide(x)
-        mean_square = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        x_upcast = upcast(x)
+        mean_square = torch.linalg.vector_norm(x_upcast, dim=-1, keepdim=True).square() / x.shape[-1]
         rstd = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return rounded(x_wide * rstd * weight, x.dtype)
+        return rounded(x_upcast * rstd * weight, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dy):
         x, weight, rstd = saved
-        x_hat, dy = wide(x) * rstd, wide(dy)
+        x_hat, dy = upcast(x) * rstd, upcast(dy)
         dy_x_hat = dy * x_hat
         dweight = dy_x_hat.reshape(-1, x.shape[-1]).sum(0)
         projection = (dy_x_hat @ weight.to(dy.dtype)).div_(x.shape[-1]).unsqueeze(-1)
@@ -249,7 +261,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dweight.to(weight.dtype), None
 
 
-class _RMSNormInC(torch.autograd.Function):
+class _RMSNormC(torch.autograd.Function):
     """Both operations on the CPU: (y, x + residual), the second None without a residual."""
 
     @staticmethod

@@ -24,9 +24,9 @@ from .dispatch import (
     tl,
     triton,
     unit_stride,
+    upcast,
     use_c,
     use_triton,
-    wide,
     wrap_triton,
 )
 
@@ -159,7 +159,7 @@ def _check_table(name, table, q, offset):
     require_like(name, table, "q", q, dtype=False)
     require(
         table.dtype == torch.promote_types(q.dtype, torch.float32),
-        lambda: f"{name} is {table.dtype}; it must be {wide(q[:0]).dtype}: angles lose their meaning in less",
+        lambda: f"{name} is {table.dtype}; it must be {upcast(q[:0]).dtype}: angles lose their meaning in less",
     )
     require(
         table.ndim == 2 and table.shape[0] >= offset + q.shape[1] and table.shape[1] == q.shape[3] // 2,
@@ -175,13 +175,26 @@ def require_heads(name: str, x: torch.Tensor) -> None:
     require(x.ndim == 4, lambda: f"{name} has shape {tuple(x.shape)}; it must be (batch, seq, head, d_head)")
 
 
+def rotary_reference(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula, as apply_rotary_pos_emb of Hugging Face's Llama has it, for any dtype, differentiated by autograd."""
+    cos, sin = (torch.cat((table, table), -1)[offset : offset + q.shape[1], None] for table in (cos, sin))
+
+    def rotated(x):
+        x1, x2 = x.chunk(2, -1)
+        return (x * cos + torch.cat((-x2, x1), -1) * sin).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
 class _Rotary(torch.autograd.Function):
-    """In C, or the torch reference. Its backward is written out: no autograd through slices, and only cos and sin are saved."""
+    """In C or in optimised torch, its backward written out: no autograd through slices, and only cos and sin are saved."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, in_c):
         ctx.save_for_backward(cos, sin)
-        ctx.rotate = cpu.rotate if in_c else _rotate
+        ctx.rotate = cpu.rotate if in_c else _rotate_torch
         return ctx.rotate(q, cos, sin, 1), ctx.rotate(k, cos, sin, 1)
 
     @staticmethod
@@ -191,10 +204,10 @@ class _Rotary(torch.autograd.Function):
         return ctx.rotate(dq, cos, sin, -1), ctx.rotate(dk, cos, sin, -1), None, None, None
 
 
-def _rotate(x, cos, sin, sign):
+def _rotate_torch(x, cos, sin, sign):
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    x1, x2 = wide(x[..., :half]), wide(x[..., half:])
+    x1, x2 = upcast(x[..., :half]), upcast(x[..., half:])
     out = x.new_empty(x.shape)
     out[..., :half] = (x1 * cos).addcmul_(x2, sin, value=-sign)
     out[..., half:] = (x2 * cos).addcmul_(x1, sin, value=sign)

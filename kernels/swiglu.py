@@ -24,9 +24,9 @@ from .dispatch import (
     rounded,
     tl,
     triton,
+    upcast,
     use_c,
     use_triton,
-    wide,
     wrap_triton,
 )
 
@@ -114,8 +114,14 @@ def swiglu(gate_up: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     return swiglu_op(gate_up) if on_triton and gate_up.numel() else _SwiGLU.apply(gate_up, use_c(backend, gate_up))
 
 
+def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """The formula, for any dtype, differentiated by autograd."""
+    gate, up = gate_up.chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * up
+
+
 class _SwiGLU(torch.autograd.Function):
-    """In C, or the torch reference. Its backward is written out: half the time of autograd, and only gate_up is saved."""
+    """In C or in optimised torch, its backward written out: half the time of autograd, and only gate_up is saved."""
 
     @staticmethod
     def forward(ctx, gate_up, in_c):
@@ -124,7 +130,7 @@ class _SwiGLU(torch.autograd.Function):
         if in_c:
             return cpu.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return rounded(F.silu(wide(gate)) * up, gate_up.dtype)
+        return rounded(F.silu(upcast(gate)) * up, gate_up.dtype)
 
     @staticmethod
     @once_differentiable
@@ -132,8 +138,8 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = saved
         if ctx.in_c:
             return cpu.swiglu_backward(dy, gate_up), None
-        gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
-        dy = wide(dy)
+        gate, up = (upcast(half) for half in gate_up.chunk(2, dim=-1))
+        dy = upcast(dy)
         dgate_up = gate_up.new_empty(gate_up.shape)
         dgate, dup = dgate_up.chunk(2, dim=-1)
         dup.copy_(F.silu(gate).mul_(dy))

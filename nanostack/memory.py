@@ -102,9 +102,9 @@ def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool
         fixed["weights, fp32"] = live.now
         moments = [torch.empty_like(p, dtype=getattr(torch, config.optim.moments)) for p in llama.parameters() for _ in (1, 2)]
         fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
-        llama.compute_dtype, llama.keeps_low = dtype, dtype != torch.float32
+        llama.compute_dtype, llama.keeps_compute_weights = dtype, dtype != torch.float32
         tokens = torch.empty((sequences, model.seq_len), dtype=torch.int64)
-        if llama.keeps_low:
+        if llama.keeps_compute_weights:
             llama.refresh()
             fixed["copies of weights"] = live.now - sum(fixed.values())
         (llama(tokens, tokens) / 2).backward()

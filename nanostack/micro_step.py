@@ -42,7 +42,7 @@ class MicroStep:
         if self._captured is None or self._captured.about != about:
             self.forget()
             self._captured = self._capture(about, model, tokens_BT, targets_BT)
-        if model.keeps_low:
+        if model.keeps_compute_weights:
             model.refresh()
         self._captured.tokens_BT.copy_(tokens_BT)
         self._captured.targets_BT.copy_(targets_BT)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nanostack import kernels
 from nanostack.errors import UserError
+from nanostack.kernels import Documents
 from nanostack.shards import local_shard
 
 RESIDUAL_OUTPUTS = ("attn.out.weight", "mlp.down.weight")  # the weights that write to the residual stream
@@ -83,13 +84,13 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.low: Tensor | None = None  # neither parameter nor buffer: it follows the weight
-        self._made_from: tuple | None = None  # the weight that `low` is a copy of, its version, and the copy's dtype
+        self.compute_weight: Tensor | None = None  # neither parameter nor buffer: it follows the weight
+        self._made_from: tuple | None = None  # the weight that `compute_weight` is a copy of, its version, and the copy's dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.low is None or self.weight.dtype == x.dtype:
+        if self.compute_weight is None or self.weight.dtype == x.dtype:
             return F.linear(x, self.weight.to(x.dtype))
-        return kernels.linear(x, self.weight, self.low)
+        return kernels.linear(x, self.weight, self.compute_weight)
 
     @torch.no_grad()
     def refresh(self, dtype: torch.dtype) -> None:
@@ -97,9 +98,9 @@ class Linear(nn.Module):
         now = (weakref.ref(self.weight), self.weight._version, dtype)
         if self._made_from == now:
             return
-        if self.low is None or self.low.shape != self.weight.shape or self.low.dtype != dtype:
-            self.low = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
-        self.low.copy_(self.weight)
+        if self.compute_weight is None or self.compute_weight.shape != self.weight.shape or self.compute_weight.dtype != dtype:
+            self.compute_weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
+        self.compute_weight.copy_(self.weight)
         self._made_from = now
 
 
@@ -146,12 +147,12 @@ class Attention(nn.Module):
         self.out = Linear(config.n_head * config.d_head, config.d_model)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None = None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         B, T = x_BTD.shape[:2]
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.d_head))
         if cache is None:
-            out = kernels.rotary_attention(qkv, self.heads[1], cos, sin, cu_seqlens)
+            out = kernels.rotary_attention(qkv, self.heads[1], cos, sin, documents)
         else:
             q_BTHK, k_BTGK, v_BTGK = qkv.split(self.heads, dim=2)
             q_BTHK, k_BTGK = kernels.rotary(q_BTHK, k_BTGK, cos, sin)
@@ -180,9 +181,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        attended = self.attn(self.attn_norm(x_BTD), cos, sin, cu_seqlens, cache)
+        attended = self.attn(self.attn_norm(x_BTD), cos, sin, documents, cache)
         normed, x_BTD = self.mlp_norm.add(attended, x_BTD)
         return x_BTD + self.mlp(normed)
 
@@ -207,7 +213,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: whatever the embedding's weight is
-        self.keeps_low = False  # whether linear layers keep a copy of their weight in compute_dtype
+        self.keeps_compute_weights = False  # whether linear layers keep a copy of their weight in compute_dtype
         self.end_of_text: int | None = None  # None: attention sees the whole row
         self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -228,14 +234,17 @@ class Llama(nn.Module):
             raise ValueError(f"{end} tokens are longer than seq_len {self.config.seq_len}")
         if cache and self.end_of_text is not None:
             raise ValueError("a cache does not keep documents apart: leave it out, or set end_of_text to None")
-        if self.keeps_low:
+        if self.keeps_compute_weights:
             self.refresh()
         x_BTD = self.embed(tokens_BT)
         if self.compute_dtype is not None:
             x_BTD = x_BTD.to(self.compute_dtype)
-        cu_seqlens = None if self.end_of_text is None else document_starts(tokens_BT, self.end_of_text)
+        documents = None
+        if self.end_of_text is not None:  # translated here once for all blocks
+            cu_seqlens = document_starts(tokens_BT, self.end_of_text)
+            documents = kernels.documents(cu_seqlens, tokens_BT.numel(), x_BTD, self.config.d_head)
         for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x_BTD = block(x_BTD, self.cos[start:end], self.sin[start:end], cu_seqlens, kept)
+            x_BTD = block(x_BTD, self.cos[start:end], self.sin[start:end], documents, kept)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)

@@ -57,7 +57,8 @@ class Placement:
         if config.tie_embeddings and model.head.weight is not model.embed.weight:  # to_empty gives each name its own storage
             model.head.weight = model.embed.weight  # type: ignore[assignment]
         model.compute_dtype = self.dtype
-        model.keeps_low = self.mesh is None and self.dtype != torch.float32  # FSDP2 has its own copies, shard by shard
+        # FSDP2 has its own copies, shard by shard.
+        model.keeps_compute_weights = self.mesh is None and self.dtype != torch.float32
         return model
 
     def grown(self, model: Llama) -> None:

@@ -1,8 +1,8 @@
-"""What the kernel tests share: where they run, naive formulas to compare with, and the rule that says how close is close.
+"""What the kernel tests share: where they run, plain torch to measure with, and the rule that says how close is close.
 
-Error rule: ‖kernel − exact‖ ≤ 2 · ‖torch in the same dtype − exact‖ + small, where exact is the naive formula in fp64 on the
-same inputs, and small is a few fp32 roundings of numbers of order 1, or the usual error of one rounding to the result's
-dtype: without it a torch that is exact by luck (one row, whose elements share one rounding) would demand an exact kernel.
+Error rule: ‖kernel − exact‖ ≤ 2 · ‖torch in the same dtype − exact‖ + small. exact is the kernel's reference in fp64 on the
+same inputs. small is a few fp32 roundings of numbers of order 1, or the usual error of one rounding to the result's dtype:
+without it a torch that is exact by luck (one row, whose elements share one rounding) would demand an exact kernel.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels.attention import scores_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_DEVICE = "cpu" if dry_gpu.active else "cuda"  # in a dry run CPU tensors stand for those on a GPU
@@ -31,10 +32,10 @@ def _target(device, backend, dtype, gpu=False):
 # The interpreter multiplies raw bits in a bf16 tl.dot, so it never sees bf16.
 INTERPRETER = [_target("cpu", "triton", dtype) for dtype in (torch.float32, torch.float16)]
 GPU = [_target(GPU_DEVICE, "triton", dtype, gpu=True) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-REFERENCE = [_target("cpu", way, dtype) for way in ("torch", "c") for dtype in (torch.float32, torch.bfloat16)]
+CPU = [_target("cpu", way, dtype) for way in ("torch", "c") for dtype in (torch.float32, torch.bfloat16)]
 # What shapes can show is shown in the interpreter, and on a dry GPU whether they compile; a GPU's minutes are for realistic
 # sizes (kernels/test_gpu.py).
-on_every_target = pytest.mark.parametrize("target", INTERPRETER if INTERPRETED else GPU if dry_gpu.active else REFERENCE)
+on_every_target = pytest.mark.parametrize("target", INTERPRETER if INTERPRETED else GPU if dry_gpu.active else CPU)
 on_triton = pytest.mark.parametrize("target", INTERPRETER if INTERPRETED else GPU if dry_gpu.active else GPU[-1:])
 on_gpu = pytest.mark.parametrize("target", GPU)
 
@@ -48,7 +49,7 @@ def in_turn(**parameters):
     names, cases = ",".join(("target", *parameters)), []
     for numbers in itertools.product(*(range(len(values)) for values in parameters.values())):
         chosen = [values[i] for values, i in zip(parameters.values(), numbers, strict=True)]
-        targets = INTERPRETER[sum(numbers) % 2 :][:1] if INTERPRETED else GPU if dry_gpu.active else REFERENCE
+        targets = INTERPRETER[sum(numbers) % 2 :][:1] if INTERPRETED else GPU if dry_gpu.active else CPU
         for target in targets:
             name = "-".join([target.id, *map(str, chosen)])
             cases.append(pytest.param(*target.values, *chosen, id=name, marks=target.marks))
@@ -118,8 +119,8 @@ def in_double(x):
     return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
-def assert_obeys_error_rule(kernel, plain, naive, inputs, monkeypatch):
-    """Check each output and gradient of `kernel` against `naive` in fp64, measured by `plain`, torch in the same dtype."""
+def assert_obeys_error_rule(kernel, plain, reference, inputs, monkeypatch):
+    """Check each output and gradient of `kernel` against `reference` in fp64, measured by `plain`, torch in the same dtype."""
     if dry_gpu.active:
         for _ in outputs_and_gradients(kernel, inputs):
             dry_gpu.pass_over()
@@ -127,7 +128,7 @@ def assert_obeys_error_rule(kernel, plain, naive, inputs, monkeypatch):
     with poisoned_memory(monkeypatch):
         got = outputs_and_gradients(kernel, inputs)
     torch_result = outputs_and_gradients(plain, inputs)
-    exact = outputs_and_gradients(naive, [in_double(x) for x in inputs])
+    exact = outputs_and_gradients(reference, [in_double(x) for x in inputs])
     for i, (ours, theirs, truth) in enumerate(zip(got, torch_result, exact, strict=True)):
         assert ours.shape == truth.shape and ours.dtype == theirs.dtype, f"result {i}: {ours.dtype} {tuple(ours.shape)}"
         error, yardstick = ((x.double() - truth).norm().item() for x in (ours, theirs))
@@ -136,44 +137,13 @@ def assert_obeys_error_rule(kernel, plain, naive, inputs, monkeypatch):
         assert error <= 2 * yardstick + small, f"result {i}: error {error:.3g}, torch's own {yardstick:.3g} + {small:.1g}"
 
 
-def naive_rms_norm(x, weight, eps):
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
 def plain_rms_norm(x, weight, eps):
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
-def naive_rotary(q, k, cos, sin):
-    """Hugging Face's apply_rotary_pos_emb, for (batch, seq, head, d_head)."""
-    cos, sin = (torch.cat((table, table), -1)[:, None] for table in (cos, sin))
-
-    def rotated(x):
-        half = x.shape[-1] // 2
-        return (x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin).to(x.dtype)
-
-    return rotated(q), rotated(k)
-
-
-def naive_scores(q, k, causal, scale, cu_seqlens):
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None, :]
-    seen = (j <= i) if causal else torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
-    if cu_seqlens is not None:
-        document = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.cpu().diff())
-        seen = seen & (document[:, None] == document[None, :])
-    return scores.masked_fill(~seen.to(scores.device), float("-inf"))
-
-
-def naive_attention(q, k, v, causal=True, scale=None, cu_seqlens=None):
-    p = naive_scores(q, k, causal, scale, cu_seqlens).softmax(-1)
-    return torch.einsum("bhts,bshk->bthk", p, v.repeat_interleave(q.shape[2] // v.shape[2], 2))
-
-
 def plain_attention(q, k, v, causal=True, scale=None, cu_seqlens=None):
     group = q.shape[2] // k.shape[2]
-    mask = naive_scores(q, k, causal, scale, cu_seqlens).isneginf().logical_not()[:, :1]
+    mask = scores_reference(q, k, causal, scale, cu_seqlens).isneginf().logical_not()[:, :1]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     # Pinned: left to itself torch may take cuDNN on Hopper, which errs with masks and single queries [pytorch#196678].
     pinned = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else contextlib.nullcontext()
@@ -181,33 +151,16 @@ def plain_attention(q, k, v, causal=True, scale=None, cu_seqlens=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def naive_swiglu(gate_up):
-    gate, up = gate_up.chunk(2, -1)
-    return gate / (1 + (-gate).exp()) * up
-
-
 def plain_swiglu(gate_up):
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
-
-def naive_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", z_loss=0.0):
-    logits = torch.einsum("...d,vd->...v", x, weight.to(x.dtype))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    kept = targets != ignore_index
-    lse = logits.logsumexp(-1)
-    loss = lse - logits.gather(-1, targets.where(kept, 0)[..., None])[..., 0] + z_loss * lse.square()
-    loss = loss.where(kept, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
 
 
 def check_attention(q, k, v, target, monkeypatch, **options):
     assert_obeys_error_rule(
         lambda *qkv: kernels.flash_attention(*qkv, backend=target[1], **options),
         lambda *qkv: plain_attention(*qkv, **options),
-        lambda *qkv: naive_attention(*qkv, **options),
+        lambda *qkv: kernels.flash_attention_reference(*qkv, **options),
         (q, k, v),
         monkeypatch,
     )

@@ -1,6 +1,6 @@
 """Numbers of attention, as in test_operations.py: on the torch paths, in C, interpreted, and with a CUDA device compiled."""
 
-import importlib
+import functools
 
 import pytest
 import torch
@@ -14,9 +14,6 @@ from kernel_oracle import (
     few_examples,
     holds,
     in_turn,
-    naive_attention,
-    naive_rotary,
-    naive_scores,
     on_every_target,
     on_triton,
     outputs_and_gradients,
@@ -26,10 +23,9 @@ from kernel_oracle import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import configs
-
-attention = importlib.import_module("kernels.attention_triton")
-
+from kernels import attention as attention_module
+from kernels import attention_triton, configs, dispatch
+from nanostack.model import Llama, LlamaConfig
 
 ATTENTION_SHAPES = [  # batch, q_len, kv_len, n_head, n_kv_head, d_head, causal
     (2, 1, 1, 2, 1, 64, True),
@@ -93,9 +89,40 @@ def test_attention_returns_the_natural_logsumexp(edges, target):
     q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
     cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=target[0])
     out, lse = kernels.flash_attention(q, k, v, cu_seqlens=cu_seqlens, return_lse=True, backend=target[1])
-    exact = naive_scores(q.double(), k.double(), True, None, cu_seqlens).logsumexp(-1)
+    _, exact = kernels.flash_attention_reference(q.double(), k.double(), v.double(), cu_seqlens=cu_seqlens, return_lse=True)
     assert out.requires_grad and not lse.requires_grad and lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=4e-6)
+
+
+@on_every_target
+def test_documents_translated_once_give_the_same_bits(target):
+    """kernels.documents, which the model calls once for all its blocks, beside the translation in every call."""
+    q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
+    cu_seqlens, angle = torch.tensor([0, 20, 45], dtype=torch.int32, device=target[0]), torch.ones(45, 16, device=target[0])
+    translated = kernels.documents(cu_seqlens, 45, q, 32, backend=target[1])
+    assert (translated.bounds is not None) == (target[1] == "triton")
+    for function, inputs in (
+        (lambda documents, q, k, v: kernels.flash_attention(q, k, v, cu_seqlens=documents, backend=target[1]), (q, k, v)),
+        (
+            lambda documents, qkv: kernels.rotary_attention(qkv, 2, angle, angle, documents, backend=target[1]),
+            (torch.cat((q, k, v), 2).detach().requires_grad_(),),
+        ),
+    ):
+        runs = [outputs_and_gradients(functools.partial(function, given), inputs) for given in (cu_seqlens, translated)]
+        assert all(map(torch.equal, *runs))
+    with pytest.raises(ValueError, match=r"made for 45|must rise from 0 to 40"):
+        kernels.flash_attention(q[:, :40], k[:, :40], v[:, :40], cu_seqlens=translated, backend=target[1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton kernels that run on this machine")
+def test_a_model_translates_documents_once_for_all_its_blocks(monkeypatch):
+    model = Llama(LlamaConfig(n_layer=3, n_head=1, n_kv_head=1, d_model=16, d_ff=16, vocab_size=8, seq_len=6))
+    model.end_of_text, calls = 0, []
+    monkeypatch.setattr(dispatch, "_backend", "triton")
+    bounds = attention_module.document_bounds
+    monkeypatch.setattr(attention_module, "document_bounds", lambda *given: calls.append(1) or bounds(*given))
+    model(torch.tensor([[3, 0, 5, 6, 0, 1]]), torch.ones(1, 6, dtype=torch.int64))
+    assert len(calls) == 1
 
 
 @on_every_target
@@ -118,7 +145,7 @@ def test_documents_that_do_not_cover_the_row_are_seen(target):
     q = attention_inputs(1, 20, 20, 1, 1, 32, target)[0]
     for edges in ([0, 12], [3, 20], [0, 15, 9, 20]):
         cu_seqlens = torch.tensor(edges, dtype=torch.int32)
-        bounds = attention.document_bounds(cu_seqlens, 20).to(target[0])
+        bounds = attention_triton.document_bounds(cu_seqlens, 20).to(target[0])
         out, _ = torch.ops.nanostack.flash_attention(q, q, q, bounds, True, 0.2)
         assert holds(out.isnan().all())
         if INTERPRETED:
@@ -152,7 +179,9 @@ def test_rotary_attention_obeys_error_rule(heads, edges, target, monkeypatch):
     def apart(attend):
         def function(qkv):
             q, k, v = qkv.split([n_head, n_kv_head, n_kv_head], 2)
-            q, k = naive_rotary(q, k, *(table[:SEQ].to(torch.promote_types(q.dtype, torch.float32)) for table in (cos, sin)))
+            q, k = kernels.rotary_reference(
+                q, k, *(table[:SEQ].to(torch.promote_types(q.dtype, torch.float32)) for table in (cos, sin))
+            )
             packed = [x if edges is None else x.reshape(1, 2 * SEQ, -1, d_head) for x in (q, k, v)]
             return attend(*packed, cu_seqlens=cu_seqlens).reshape(2, SEQ, n_head, d_head)
 
@@ -161,9 +190,9 @@ def test_rotary_attention_obeys_error_rule(heads, edges, target, monkeypatch):
     def ours(qkv):
         return kernels.rotary_attention(qkv, n_kv_head, cos, sin, cu_seqlens, backend=target[1])
 
-    assert_obeys_error_rule(ours, apart(plain_attention), apart(naive_attention), (qkv,), monkeypatch)
+    assert_obeys_error_rule(ours, apart(plain_attention), apart(kernels.flash_attention_reference), (qkv,), monkeypatch)
     strided = qkv.detach().repeat(1, 1, 2, 1)[:, :, : qkv.shape[2]].requires_grad_()
-    assert_obeys_error_rule(ours, apart(plain_attention), apart(naive_attention), (strided,), monkeypatch)
+    assert_obeys_error_rule(ours, apart(plain_attention), apart(kernels.flash_attention_reference), (strided,), monkeypatch)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tile shapes are varied in the interpreter, where they cost nothing to compile")
@@ -184,7 +213,7 @@ def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device, dtype: 90)
 
     def uses_tma(*tensors):
-        return attention.launch_config("attention_forward", *tensors).tiles["TMA"]
+        return attention_triton.launch_config("attention_forward", *tensors).tiles["TMA"]
 
     fused = torch.empty(1, 8, 6, 64, dtype=torch.bfloat16)
     assert uses_tma(*fused.split(2, 2))

@@ -1,60 +1,57 @@
 """The C functions of the CPU: how they are built, chosen and left alone; test_operations.py checks their numbers."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import kernels
 from kernels import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"no C functions: {cpu.unavailable_reason()}")
 
-ASK = """
-import torch, kernels
-x = torch.arange(-8.0, 8.0).view(2, 8)
-print(kernels.cpu.unavailable_reason())
-print(kernels.swiglu(x).tolist() == kernels.swiglu(x, backend={backend!r}).tolist())
-"""
+
+def answer(backend, environment):
+    """Whether there are C functions by this environment, and whether what is chosen by itself agrees with `backend`."""
+    os.environ.update(environment)
+    cpu._load.cache_clear()
+    cpu.unavailable_reason.cache_clear()
+    x = torch.arange(-8.0, 8.0).view(2, 8)
+    try:
+        return cpu.unavailable_reason(), torch.equal(kernels.swiglu(x), kernels.swiglu(x, backend=backend))
+    except ValueError as error:
+        return str(error)
 
 
-def ask(backend, **environment):
-    command = [sys.executable, "-c", ASK.format(backend=backend)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def ask(*questions):
+    """The answer to each question, at the same time, from a process of its own."""
+    with multiprocessing.get_context("fork").Pool(len(questions), maxtasksperchild=1) as pool:
+        return pool.starmap(answer, questions, chunksize=1)
 
 
-def test_without_a_compiler_the_torch_references_run():
-    out, err = ask("torch", NANOSTACK_CC="").communicate()
-    assert out.splitlines() == ["there is no C compiler (cc).", "True"], err
-    err = ask("c", NANOSTACK_CC="").communicate()[1]
-    assert 'ValueError: backend="c" is impossible: there is no C compiler (cc).' in err
+def test_without_a_compiler_the_torch_paths_run():
+    without = {"NANOSTACK_CC": ""}
+    said = "there is no C compiler (cc)."
+    assert ask(("torch", without), ("c", without)) == [(said, True), f'backend="c" is impossible: {said}']
 
 
 def test_compiler_that_fails_is_told(tmp_path):
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
-    out, err = ask("torch", NANOSTACK_CC=str(broken), XDG_CACHE_HOME=str(tmp_path)).communicate()
-    assert out.splitlines() == ["they could not be built: no such flag", "True"], err
+    environment = {"NANOSTACK_CC": str(broken), "XDG_CACHE_HOME": str(tmp_path)}
+    assert ask(("torch", environment)) == [("they could not be built: no such flag", True)]
 
 
 def test_many_processes_build_at_once_into_an_empty_cache(tmp_path):
-    asked = [ask("c", XDG_CACHE_HOME=str(tmp_path)) for _ in range(4)]
-    for process in asked:
-        out, err = process.communicate()
-        assert out.splitlines() == ["None", "True"], err
+    assert ask(*[("c", {"XDG_CACHE_HOME": str(tmp_path)})] * 3) == [(None, True)] * 3
     assert [path.suffix for path in (tmp_path / "nanostack").iterdir()] == [".so"] * 2, "one library a dtype, no leftovers"
 
 
 def test_cache_that_cannot_be_written_to_is_done_without(tmp_path):
     (tmp_path / "nanostack").write_text("in the way")
-    out, err = ask("c", XDG_CACHE_HOME=str(tmp_path)).communicate()
-    assert out.splitlines() == ["None", "True"], err
+    assert ask(("c", {"XDG_CACHE_HOME": str(tmp_path)})) == [(None, True)]
 
 
 def test_torch_is_what_torch_was_asked_for(monkeypatch):

@@ -1,7 +1,7 @@
 """Inputs at the edge of a dtype: what is finite in fp64 and fits the dtype stays so, and nothing that is not finite is lost.
 
-The right value is the naive formula in fp64, rounded. Where torch in the same dtype has another, that is accepted, too, unless
-a test says that only the right one is. As test_operations.py: on the torch references, in C, interpreted, and on a GPU.
+The right value is the formula in fp64, rounded. Where torch in the same dtype has another, that is accepted, too, unless
+a test says that only the right one is. As test_operations.py: on the torch paths, in C, interpreted, and on a GPU.
 """
 
 import dry_gpu
@@ -11,7 +11,6 @@ from kernel_oracle import (
     holds,
     in_double,
     in_turn,
-    naive_scores,
     on_every_target,
     plain_rms_norm,
     plain_swiglu,
@@ -30,13 +29,13 @@ def results(function, inputs, size=1.0):
     return [*outputs, *torch.autograd.grad(smooth, wanted, [torch.full_like(out, size) for out in smooth])]
 
 
-def assert_right(kernel, plain, inputs, size=1.0, naive=None, torch_too=True, slack=()):
+def assert_right(kernel, plain, inputs, size=1.0, reference=None, torch_too=True, slack=()):
     """`slack`: how much of rounding, in units of the dtype's, each result may show beside its own size."""
     ours = results(kernel, inputs, size)
     if dry_gpu.active:
         return dry_gpu.pass_over()
     theirs = results(plain, inputs, size)
-    exact = results(naive or plain, [in_double(x) for x in inputs], size)
+    exact = results(reference or plain, [in_double(x) for x in inputs], size)
     for i, (mine, other, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
         unit, mine, other, truth = 8 * torch.finfo(mine.dtype).eps, mine.double(), other.double(), truth.to(mine.dtype).double()
         near = unit * (truth.abs() + (slack[i] if slack else 0)) + 1e-36
@@ -94,8 +93,8 @@ def test_cross_entropy_of_logits_of_any_size(size, z_loss, target):
         targets = torch.tensor([answer], device=target[0])
         inputs = [column([[size]], target), column([[1.0], [1.0], [0.5], [-1.0], [0.0]], target)]
         cross_entropy = lambda x, w, t=targets: kernels.linear_cross_entropy(x, w, t, z_loss=z_loss, backend=target[1])  # noqa: E731
-        naive = lambda x, w, t=targets: exact_cross_entropy(x, w, t, z_loss)  # noqa: E731
-        assert_right(cross_entropy, naive, inputs, torch_too=False, slack=(1, 1 + abs(size * z_loss), abs(size)))
+        reference = lambda x, w, t=targets: exact_cross_entropy(x, w, t, z_loss)  # noqa: E731
+        assert_right(cross_entropy, reference, inputs, torch_too=False, slack=(1, 1 + abs(size * z_loss), abs(size)))
 
 
 @in_turn(answer=[3, 39], z_loss=[0.0, 1e-2])
@@ -105,13 +104,13 @@ def test_cross_entropy_of_logits_of_minus_infinity(z_loss, answer, target, monke
     weight = torch.linspace(-1, 1, 40)[:, None].index_fill(0, torch.arange(20), -float("inf")).to(target[0], target[2])
     x, targets = column([[1.0]], target, grad=False), torch.tensor([answer], device=target[0])
     cross_entropy = lambda w: kernels.linear_cross_entropy(x, w, targets, z_loss=z_loss, backend=target[1])  # noqa: E731
-    naive = lambda w: exact_cross_entropy(x.to(w.dtype), w, targets, z_loss)  # noqa: E731
-    assert_right(cross_entropy, naive, [weight.requires_grad_()], torch_too=False, slack=(1, 1))
+    reference = lambda w: exact_cross_entropy(x.to(w.dtype), w, targets, z_loss)  # noqa: E731
+    assert_right(cross_entropy, reference, [weight.requires_grad_()], torch_too=False, slack=(1, 1))
 
 
 def exact_attention(q, k, v, causal, scale):
-    scores = naive_scores(q, k, causal, scale, None)
-    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v), scores.logsumexp(-1).detach()
+    out, lse = kernels.flash_attention_reference(q, k, v, causal, scale, return_lse=True)
+    return out, lse.detach()
 
 
 @in_turn(causal=[True, False], scale=[0.3, 0.0, -0.3, -2.0])

@@ -13,11 +13,6 @@ from kernel_oracle import (
     GPU,
     GPU_DEVICE,
     assert_obeys_error_rule,
-    naive_attention,
-    naive_cross_entropy,
-    naive_rms_norm,
-    naive_rotary,
-    naive_swiglu,
     on_gpu,
     outputs_and_gradients,
     plain_attention,
@@ -35,9 +30,9 @@ MANY = 2**31 + 2**16  # elements: an int32 offset to the last of them is negativ
 in_bf16 = pytest.mark.parametrize("target", GPU[-1:])
 
 
-def check(kernel, plain, naive, inputs, monkeypatch):
+def check(kernel, plain, reference, inputs, monkeypatch):
     """The error rule, and the same bits from a second run."""
-    assert_obeys_error_rule(kernel, plain, naive, inputs, monkeypatch)
+    assert_obeys_error_rule(kernel, plain, reference, inputs, monkeypatch)
     assert all(map(torch.equal, *(outputs_and_gradients(kernel, inputs) for _ in range(2))))
 
 
@@ -67,7 +62,7 @@ def test_norms(shape, target, monkeypatch):
     check(
         lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS),
         lambda x, r, w: (plain_rms_norm(x + r, w, EPS), x + r),
-        lambda x, r, w: (naive_rms_norm(x + r, w, EPS), x + r),
+        lambda x, r, w: (kernels.rms_norm_reference(x + r, w, EPS), x + r),
         (x, residual, weight),
         monkeypatch,
     )
@@ -79,7 +74,7 @@ def test_norm_alone(shape, target, monkeypatch):
     check(
         lambda x, w: kernels.rms_norm(x, w, EPS),
         lambda x, w: plain_rms_norm(x, w, EPS),
-        lambda x, w: naive_rms_norm(x, w, EPS),
+        lambda x, w: kernels.rms_norm_reference(x, w, EPS),
         (randn(*shape, target=target), randn(shape[-1], target=target, seed=1).detach().float().requires_grad_()),
         monkeypatch,
     )
@@ -93,16 +88,16 @@ def test_rotary(batch, seq, n_head, n_kv_head, d_head, target, monkeypatch):
     angle = torch.outer(torch.arange(seq + 0.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
     cos, sin = angle.cos(), angle.sin()
 
-    def naive(q, k):
-        return naive_rotary(q, k, cos.to(q.dtype) if q.dtype == torch.float64 else cos, sin)
+    def reference(q, k):
+        return kernels.rotary_reference(q, k, cos.to(q.dtype) if q.dtype == torch.float64 else cos, sin)
 
-    check(lambda q, k: kernels.rotary(q, k, cos, sin), naive, naive, (q, k), monkeypatch)
+    check(lambda q, k: kernels.rotary(q, k, cos, sin), reference, reference, (q, k), monkeypatch)
 
 
 @on_gpu
 @pytest.mark.parametrize("shape", [(8192, 2 * 5632), (3, 333, 2 * 781)], ids=str)
 def test_swiglu(shape, target, monkeypatch):
-    check(kernels.swiglu, plain_swiglu, naive_swiglu, (randn(*shape, target=target),), monkeypatch)
+    check(kernels.swiglu, plain_swiglu, kernels.swiglu_reference, (randn(*shape, target=target),), monkeypatch)
 
 
 @on_gpu
@@ -112,10 +107,10 @@ def test_linear_cross_entropy(rows, width, vocab, target, monkeypatch):
     targets = torch.arange(rows, device=target[0]) * 7919 % vocab
     targets[::7] = -100
 
-    def naive(x, weight):
-        return naive_cross_entropy(x, weight, targets, z_loss=1e-4)
+    def reference(x, weight):
+        return kernels.linear_cross_entropy_reference(x, weight, targets, z_loss=1e-4)
 
-    check(lambda x, w: kernels.linear_cross_entropy(x, w, targets, z_loss=1e-4), naive, naive, (x, weight), monkeypatch)
+    check(lambda x, w: kernels.linear_cross_entropy(x, w, targets, z_loss=1e-4), reference, reference, (x, weight), monkeypatch)
 
 
 def check_attention(shape, target, monkeypatch, edges=None, causal=True):
@@ -128,7 +123,7 @@ def check_attention(shape, target, monkeypatch, edges=None, causal=True):
     check(
         lambda *qkv: kernels.flash_attention(*qkv, **options),
         lambda *qkv: plain_attention(*qkv, **options),
-        lambda *qkv: naive_attention(*qkv, **options),
+        lambda *qkv: kernels.flash_attention_reference(*qkv, **options),
         (q, k, v),
         monkeypatch,
     )

@@ -82,13 +82,13 @@ def test_triton_on_the_cpu_says_why_not_and_auto_falls_back(monkeypatch):
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         kernels.swiglu(X, backend="triton")
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda device: None)
-    for wide in (
+    for too_wide in (
         lambda: kernels.rms_norm(torch.ones(2, 16385), torch.ones(16385), 1e-5, backend="triton"),
         lambda: kernels.flash_attention(*[torch.ones(1, 2, 1, 320)] * 3, backend="triton"),
         lambda: kernels.rotary(*[torch.ones(1, 2, 1, 320)] * 2, *[torch.ones(2, 160)] * 2, backend="triton"),
     ):
         with pytest.raises(ValueError, match=r"impossible: the kernel takes .* at most"):
-            wide()
+            too_wide()
     monkeypatch.undo()
     kernels.set_backend("triton")
     try:
@@ -122,7 +122,7 @@ def test_kernels_work_where_triton_is_not_installed():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_references_compile_into_one_graph_and_give_the_same_numbers():
+def test_torch_paths_compile_into_one_graph_and_give_the_same_numbers():
     targets = torch.tensor([0, 3, -100])
 
     def block(x, weight, q, k, head):
@@ -137,7 +137,7 @@ def test_references_compile_into_one_graph_and_give_the_same_numbers():
     torch.testing.assert_close(torch.autograd.grad(compiled, inputs), torch.autograd.grad(loss, inputs))
 
 
-def test_references_have_the_gradients_of_finite_differences():
+def test_torch_paths_have_the_gradients_of_finite_differences():
     x, weight = torch.randn(3, 6).double().requires_grad_(), torch.randn(6).double().requires_grad_()
     q, k = (torch.randn(1, 5, h, 4).double().requires_grad_() for h in (2, 1))
     cos, sin, head = (torch.randn(*shape).double() for shape in ((5, 2), (5, 2), (4, 6)))
@@ -157,7 +157,7 @@ OPERATIONS = list(all_operations(("cpu", "torch", torch.float32)))
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "documents"])  # their shapes depend on values
-def test_references_compile_once_for_every_size(name):
+def test_torch_paths_compile_once_for_every_size(name):
     """Batch, sequence, heads, width and vocabulary; a second size compiles nothing."""
     target = ("cpu", "torch", torch.float32)
     sizes = {"batch": 5, "seq": 11, "heads": 8, "kv_heads": 4, "width": 40, "vocab": 50}, {"batch": 7, "seq": 17, "heads": 9}

@@ -1,6 +1,6 @@
-"""Numbers: each operation, its outputs and all its gradients, against naive formulas in fp64.
+"""Numbers: each operation, its outputs and all its gradients, against the reference beside each kernel in fp64.
 
-This file runs three times: here on the torch references, in test_interpreted.py on the interpreted Triton kernels, and
+This file runs three times: here on the torch and C paths, in test_interpreted.py on the interpreted Triton kernels, and
 with a CUDA device on the compiled ones.
 """
 
@@ -19,10 +19,6 @@ from kernel_oracle import (
     few_examples,
     holds,
     in_turn,
-    naive_cross_entropy,
-    naive_rms_norm,
-    naive_rotary,
-    naive_swiglu,
     on_every_target,
     on_triton,
     outputs_and_gradients,
@@ -41,20 +37,17 @@ def check_rms_norm(x, weight, target, monkeypatch):
     assert_obeys_error_rule(
         lambda x, w: kernels.rms_norm(x, w, EPS, backend=target[1]),
         lambda x, w: plain_rms_norm(x, w, EPS),
-        lambda x, w: naive_rms_norm(x, w, EPS),
+        lambda x, w: kernels.rms_norm_reference(x, w, EPS),
         (x, weight),
         monkeypatch,
     )
 
 
 def check_add_rms_norm(x, residual, weight, target, monkeypatch):
-    def added(norm):
-        return lambda x, r, w: (norm(x + r, w, EPS), x + r)
-
     assert_obeys_error_rule(
         lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS, backend=target[1]),
-        added(plain_rms_norm),
-        added(naive_rms_norm),
+        lambda x, r, w: (plain_rms_norm(x + r, w, EPS), x + r),
+        lambda x, r, w: kernels.add_rms_norm_reference(x, r, w, EPS),
         (x, residual, weight),
         monkeypatch,
     )
@@ -111,14 +104,13 @@ def test_rotary_obeys_error_rule_on_slices_of_a_fused_projection(shape, target, 
     angle = torch.outer(torch.arange(offset + seq + 2.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
     cos, sin = angle.cos(), angle.sin()
 
-    def naive(q, k):
-        rows = slice(offset, offset + seq)
-        return naive_rotary(q, k, cos[rows].to(q.dtype) if q.dtype == torch.float64 else cos[rows], sin[rows])
+    def reference(q, k):
+        return kernels.rotary_reference(q, k, cos.to(q.dtype) if q.dtype == torch.float64 else cos, sin, offset)
 
     def kernel(q, k):
         return kernels.rotary(q, k, cos, sin, offset, backend=target[1])
 
-    assert_obeys_error_rule(kernel, naive, naive, (q, k), monkeypatch)
+    assert_obeys_error_rule(kernel, reference, reference, (q, k), monkeypatch)
 
 
 @on_every_target
@@ -138,11 +130,45 @@ def test_rotary_turns_by_relative_position_only(target):
 def test_swiglu_obeys_error_rule_in_every_rank(shape, target, monkeypatch):
     gate_up = randn(*shape, target=target, scale=3)
     swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
-    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (gate_up,), monkeypatch)
+    assert_obeys_error_rule(swiglu, plain_swiglu, kernels.swiglu_reference, (gate_up,), monkeypatch)
     strided = randn(4, 6, 2 * shape[-1], target=target, grad=False).transpose(0, 1)[..., : shape[-1]].requires_grad_()
-    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (strided,), monkeypatch)
+    assert_obeys_error_rule(swiglu, plain_swiglu, kernels.swiglu_reference, (strided,), monkeypatch)
     apart = randn(5, 3 * shape[-1], target=target, grad=False)[:, : shape[-1]].requires_grad_()  # walked without a copy
-    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (apart,), monkeypatch)
+    assert_obeys_error_rule(swiglu, plain_swiglu, kernels.swiglu_reference, (apart,), monkeypatch)
+
+
+@on_every_target
+def test_linear_obeys_error_rule_and_takes_an_fp32_master(target, monkeypatch):
+    """The product is the vendor's; what is ours is where its gradient goes, and in which dtype."""
+    x, weight = randn(3, 5, 24, target=target), randn(10, 24, target=target, seed=1)
+    for master in (weight, weight.detach().float().requires_grad_()):
+        assert_obeys_error_rule(
+            lambda x, w: kernels.linear(x, w, w.detach().to(x.dtype)),
+            *[kernels.linear_reference] * 2,
+            (x, master),
+            monkeypatch,
+        )
+
+
+def test_references_keep_double_precision():
+    """They are what fp64 results come from: none rounds to less on the way."""
+    for name, function, inputs in (
+        ("rms_norm", kernels.rms_norm_reference, ((3, 8), (8,), EPS)),
+        ("add_rms_norm", kernels.add_rms_norm_reference, ((3, 8), (3, 8), (8,), EPS)),
+        ("rotary", kernels.rotary_reference, ((1, 3, 2, 8), (1, 3, 1, 8), (3, 4), (3, 4))),
+        ("flash_attention", kernels.flash_attention_reference, ((1, 3, 2, 8), (1, 3, 1, 8), (1, 3, 1, 8))),
+        ("swiglu", kernels.swiglu_reference, ((3, 8),)),
+        ("linear", kernels.linear_reference, ((3, 8), (5, 8))),
+        (
+            "linear_cross_entropy",
+            lambda x, w: kernels.linear_cross_entropy_reference(x, w, torch.arange(3), z_loss=0.1),
+            ((3, 8), (5, 8)),
+        ),
+    ):
+        given = [torch.rand(x).double().requires_grad_() if isinstance(x, tuple) else x for x in inputs]
+        out = function(*given)
+        assert all(x.dtype == torch.float64 for x in (out if isinstance(out, tuple) else (out,))), name
+        assert torch.autograd.gradcheck(function, given), name
 
 
 @on_every_target
@@ -161,7 +187,7 @@ def test_strides_do_not_matter(data, target, monkeypatch):
     weight = randn(24, target=target)
     check_add_rms_norm(laid_out(2, 5, 24, seed=1), laid_out(2, 5, 24, seed=2), weight, target, monkeypatch)
     swiglu = lambda x: kernels.swiglu(x, backend=target[1])  # noqa: E731
-    assert_obeys_error_rule(swiglu, plain_swiglu, naive_swiglu, (laid_out(3, 4, 20, seed=3),), monkeypatch)
+    assert_obeys_error_rule(swiglu, plain_swiglu, kernels.swiglu_reference, (laid_out(3, 4, 20, seed=3),), monkeypatch)
     q, k, v = laid_out(2, 19, 4, 32, seed=4), laid_out(2, 19, 2, 32, seed=5), laid_out(2, 19, 2, 32, seed=6)
     check_attention(q, k, v, target, monkeypatch)
 
@@ -299,12 +325,12 @@ def test_cross_entropy_obeys_error_rule_in_any_chunks(chunk_rows, options, targe
     def fused(x, weight):
         return kernels.linear_cross_entropy(x, weight, targets, backend=target[1], **options)
 
-    def naive(x, weight):
-        return naive_cross_entropy(x, weight, targets, **options)
+    def reference(x, weight):
+        return kernels.linear_cross_entropy_reference(x, weight, targets, **options)
 
-    assert_obeys_error_rule(fused, naive, naive, (x, weight), monkeypatch)
+    assert_obeys_error_rule(fused, reference, reference, (x, weight), monkeypatch)
     master = weight.detach().float().requires_grad_()
-    assert_obeys_error_rule(fused, naive, naive, (x, master), monkeypatch)
+    assert_obeys_error_rule(fused, reference, reference, (x, master), monkeypatch)
 
 
 @on_every_target
@@ -315,7 +341,7 @@ def test_cross_entropy_obeys_error_rule_in_any_shape(rows, width, vocab, z_loss,
     targets = (torch.arange(rows, device=target[0]) * 7919) % vocab
     assert_obeys_error_rule(
         lambda x, w: kernels.linear_cross_entropy(x, w, targets, z_loss=z_loss, backend=target[1]),
-        *[lambda x, w: naive_cross_entropy(x, w, targets, z_loss=z_loss)] * 2,
+        *[lambda x, w: kernels.linear_cross_entropy_reference(x, w, targets, z_loss=z_loss)] * 2,
         (x, weight),
         monkeypatch,
     )

@@ -75,35 +75,65 @@ def corpus(tmp_path_factory) -> Path:
 
 
 class Forks:
-    """Python commands, each in a process of its own that need not import torch (tests/forks.py)."""
+    """Starts Python commands, each in a process of its own that need not import torch (tests/forks.py)."""
 
     server: subprocess.Popen | None = None
 
-    def __call__(self, words: list, cwd: Path) -> subprocess.CompletedProcess:
+    def ask(self, request: dict) -> int | None:
         if self.server is None or self.server.poll() is not None:
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
             command = [sys.executable, str(ROOT / "tests/forks.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self.server = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
             atexit.register(self.server.stdin.close)  # which ends it
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            request = {"argv": words, "cwd": str(cwd), "out": out.name, "err": err.name}
-            try:
-                print(json.dumps(request), file=self.server.stdin, flush=True)
-                code = int(self.server.stdout.readline())
-            except BaseException:  # pytest's own timeout too: nothing is left that would answer the next request
-                os.killpg(self.server.pid, signal.SIGKILL)
-                self.server.wait()
-                raise
-            return subprocess.CompletedProcess(words, code, out.read(), err.read())
+        try:
+            print(json.dumps(request), file=self.server.stdin, flush=True)
+            return json.loads(self.server.stdout.readline())
+        except BaseException:  # pytest's own timeout too: nothing is left that would answer the next request
+            os.killpg(self.server.pid, signal.SIGKILL)
+            self.server.wait()
+            raise
 
 
 forks = Forks()
 
 
-def python(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """What `python WORDS` does in the folder `cwd`, on the CPU."""
-    return forks([str(word) for word in words], cwd)
+class Forked:
+    """A command under way, with as much of subprocess.Popen as the tests ask for. Both streams are kept in files."""
+
+    def __init__(self, words: list[object], cwd: Path, env: dict, input: str):
+        self.words, self.returncode = [str(word) for word in words], None
+        self._streams = [tempfile.NamedTemporaryFile("w+") for _ in range(3)]  # noqa: SIM115
+        self._streams[0].write(input)
+        self._streams[0].flush()
+        names = dict(zip(("in", "out", "err"), (stream.name for stream in self._streams), strict=True))
+        self.pid = forks.ask({"argv": self.words, "cwd": str(cwd), "env": {**os.environ, **env}, **names})
+
+    def poll(self, wait: bool = False) -> int | None:
+        if self.returncode is None:
+            self.returncode = forks.ask({"pid": self.pid, "wait": wait})
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.poll(wait=True)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def done(self) -> subprocess.CompletedProcess:
+        code = self.wait()
+        with self._streams[0], self._streams[1] as out, self._streams[2] as err:
+            return subprocess.CompletedProcess(self.words, code, out.read(), err.read())
+
+
+def start_python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "") -> Forked:
+    """Begin what `python WORDS` does in the folder `cwd`, on the CPU."""
+    return Forked(list(words), cwd, {"CUDA_VISIBLE_DEVICES": ""} | (env or {}), input)
+
+
+def python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "") -> subprocess.CompletedProcess:
+    """What `python WORDS` does in the folder `cwd`, on the CPU. env: what torch reads when it is imported has no effect."""
+    return start_python(*words, cwd=cwd, env=env, input=input).done()
 
 
 class Trainer:
@@ -120,8 +150,8 @@ class Trainer:
 
     def __call__(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
         command = self.command(out, *overrides, processes=processes)
-        if not processes and not env:
-            return python(*command[1:])
+        if not processes:
+            return python(*command[1:], env=env)
         env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})  # bit for bit is a promise of the CPU
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 

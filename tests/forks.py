@@ -1,46 +1,59 @@
-"""Runs Python commands one after another, each in a process forked from this one, which has imported torch already.
+"""Runs Python commands, each in a process forked from this one, which has imported torch already.
 
 To import torch and the rest takes seconds, and the tests run hundreds of commands. What runs is the real command in a process
-of its own, as `python COMMAND` would. A request is a line of JSON: argv, cwd and the files for what it prints; the answer is
-the exit code.
+of its own, as `python COMMAND` would. A request is a line of JSON, and so is its answer:
+
+    {"argv", "cwd", "env", "in", "out", "err"}   start a command with these files as its standard streams: its process id
+    {"pid", "wait"}                              its exit code; null where it still runs and is not to be waited for
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import warnings
 
-import nanostack.evaluate
-import nanostack.fit
-import nanostack.import_hf
-import nanostack.plan
-import nanostack.prepare  # noqa: F401
+from nanostack.__main__ import COMMANDS
 
-import grow  # noqa: F401
-import train  # noqa: F401
+for module in ("train", "grow", "study.__main__", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
+    importlib.import_module(module)
+
+
+def answer(request: dict) -> int | None:
+    pid, status = os.waitpid(request["pid"], 0 if request["wait"] else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
 
 gc.freeze()  # a collection would copy every page
 for line in sys.stdin:
     request = json.loads(line)
-    child = os.fork()
-    if child == 0:
+    if "argv" in request and (child := os.fork()) == 0:
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(json.dumps(child if "argv" in request else answer(request)), flush=True)
 else:
     sys.exit()
 
-for number, path, flags in (0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY), (2, request["err"], os.O_WRONLY):
+streams = (request["in"], os.O_RDONLY), (request["out"], os.O_WRONLY), (request["err"], os.O_WRONLY | os.O_APPEND)
+for number, (path, flags) in enumerate(streams):
     os.dup2(os.open(path, flags), number)
 os.chdir(request["cwd"])
+os.environ |= request["env"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background have ignored
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
 del sys.path[0]  # this folder
 sys.argv = request["argv"]
-if sys.argv[0] == "-m":
-    del sys.argv[0]
+if sys.argv[0] in ("-m", "-c"):
+    kind, what = sys.argv[:2]
     sys.path.insert(0, request["cwd"])
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if kind == "-m":
+        del sys.argv[0]
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        del sys.argv[1]
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,6 +1,5 @@
 """The commands of docs/, run as they stand there but for their size; and the job script under a Slurm of two small scripts."""
 
-import json
 import os
 import re
 import shlex
@@ -10,101 +9,73 @@ import subprocess
 import sys
 import time
 
-import pyarrow.parquet
 import pytest
-import zstandard
 from conftest import ROOT, TINY
-from test_evaluate import fill
-from test_readme import run, small
+from pages import Shell, commands, lines_of, workshop
 
+DOCS = ROOT / "docs"
 PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")  # in the order in which they build on each other
-NEEDS = re.compile(r" # needs (a GPU|GPUs|a network|Slurm)")
-
-
-def lines_of(page: str) -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
-    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-
-
-def commands(page: str) -> list[str]:
-    """Those that need neither a GPU nor a network nor Slurm."""
-    return [line for line in lines_of(page) if not NEEDS.search(line)]
-
-
-def texts(folder) -> None:
-    """The text that the pages speak of: code here, a few lines where they have a crawl."""
-    (folder / "texts").mkdir()
-    for name in ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py"):
-        (folder / "texts" / name).symlink_to(os.path.join(os.path.dirname(os.__file__), name))
-    sources = [path.read_text() for path in sorted((folder / "texts").iterdir())]
-    (folder / "notes.txt").write_text(sources[0])
-    packed = zstandard.compress("".join(json.dumps({"body": text}) + "\n" for text in sources).encode())
-    (folder / "crawl.jsonl.zst").write_bytes(packed)
-    for path in ("dump/part-0.parquet", "dump/part-1.parquet", "mirror/sample/10BT/000.parquet"):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{path}\n{text}" for text in sources]}), folder / path)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1800)
 def test_commands_of_the_pages_work_in_order(tmp_path):
-    for name in ("train.py", "grow.py", "config", "nanostack", "kernels", "bench"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    texts(tmp_path)
-    fill(tmp_path / "tasks")
+    workshop(tmp_path)
+    shell = Shell(tmp_path)
     base = "torchrun --nproc_per_node 8 train.py config/1b_base.py --data.path data/texts"
     for page in PAGES:
-        found = commands(page)
+        found = commands(DOCS / f"{page}.md")
         assert found, page
         for line in found:
             if "pytest" in line:  # tests that run beside this one
                 assert all((ROOT / word).exists() for word in shlex.split(line, comments=True) if word.startswith("tests/"))
             else:
-                run(small(line), tmp_path)
+                shell(line)
         if page == "train":
-            run(small(base), tmp_path)  # which the README's commands have trained before
+            shell(base)  # which the README's commands have trained before
     assert (tmp_path / "exported-x2/model.safetensors").exists() and (tmp_path / "out/imported/ckpt.pt").exists()
 
 
 def test_every_page_is_linked_and_every_link_leads_somewhere():
-    pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    pages = {path.name: path.read_text() for path in DOCS.glob("*.md")}
     linked = set(re.findall(r"\]\(docs/([\w.]+)", (ROOT / "README.md").read_text()))
     for name, text in pages.items():
         for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
-            assert (ROOT / "docs" / target).exists(), f"{name}: {target}"
+            assert (DOCS / target).exists(), f"{name}: {target}"
             linked.add(target)
     assert linked >= pages.keys()
 
 
 def test_no_page_has_commands_that_are_not_run():
-    others = {path.stem for path in (ROOT / "docs").glob("*.md")} - {*PAGES, "add_an_operator"}
-    assert not {page: found for page in others if (found := commands(page))}
+    others = [path for path in DOCS.glob("*.md") if path.stem not in (*PAGES, "add_an_operator")]
+    assert not {path.name: found for path in others if (found := commands(path))}
 
 
 def test_tools_that_the_pages_call_are_installed():
-    tools = {line.split()[0] for path in (ROOT / "docs").glob("*.md") for line in lines_of(path.stem)} - {
-        "sbatch",
-        "tensorboard",
-    }
+    tools = {line.split()[0] for path in DOCS.glob("*.md") for line in lines_of(path)} - {"sbatch", "tensorboard"}
     assert not [tool for tool in tools if not shutil.which(tool, path=os.path.dirname(sys.executable))]
 
 
 @pytest.mark.slow
 def test_operator_of_the_page_passes_the_tests_once_added(tmp_path):
-    for name in ("nanostack", "kernels", "bench", "tests", "config"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("train.py", "grow.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("nanostack", "kernels", "tests", "config"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docs").mkdir()
-    operator, sequence = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_an_operator.md").read_text(), re.S)
-    with open(tmp_path / "nanostack/depth.py", "a") as file:
+    for name in ("train.py", "grow.py", "pyproject.toml", "docs/draw_growth.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    operator, sequence = re.findall(r"```python\n(.*?)```", (DOCS / "add_an_operator.md").read_text(), re.S)
+    with open(tmp_path / "nanostack/growth/depth.py", "a") as file:
         file.write(f"\n\n{operator}")
     tests = tmp_path / "tests/growth/test_growth.py"
     opening = re.search(r"SEQUENCES = {.*\n", tests.read_text())[0]
     tests.write_text(tests.read_text().replace(opening, opening + sequence))
-    for line, said in zip(commands("add_an_operator"), ("3 passed", ""), strict=True):  # tied, untied, what holds for all
-        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True)
+    for line, said in zip(
+        commands(DOCS / "add_an_operator.md"), ("3 passed", ""), strict=True
+    ):  # tied, untied, what holds for all
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "docs/growth.png").stat().st_size > 10_000
 

@@ -161,20 +161,20 @@ study = Study(
 @pytest.mark.slow
 def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_path):
     (tmp_path / "toy.py").write_text(STUDY)
-    command = [sys.executable, "bench/speedup.py", tmp_path / "toy.py", "--data", corpus, "--size", "cpu", "--jobs", "2"]
+    command = ["bench/speedup.py", tmp_path / "toy.py", "--data", corpus, "--size", "cpu", "--jobs", "2"]
     command += ["--out", tmp_path / "out", "--results", tmp_path / "results", "--json"]
     results = tmp_path / "results/study-toy-cpu.json"
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **options, start_new_session=True)
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *command], **options)
     while not (results.exists() and len(json.loads(results.read_text())["runs"]) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    second = subprocess.run(command, **options)
+    second = python(*command)
     assert second.returncode == 2 and "another process is running a study" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = json.loads(results.read_text())["runs"]
-    done = subprocess.run(command, **options)
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     assert "0:00:00 left" in done.stderr
     found, summary = json.loads(results.read_text()), json.loads(done.stdout)
@@ -190,25 +190,25 @@ def test_study_of_seconds_goes_on_after_a_kill_and_ends_in_a_report(corpus, tmp_
     assert found["runs"][stack[1]]["growth"]["op"] == "stack" and found["runs"][learn[1]]["growth"]["learned"]
     assert results.with_suffix(".png").stat().st_size > 10000
     (tmp_path / "toy.py").write_text(STUDY[: STUDY.index('        "learn"')] + STUDY[STUDY.index("    },") :])
-    edited = subprocess.run(command, **options)
+    edited = python(*command)
     assert edited.returncode == 0 and list(json.loads(edited.stdout)["arms"]) == ["scratch", "base", "stack"], edited.stderr
     assert json.loads(results.read_text())["runs"].items() < found["runs"].items(), "a finished study without an arm"
     (tmp_path / "toy.py").write_text(STUDY.replace("seeds=(0, 1)", "seeds=(0, 1, 2)"))
-    process = subprocess.Popen(command, **options, start_new_session=True)
-    while len(json.loads(results.read_text())["runs"]) < len(found["runs"]) - 1:
+    process = subprocess.Popen([sys.executable, *command], **options)
+    while "arms" in json.loads(results.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert "arms" not in json.loads(results.read_text()), "two seeds are no answer to a study of three"
     (tmp_path / "toy.py").write_text(STUDY)
-    assert subprocess.run(command, **options).returncode == 0
+    assert python(*command).returncode == 0
     (tmp_path / "toy.py").write_text(STUDY.replace('"toy"', '"other"'))
-    other = subprocess.run(command, **options)
+    other = python(*command)
     assert other.returncode == 0 and json.loads(other.stdout)["arms"] == summary["arms"]
     shared = json.loads(results.with_name("study-other-cpu.json").read_text())["runs"]
     assert shared == found["runs"], "what one study has run, another ran again"
-    refused = subprocess.run([*command[:2], *command[2:-5], "--size", "gpu", *command[-5:]], **options)
+    refused = python(*command, "--size", "gpu")
     assert refused.returncode == 2 and "has sizes cpu, not gpu" in refused.stderr
 
 

@@ -32,6 +32,7 @@ from nanostack.model import LlamaConfig
 from nanostack.preflight import choose_kernels
 from nanostack.provenance import device_name
 from nanostack.runs import read_run
+from study import training_run
 
 STEPS = 20
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -115,10 +116,8 @@ def yardstick(config: Train) -> contextlib.AbstractContextManager:
 
 def losses(config: Train) -> dict:
     """{"losses", "dtype", "kernels"} of a run of train.py's loop."""
-    import train
-
     with TemporaryDirectory() as out, yardstick(config):
-        run = train.Run(replace(config, out=out))
+        run = training_run(replace(config, out=out))
         run.save = lambda: None
         run.train()
         head, records = read_run(Path(out))

@@ -44,6 +44,7 @@ from nanostack.preflight import choose_kernels
 from nanostack.provenance import device_name
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.text.manifest import load_manifest
+from study import training_run
 
 OURS = "nanostack"
 STARTED = "NANOSTACK_BENCH_STARTED"  # in the environment: when the process of a way was started
@@ -100,10 +101,8 @@ def in_one_stage(config: Train, steps: int) -> Train:
 
 def ours(config: Train, mark) -> str:
     """Train with train.py's loop, calling `mark` after every step. Returns what its kernels ran in."""
-    import train
-
     with TemporaryDirectory() as folder:
-        run = train.Run(replace(config, out=folder))
+        run = training_run(replace(config, out=folder))
         stepped = run.recorder.stepped
 
         def marked(*step) -> dict:

@@ -38,6 +38,7 @@ from nanostack.files import replacing
 from nanostack.provenance import device_name, git_commit, versions
 from nanostack.recorder import Diverged
 from nanostack.runs import read_run
+from study import training_run
 from study.plan import Job, Plan, Study
 from study.results import read_results
 
@@ -60,8 +61,6 @@ def execute(config: Train) -> dict:
 
 def attempt(config: Train) -> dict | None:
     """What `execute` returns; None where the records of a finished run are torn, as a machine leaves them that went down."""
-    import train
-
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     out = Path(config.out)
@@ -69,7 +68,7 @@ def attempt(config: Train) -> dict | None:
     diverged = False
     with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            run = train.Run(replace(config, resume=True))
+            run = training_run(replace(config, resume=True))
             run.train()
         except Diverged as error:
             diverged = True

@@ -36,7 +36,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 
-streams = (request["in"], os.O_RDONLY), (request["out"], os.O_WRONLY), (request["err"], os.O_WRONLY | os.O_APPEND)
+streams = (request["in"], os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_APPEND) for name in ("out", "err"))
 for number, (path, flags) in enumerate(streams):
     os.dup2(os.open(path, flags), number)
 os.chdir(request["cwd"])

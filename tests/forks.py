@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import types
 import warnings
 
 from nanostack.__main__ import COMMANDS
@@ -53,7 +54,8 @@ if sys.argv[0] in ("-m", "-c"):
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         del sys.argv[1]
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")  # which processes that this one spawns would import
+        exec(compile(what, "<string>", "exec"), main.__dict__)
 else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")

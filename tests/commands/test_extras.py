@@ -40,11 +40,11 @@ import sitecustomize
 
 assert not [name for name in sys.modules if name.partition(".")[0] in {packages}]
 del sys.argv[0]
-run = runpy.run_path
 if sys.argv[0] == "-m":
     del sys.argv[0]
-    run = runpy.run_module
-run(sys.argv[0], run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 

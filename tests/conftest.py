@@ -101,14 +101,14 @@ forks = Forks()
 
 
 class Forked:
-    """A command under way, with as much of subprocess.Popen as the tests ask for. Both streams are kept in files."""
+    """A command under way, with as much of subprocess.Popen as the tests ask for. Its streams are files."""
 
-    def __init__(self, words: list[object], cwd: Path, env: dict, input: str):
+    def __init__(self, words: list[object], cwd: Path, env: dict, input: str, one_stream: bool):
         self.words, self.returncode = [str(word) for word in words], None
-        self._streams = [tempfile.NamedTemporaryFile("w+") for _ in range(3)]  # noqa: SIM115
-        self._streams[0].write(input)
-        self._streams[0].flush()
-        names = dict(zip(("in", "out", "err"), (stream.name for stream in self._streams), strict=True))
+        self.stdin, self.stdout, self.stderr = (tempfile.NamedTemporaryFile("w+") for _ in range(3))  # noqa: SIM115
+        self.stdin.write(input)
+        self.stdin.flush()
+        names = {"in": self.stdin.name, "out": self.stdout.name, "err": (self.stdout if one_stream else self.stderr).name}
         self.pid = forks.ask({"argv": self.words, "cwd": str(cwd), "env": {**os.environ, **env}, **names})
 
     def poll(self, wait: bool = False) -> int | None:
@@ -123,14 +123,14 @@ class Forked:
         os.kill(self.pid, number)
 
     def done(self) -> subprocess.CompletedProcess:
-        code = self.wait()
-        with self._streams[0], self._streams[1] as out, self._streams[2] as err:
-            return subprocess.CompletedProcess(self.words, code, out.read(), err.read())
+        return subprocess.CompletedProcess(self.words, self.wait(), self.stdout.read(), self.stderr.read())
 
 
-def start_python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "") -> Forked:
-    """Begin what `python WORDS` does in the folder `cwd`, on the CPU."""
-    return Forked(list(words), cwd, {"CUDA_VISIBLE_DEVICES": ""} | (env or {}), input)
+def start_python(
+    *words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "", one_stream: bool = False
+) -> Forked:
+    """Begin what `python WORDS` does in the folder `cwd`, on the CPU; with one_stream, errors go to standard output."""
+    return Forked(list(words), cwd, {"CUDA_VISIBLE_DEVICES": ""} | (env or {}), input, one_stream)
 
 
 def python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str = "") -> subprocess.CompletedProcess:
@@ -186,9 +186,13 @@ class Trainer:
         assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr
         return done.stderr
 
-    def start(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.Popen:
+    def start(self, out: str, *overrides: str, processes: int = 0, env: dict | None = None) -> subprocess.Popen | Forked:
+        """Begin a run; what it prints, errors too, is to be read from `stdout`."""
+        command = self.command(out, *overrides, processes=processes)
+        if not processes and not (env or {}).keys() & READ_AT_IMPORT:
+            return start_python(*command[1:], env=env, one_stream=True)
         return subprocess.Popen(
-            self.command(out, *overrides, processes=processes),
+            command,
             cwd=ROOT,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),
             stdout=subprocess.PIPE,
@@ -197,7 +201,19 @@ class Trainer:
             start_new_session=True,
         )
 
-    def kill_when(self, process: subprocess.Popen, reached, number: int = signal.SIGKILL) -> bool:
+    def ranks(self, out: str, *overrides: str, processes: int) -> Path:
+        """The run in `processes` processes with what torchrun tells each of them, without the seconds that it takes itself."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        command = self.command(out, *overrides)[1:]
+        started = [start_python(*command, env=shared | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(processes)]
+        for done in [process.done() for process in started]:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return self.folder / out
+
+    def kill_when(self, process: subprocess.Popen | Forked, reached, number: int = signal.SIGKILL) -> bool:
         """Signal a run as soon as `reached()` holds. False if the run ended before."""
         while process.poll() is None:
             if reached():

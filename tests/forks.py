@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import types
 import warnings
 
 from nanostack.__main__ import COMMANDS
@@ -36,7 +37,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 
-streams = (request["in"], os.O_RDONLY), (request["out"], os.O_WRONLY), (request["err"], os.O_WRONLY | os.O_APPEND)
+streams = (request["in"], os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_APPEND) for name in ("out", "err"))
 for number, (path, flags) in enumerate(streams):
     os.dup2(os.open(path, flags), number)
 os.chdir(request["cwd"])
@@ -53,7 +54,8 @@ if sys.argv[0] in ("-m", "-c"):
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         del sys.argv[1]
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")  # which processes that this one spawns would import
+        exec(compile(what, "<string>", "exec"), main.__dict__)
 else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")

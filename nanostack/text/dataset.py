@@ -1,6 +1,6 @@
 """Prepared tokens to batches.
 
-1. A folder written by nanostack.prepare: `manifest.json` and shards of little-endian token ids, memory-mapped.
+1. A folder written by nanostack.text.corpus: `manifest.json` and shards of little-endian token ids, memory-mapped.
 2. The shards of a split, end to end, are one stream of n_tokens. Block b is the seq_len + 1 tokens from b · seq_len on,
    so that every token but the first is a target exactly once; a block may lie in several shards.
 3. Sample n is a block of epoch n // n_blocks. Which one, a permutation keyed by (seed, epoch) says: a Feistel network,
@@ -29,7 +29,7 @@ from nanostack.text import tokenizer
 from nanostack.text.manifest import SPLITS, load_manifest
 
 if TYPE_CHECKING:
-    import torch  # not at run time: nanostack.prepare starts its workers without it
+    import torch  # not at run time: `nanostack prepare` starts its workers without it
 
 VERIFIED = ".verified.json"
 CHUNK = 1 << 24  # bytes read at once when checking a shard

@@ -1,4 +1,4 @@
-"""Documents to tokens on several cores, in order: the processes behind nanostack.prepare."""
+"""Documents to tokens on several cores, in order: the processes behind nanostack.text.corpus."""
 
 import contextlib
 import multiprocessing

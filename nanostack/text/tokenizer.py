@@ -8,7 +8,7 @@ which no merge crosses, and special tokens, of which we use one: end-of-text, be
     bytes                              256 bytes and end-of-text
     bpe:N                              N entries in all, end-of-text last, trained on the corpus by rustbpe
     a path                             a file of ranks in tiktoken's format, a tokenizer.json, a folder that has one, or one
-                                       written by nanostack.prepare
+                                       written by `nanostack prepare`
     OWNER/NAME, OWNER/NAME@REVISION    a model on Hugging Face's Hub; its tokenizer is downloaded once
 
 rustbpe breaks ties by token ids, so the same texts give the same ranks whatever their order and the number of threads.
@@ -281,7 +281,7 @@ def get(name: str) -> Tokenizer:
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder that nanostack.prepare wrote; needs no network. UserError if its ranks were changed."""
+    """The tokenizer of a folder that `nanostack prepare` wrote; needs no network. UserError if its ranks were changed."""
     from nanostack.text.manifest import load_manifest
 
     entry = load_manifest(folder)["tokenizer"]

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, python
 
 ABSENT = """
 import sys
@@ -33,8 +33,26 @@ def packages() -> list[str]:
     return sorted({re.match(r"[\w-]+", line)[0].replace("-", "_") for line in wanted})
 
 
+WITHOUT = """
+import runpy
+import sys
+import sitecustomize
+
+assert not [name for name in sys.modules if name.partition(".")[0] in {packages}]
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Bare:
-    """Runs commands in `folder`, in processes for which the extras' packages are not installed."""
+    """Runs commands in `folder`, in processes for which the extras' packages are not installed.
+
+    `fresh` is a process of its own from the start, and a call a fork of one that has imported nanostack and none of the extras.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -42,10 +60,14 @@ class Bare:
         (folder / "site" / "sitecustomize.py").write_text(ABSENT.format(packages=packages()))
         for name in ("train.py", "grow.py", "config", "bench", "nanostack", "kernels"):
             (folder / name).symlink_to(ROOT / name)
+        self.env = {"PYTHONPATH": f"{self.folder / 'site'}:{self.folder}", "CUDA_VISIBLE_DEVICES": ""}
 
     def __call__(self, *arguments) -> subprocess.CompletedProcess:
-        env = os.environ | {"PYTHONPATH": f"{self.folder / 'site'}:{self.folder}", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run([sys.executable, *arguments], cwd=self.folder, env=env, capture_output=True, text=True)
+        return python("-c", WITHOUT.format(packages=packages()), *arguments, cwd=self.folder, env=self.env)
+
+    def fresh(self, *arguments) -> str:
+        command, env = [sys.executable, *arguments], os.environ | self.env
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=True).stdout
 
     def good(self, *arguments) -> str:
         done = self(*arguments)
@@ -64,7 +86,7 @@ def bare(tmp_path_factory) -> Bare:
     library = Path(os.__file__).parent
     sources = (str(library / name) for name in ("argparse.py", "ast.py", "json", "email"))
     bare.good("-m", "nanostack", "prepare", *sources, "--out", "data", "--tokenizer", "bpe:300", "--val_fraction", "0.2")
-    bare.good("train.py", TINY, "--data.path", "data", "--out", "out/run")
+    bare.fresh("train.py", TINY, "--data.path", "data", "--out", "out/run")
     (bare.folder / "model").mkdir()
     (bare.folder / "model" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     (bare.folder / "text.parquet").write_bytes(b"PAR1")
@@ -74,7 +96,7 @@ def bare(tmp_path_factory) -> Bare:
 
 def test_extras_are_absent(bare):
     """Else nothing here would be tested."""
-    found = bare.good("-c", f"import importlib.util as u; print([name for name in {packages()} if u.find_spec(name)])")
+    found = bare.fresh("-c", f"import importlib.util as u; print([name for name in {packages()} if u.find_spec(name)])")
     assert found == "[]\n" and {"pyarrow", "lm_eval", "tensorboard", "liger_kernel"} < set(packages())
 
 

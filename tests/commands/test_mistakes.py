@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, Trainer
+from conftest import Trainer, python
 
 from nanostack import checkpoint
 
@@ -106,20 +106,24 @@ def test_damaged_checkpoint_is_refused_and_kept(run, tmp_path, damage):
     assert everything(tmp_path / "done") == before
 
 
+LIMITED = """
+import resource
+import runpy
+import signal
+import sys
+
+_, limit, *sys.argv = sys.argv
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_full_disk_ends_the_run_with_the_previous_checkpoint_intact(run, tmp_path):
     """A limit on the size of files stands for the full disk: the checkpoint after growth is the first to pass it."""
-    import resource
-    import signal
-    import subprocess
-
     small = next(iter(checkpoint.numbered_checkpoints(run.folder / "done" / "ckpt.pt"))).stat().st_size * 3 // 4
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))
-
     trainer = Trainer(run.corpus, tmp_path)
-    done = subprocess.run(trainer.command("run"), cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    done = python("-c", LIMITED, small, *trainer.command("run")[1:])
     assert done.returncode == 2 and "could not save" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["cursor"]["samples"] == 96
     assert not list((tmp_path / "run").glob("*.partial"))

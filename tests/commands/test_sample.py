@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Trainer, assert_same_state, records
+from conftest import TINY, Trainer, assert_same_state, python, records
 
 import train
 from kernels import dispatch
@@ -318,15 +316,14 @@ def test_tokenizer_larger_than_the_model_is_refused(run, tmp_path, monkeypatch):
 
 def test_command_line_streams_and_prints_json_and_ends_with_2(run):
     def command(*arguments, **options):
-        line = [sys.executable, "-m", "nanostack", "sample", "run/ckpt.pt", *arguments]
-        return subprocess.run(line, cwd=run, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, **options)
+        return python("-m", "nanostack", "sample", "run/ckpt.pt", *arguments, cwd=run, **options)
 
-    streamed = command("--prompt_file", "-", "--tokens", "8", input="x = é".encode())
+    streamed = command("--prompt_file", "-", "--tokens", "8", input="x = é")
     answer = command("--prompt", "x = é", "--tokens", "8", "--json")
     made = json.loads(answer.stdout)["samples"]
-    assert streamed.stdout.decode() == made[0]["text"] + "\n" and made[0]["tokens"] == 8 and made[0]["end"] == "length"
+    assert streamed.stdout == made[0]["text"] + "\n" and made[0]["tokens"] == 8 and made[0]["end"] == "length"
     refused = command("--top_p", "2")
-    assert refused.returncode == 2 and refused.stderr == b"error: top_p must be above 0 and at most 1, not 2\n"
+    assert refused.returncode == 2 and refused.stderr == "error: top_p must be above 0 and at most 1, not 2\n"
 
 
 @pytest.mark.parametrize(
@@ -373,8 +370,8 @@ def test_compiled_run_does_not_notice_and_compiles_nothing_for_it(corpus, tmp_pa
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_write_what_one_does_and_train_as_if_they_did_not(run, trainer):
-    plain = records(trainer.good("plain", processes=2))
-    sampled = records(trainer.good("sampled", *SAMPLED, processes=2))
+    plain = records(trainer.ranks("plain", processes=2))
+    sampled = records(trainer.ranks("sampled", *SAMPLED, processes=2))
     texts = [record.pop("texts") for record in sampled if "texts" in record]
     assert sampled == plain
     assert texts == [record["texts"] for record in records(run / "run") if "texts" in record]

@@ -1,16 +1,13 @@
 """Trackers: what TensorBoard and wandb show of a run is what its metrics.jsonl says."""
 
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, Trainer, records
+from conftest import TINY, Trainer, python, records
 
 from nanostack import track
 from nanostack.commands import track as command
@@ -188,8 +185,7 @@ def test_wandb_offline_holds_the_run_and_goes_on_under_its_id(runs):
 
 def test_run_can_be_sent_to_wandb_later(runs, tmp_path):
     out = shutil.copytree(runs.folder / "plain", tmp_path / "run")
-    command = [sys.executable, "-m", "nanostack", "track", str(out), "--to", "wandb", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True)
+    done = python("-m", "nanostack", "track", out, "--to", "wandb", "--json", env=OFFLINE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["runs"][str(out)]["records"] == 25
     assert_shows_run(out)
@@ -221,7 +217,7 @@ with Metrics(folder / "metrics.jsonl", True, Tracking("tensorboard", folder)) as
 
 def test_tracker_that_fails_costs_one_warning(tmp_path):
     """A limit on the size of files stands for the full disk. The event file is the longer one, and passes it first."""
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", FULL, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("warning: tensorboard failed, training goes on: OSError") and done.stderr.count("\n") == 1
     assert len(read_run(tmp_path)[1]) == 200

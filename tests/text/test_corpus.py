@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -20,7 +19,9 @@ import pyarrow.parquet
 import pytest
 import tyro
 import zstandard
+from conftest import ROOT, python
 
+from nanostack.commands.prepare import Command
 from nanostack.errors import UserError
 from nanostack.text import corpus as module
 from nanostack.text import encoding, tokenizer
@@ -50,8 +51,7 @@ def run(out: Path, *sources: Path | str, **options) -> dict:
 
 
 def cli(*words: object, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "nanostack", "prepare", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return python("-m", "nanostack", "prepare", *words, **options)
 
 
 def documents(out: Path) -> dict[str, list[str]]:
@@ -317,24 +317,29 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(tmp_path, words, m
         *([] if "--tokenizer" in words else ["--tokenizer", "bytes"]),
     ]
     dead_end = {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
-    environment = os.environ | dead_end | {"PYTHONPATH": str(Path(module.__file__).parents[1])}
-    refused(cli(*words, cwd=tmp_path, env=environment), message)
+    refused(cli(*words, cwd=tmp_path, env=dead_end), message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    def limit():  # the system's own refusal to write on, without filling a disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+LIMITED = """
+import resource
+from nanostack.commands import prepare
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+prepare.run()
+"""
 
-    result = cli("stdlib", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1, preexec_fn=limit)
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """The system refuses to write on, without a disk being filled."""
+    result = python("-c", LIMITED, "stdlib", "--out", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1)
     refused(result, f"writing {tmp_path / 'out'}: File too large")
     assert not list(tmp_path.iterdir())
 
 
 def test_commands_of_the_data_page_are_understood():
-    page = (Path(module.__file__).parents[1] / "docs/data.md").read_text().replace("\\\n", "")
+    page = (ROOT / "docs/data.md").read_text().replace("\\\n", "")
     lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("nanostack prepare ")]
-    commands = [tyro.cli(CorpusConfig, args=line[3:], use_underscores=True) for line in lines]
+    commands = [tyro.cli(Command, args=line[2:], use_underscores=True) for line in lines]
     assert len(commands) == 12
     for command in commands:
         module._check_options(command)

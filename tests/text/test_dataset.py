@@ -18,7 +18,7 @@ from nanostack.errors import UserError
 from nanostack.text import dataset as module
 from nanostack.text.corpus import CorpusConfig, prepare
 from nanostack.text.dataset import Prefetcher, Tokens, permute, verify
-from nanostack.text.manifest import load_manifest, manifest_sha256
+from nanostack.text.manifest import FORMAT, load_manifest, manifest_sha256
 
 EMAIL = Path(sysconfig.get_path("stdlib")) / "email"
 
@@ -48,7 +48,7 @@ def counted(folder: Path, *lengths: int) -> Path:
         shards.append({"file": f"{i}.bin", "tokens": length, "bytes": 4 * length, "sha256": ""})
         first += length
     splits = {"train": {"shards": shards}, "val": {"shards": []}}
-    manifest = {"format": module.FORMAT, "dtype": "<u4", "tokenizer": {"n_vocab": 1 << 20, "eot": 0}, "splits": splits}
+    manifest = {"format": FORMAT, "dtype": "<u4", "tokenizer": {"n_vocab": 1 << 20, "eot": 0}, "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -177,7 +177,7 @@ def seconds(work) -> float:
 
 
 def test_missing_data_say_how_to_prepare_them(tmp_path):
-    with pytest.raises(UserError, match=r"with: python -m nanostack\.prepare stdlib --out \S+/stdlib --tokenizer bpe:1024"):
+    with pytest.raises(UserError, match=r"with: nanostack prepare stdlib --out \S+/stdlib --tokenizer bpe:1024"):
         load_manifest(tmp_path / "data" / "stdlib")
     with pytest.raises(UserError, match=r"python -m nanostack\.prepare SOURCE\.\.\. --out \S*fineweb"):
         Tokens(tmp_path / "fineweb", "train", 64)

@@ -40,7 +40,7 @@ def test_bpe_n_has_n_entries_and_end_of_text_is_the_last():
 
 TRAIN_AND_HASH = """
 import hashlib, random, sys
-from nanostack import tokenizer
+from nanostack.text import tokenizer
 seed = int(sys.argv[1])
 random.seed(0)
 ties = [" ".join(f"{a}{b}{a}" for a in "abcdefgh" for b in "ijklmnop")] * 3  # every pair as frequent as every other

@@ -4,20 +4,10 @@ import pytest
 from conftest import records
 
 SHORT = [
-    *(
-        "--model.n_layer",
-        "1",
-        "--model.n_head",
-        "2",
-        "--model.n_kv_head",
-        "1",
-        "--model.seq_len",
-        "16",
-        "--data.val_tokens",
-        "32",
-    ),
-    *("--batch_tokens", "32", "--micro_batch", "1", "--stages.0.tokens", "96", "--stages.1.tokens", "96"),
-    *("--stages.0.warmup_tokens", "32", "--stages.1.warmup_tokens", "32", "--log_interval", "32"),
+    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_kv_head", "1", "--model.seq_len", "16"),
+    *("--data.val_tokens", "32", "--batch_tokens", "32", "--micro_batch", "2", "--log_interval", "32"),
+    *("--stages.0.tokens", "96", "--stages.1.tokens", "96"),
+    *("--stages.0.warmup_tokens", "32", "--stages.1.warmup_tokens", "32"),
 ]
 
 

@@ -134,7 +134,8 @@ def of_kernels(found: dict) -> str:
         rows.append([f"{op} {shape}", way, *cells, f"{one['roofline_per_s'] / 1e12:.2f}", memory])
     head = ["operation", "way", "forward", "backward", "both", "the machine's, T/s", "extra MiB"]
     told = f"On {found['device']}, {found['dtype']}, median of {found['samples']}; % of what the machine reaches itself, by a "
-    told += f"copy or a large product measured in turn ({found['what']})."
+    script = found["what"].replace("kernels.py", "kernel_ops.py")  # which had the shorter name
+    told += f"copy or a large product measured in turn ({script})."
     return f"{told}\n\n{markdown(head, rows)}"
 
 

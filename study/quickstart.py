@@ -27,6 +27,7 @@ from nanostack.config import Train, load
 from nanostack.errors import UserError, command_line
 from nanostack.provenance import git_commit
 from nanostack.runs import read_run
+from nanostack.text.manifest import manifest_sha256
 from study import ROOT
 from study.results import curve, flops_to_reach, speedup
 
@@ -121,9 +122,10 @@ def train(arm: str, out: Path, changes: list[str], command: Command) -> dict:
     arguments = [sys.executable, "train.py", path, *changes, "--out", out.resolve()]
     if (out / "metrics.jsonl").exists():
         arguments.append("--resume" if same_run(out, config) else "--overwrite")
-    say(Console(), arguments, command)
-    header, records = read_run(out)
     planned = sum(-(-stage.tokens // config.batch_tokens) * config.batch_tokens for stage in config.stages)
+    if not finished(out, config, planned):
+        say(Console(), arguments, command)
+    header, records = read_run(out)
     if not records or records[-1]["tokens"] < planned:
         raise UserError(f"{out} was interrupted; the same command goes on from there")
     points = curve(records)
@@ -151,6 +153,15 @@ def same_run(out: Path, config: Train) -> bool:
         return read_run(out)[0]["config_sha256"] == config.sha256()
     except (ValueError, KeyError):  # cut off while its first line was written
         return False
+
+
+def finished(out: Path, config: Train, planned: int) -> bool:
+    """Whether nothing is left to train: records and checkpoint of this run, on this text, reach its end."""
+    if not same_run(out, config):
+        return False
+    header, records = read_run(out)
+    at_end = bool(records) and records[-1]["tokens"] >= planned and (out / f"ckpt-{records[-1]['samples']}.pt").exists()
+    return at_end and header["manifest_sha256"] == manifest_sha256(config.data.path)
 
 
 def summarise(arms: dict, command: Command) -> dict:

@@ -19,7 +19,7 @@ import warnings
 
 from nanostack.__main__ import COMMANDS
 
-for module in ("train", "grow", "study.__main__", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
+for module in ("train", "grow", "study.__main__", "torch._dynamo", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
     importlib.import_module(module)
 
 
@@ -46,6 +46,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
 sys.path[:1] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # instead of this folder
 sys.argv = request["argv"]
+main = types.ModuleType("__mp_main__")  # by which worker processes name what they return of the module that is run
+main.__getattr__ = lambda name: getattr(sys.modules["__main__"], name)
+sys.modules["__mp_main__"] = main
 if sys.argv[0] in ("-m", "-c"):
     kind, what = sys.argv[:2]
     sys.path.insert(0, request["cwd"])

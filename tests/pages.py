@@ -19,6 +19,7 @@ SMALL = (
     "--micro_batch 4 --log_interval 1024 --save_interval 4096 --data.val_tokens 512 --dtype float32"
 )
 STAGE = "--stages.{0}.tokens 4096 --stages.{0}.warmup_tokens 1024"
+LAYERS = {"config/1b.py": 2, "config/1b_scratch.py": 8}  # 1b_base keeps its 6: a page tells a list of them
 MODULES = ("argparse.py", "ast.py", "bdb.py", "code.py", "copy.py")
 
 
@@ -102,7 +103,10 @@ def small(line: str) -> list[str]:
     if "train.py" in words:
         config = next(word for word in words if word.startswith("config/"))
         stages = range(2 if config == "config/1b.py" else 1)
-        return words + SMALL.split() + " ".join(STAGE.format(i) for i in stages).split()
+        layers = ["--model.n_layer", str(LAYERS[config])] if config in LAYERS else []
+        return words + SMALL.split() + layers + " ".join(STAGE.format(i) for i in stages).split()
+    if words[:2] == ["nanostack", "fit"]:
+        words += ["--model.n_layer", "1"]
     if words[:2] == ["nanostack", "sample"]:
         words += ["--tokens", "8"]
     if words[:2] == ["nanostack", "prepare"]:

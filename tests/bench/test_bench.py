@@ -9,22 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, take_weights
+from conftest import ROOT, TINY, python, take_weights
 
 from bench import anchors
 from bench.ids import fed
 from bench.throughput import timed
 from nanostack.config import load
 from nanostack.flops import n_params
-from nanostack.text import dataset as data
-from nanostack.text.dataset import Tokens
+from nanostack.text.dataset import Tokens, verify
+from nanostack.text.manifest import load_manifest
 
 GPU = torch.cuda.is_available()
 
 
 def bench(name, *arguments):
-    command = [sys.executable, f"bench/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if GPU:  # which forks do not see
+        command = [sys.executable, f"bench/{name}.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return python(f"bench/{name}.py", *arguments)
 
 
 @pytest.mark.slow
@@ -76,7 +78,7 @@ def test_throughput_times_a_few_micro_batches_of_a_large_step():
     with timed(load(str(ROOT / "config/1b.py"), []), (), steps=7, accumulate=2) as config:
         assert config.batch_tokens == 2 * 16 * 2048 and config.stages[0].tokens == 7 * config.batch_tokens
         assert config.model.n_layer == 24 and config.model.vocab_size == 32000, "the grown model, with the paper's vocabulary"
-        data.verify(config.data.path)
+        verify(config.data.path)
         ids = Tokens(config.data.path, "train", config.model.seq_len)
         assert ids.n_blocks == 7 * 2 * 16, "each is read once"
     assert not Path(config.data.path).exists()
@@ -86,7 +88,7 @@ def test_ids_of_its_own_are_as_frequent_as_words_and_the_text_that_is_named_is_t
     config = load(str(ROOT / "config/quickstart.py"), [])
     with fed(config, (), 4096, 25) as found:
         ids = Tokens(found.data.path, "train", 256).batch(0, 400)
-        manifest = data.load_manifest(found.data.path)
+        manifest = load_manifest(found.data.path)
     assert manifest["tokenizer"]["n_vocab"] == 1024, "what data/stdlib has"
     counts = np.bincount(ids.ravel(), minlength=1024) / ids.size
     for rank in (1, 10):
@@ -128,8 +130,8 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
         ("throughput", (TINY, "--out", "/proc/a.json"), "nothing can be written in /proc"),
         ("throughput", ("config/7b.py",), "the others keep all activations"),
         ("timeline", ("--estimate", "--dtype", "float32"), "the estimate is of bfloat16"),
-        ("feeding", ("--rounds", "0"), "rounds must be at least 1"),
-        ("feeding", ("--data", "nowhere"), "nowhere"),
+        ("dataloader", ("--rounds", "0"), "rounds must be at least 1"),
+        ("dataloader", ("--data", "nowhere"), "nowhere"),
         ("options", ("--only", "fun"), "there is no option fun; there are torch, plain"),
         (
             "tuning",
@@ -144,12 +146,12 @@ def test_mistakes_are_told_in_one_line(name, arguments, message, corpus):
 
 
 @pytest.mark.slow
-def test_feeding_pins_one_core_and_compares_on_the_same_text(corpus, tmp_path):
+def test_dataloader_pins_one_core_and_compares_on_the_same_text(corpus, tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: the quick brown fox jumps over the lazy dog\n" * 400)
     options = ("--data", corpus, "--text", tmp_path / "text", "--rounds", 1, "--out", tmp_path / "f.json", "--json")
-    done = bench("feeding", *options)
+    done = bench("dataloader", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["loader"]["tokens_per_s"] > 20 * 60_000 and found["text"]["bytes"] > 700_000

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -170,12 +171,13 @@ def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
 def constants(case: Case) -> dict:
     """All constexpr arguments of this call but the launch options."""
     call = calls_of(case.kernel)[case.call]
-    size = {
+    sizes: dict[str, dict] = {
         "attention": {"D": int(case.size * call.share), "BLOCK_D": case.size, "SCALE": 0.125},
         "rms": {"BLOCK_D": case.size, "EPS": 1e-5},
         "rotary": {"HALF": case.size, "BLOCK_HALF": case.size},
         "cross": {"IGNORE_INDEX": -100, "Z_LOSS": 1e-4},
-    }.get(case.kernel.split("_")[0], {})
+    }
+    size = sizes.get(case.kernel.split("_")[0], {})
     pipelined = {"STAGES": case.config.num_stages} if case.kernel == "rms_norm_backward" else {}
     return {**case.config.tiles, **size, **pipelined, **call.constants}
 
@@ -185,7 +187,8 @@ def compile_case(case: Case):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, fixed = _kernels()[case.kernel].function, constants(case)
+    kernel: Any = _kernels()[case.kernel].function
+    fixed = constants(case)
     names = [parameter.name for parameter in kernel.params]
     tensor = f"*{case.dtype}"
     kinds = {n: TYPES.get(n, tensor if n.endswith("_ptr") else "i32") for n in names}
@@ -228,7 +231,7 @@ def build(case: Case) -> Built:
 
 def judge(cases: list[Case], built: list[Built]) -> list[Report]:
     """The report of each case, from what its machine code needs and holds."""
-    listings = {}
+    listings: dict[int, Any] = {}
     for arch in {case.arch for case in cases}:  # the disassembler takes a third of a second to start, and no time for a kernel
         mine = [number for number, case in enumerate(cases) if case.arch == arch]
         listings |= dict(zip(mine, disassemble([built[number].code for number in mine], arch), strict=True))
@@ -259,7 +262,8 @@ def one_line(error: Exception) -> str:
 def resources(compiled) -> tuple[int, int]:
     """Registers and stack bytes (spills) of a thread of a compiled kernel."""
     usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", data=compiled.asm["cubin"])
-    return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    return registers, stack
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -303,7 +307,7 @@ def too_much(arch: int, config: Config, stack: int, shared: int, odd: bool) -> l
 
 def _lacking(case: Case, found: dict[str, int]) -> list[str]:
     """Instructions that the machine code should have and has not, and slow ones that it has."""
-    faults = []
+    faults: list[str] = []
     if case.dtype == "fp32" and _kernels()[case.kernel].matrix:
         return faults  # for checking: the matrix units would round
     if calls_of(case.kernel)[case.call].pointers:

@@ -1,7 +1,7 @@
 """Attention as the model calls it, alone or behind rotary: in Triton (attention_triton.py), in C (cpu.c), or torch's own."""
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,7 @@ def flash_attention(
     cu_seqlens: "torch.Tensor | Documents | None" = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """softmax(scale · q kᵀ) v for q (B, T, H, K) and k, v (B, T_kv, H_kv, K), H a multiple of H_kv → (B, T, H, K).
 
     scale is 1/√K unless given. causal needs T = T_kv. cu_seqlens (n_doc + 1,) int32 = [0, ..., T] keeps attention inside packed
@@ -211,10 +211,12 @@ def rotary_attention(
     (B, T, _, K), heads = qkv.shape, (qkv.shape[2] - 2 * n_kv_head, n_kv_head, n_kv_head)
     packed = (B, T) if cu_seqlens is None else (1, B * T)
     if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
-        check_rotary(*qkv.split(heads, 2)[:2], cos, sin, 0)
+        q, k, _ = qkv.split(heads, 2)
+        check_rotary(q, k, cos, sin, 0)
         qkv = qkv.reshape(*packed, -1, K)
         cu_seqlens = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Documents) else cu_seqlens
-        _check(*qkv.split(heads, 2), True, None, cu_seqlens)
+        q, k, v = qkv.split(heads, 2)
+        _check(q, k, v, True, None, cu_seqlens)
         out, _ = _RotaryAttentionC.apply(qkv, heads, cos[:T], sin[:T], cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
@@ -270,7 +272,9 @@ def _attention_torch(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and scale <= 0:  # torch's CPU kernel scales its mask, too: -inf · 0 is nan, and -inf · -1 hides nothing
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # torch.compile's symbolic bool is no bool to torch
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    )  # torch.compile's symbolic bool is no bool to torch
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
 

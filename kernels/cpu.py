@@ -19,13 +19,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # No -ffast-math: nan and inf must come out as they are, the trainer looks for them. No copies of functions: half the seconds.
-FLAGS = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-ffp-contract=fast", "-fopenmp", "-fPIC")
+FLAGS: tuple[str, ...] = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno")
+FLAGS += ("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 P, L, F, I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int  # noqa: E741
 E = None  # stands for the dtype of the elements, float32 or bfloat16
 
@@ -207,10 +208,13 @@ def _rows(x: torch.Tensor) -> tuple[int, int]:
     return x.numel() // max(1, x.shape[-1]), x.shape[-1]
 
 
-def plain(x: torch.Tensor | None, rows: bool = False) -> torch.Tensor | None:
+Maybe = TypeVar("Maybe", torch.Tensor, torch.Tensor | None)
+
+
+def plain(x: Maybe, rows: bool = False) -> Maybe:
     """`x` as the C functions read it: contiguous, or its last dimension only with `rows`, and no sign yet to be turned."""
     if x is None:
-        return None
+        return x
     x = x.resolve_neg()
     return x if rows and x.stride(-1) == 1 else x.contiguous()
 
@@ -248,7 +252,7 @@ def _call(name: str, dtype: torch.dtype, *arguments) -> None:
 @functools.cache
 def _load(dtype: torch.dtype) -> ctypes.CDLL:
     define = "-DBF16" if dtype == torch.bfloat16 else "-DFP32"
-    about = "\n".join((compiler(), *FLAGS, define, SOURCE.read_text(), torch.__version__, _processor()))
+    about = "\n".join((str(compiler()), *FLAGS, define, SOURCE.read_text(), str(torch.__version__), _processor()))
     name = f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanostack"
@@ -274,7 +278,7 @@ def _build(define: str, path: Path) -> None:
             (*FLAGS, define, "-c", str(SOURCE), "-o", str(made[0])),
             ("-shared", str(made[0]), "-o", str(made[1]), "-lm"),
         ):
-            subprocess.run([compiler(), *command], check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run([str(compiler()), *command], check=True, capture_output=True, text=True, timeout=120)
         os.replace(made[1], path)  # at once: others may be looking
 
 

@@ -10,6 +10,7 @@ computed: an output holds what was in memory, and no number says anything about 
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -99,7 +100,7 @@ def _refused_box(sizes: str, kind: str, bits: str) -> list[str]:
     return faults + ([f"a TMA box of {inner} bytes a row, no multiple of 16"] if inner % 16 else [])
 
 
-def _refused_tensors(named: dict[str, object]) -> list[str]:
+def _refused_tensors(named: dict[str, Any]) -> list[str]:
     """What TMA refuses of tensors x_ptr whose strides are arguments stride_x_…: it reads from 16 bytes to 16 bytes."""
     faults = []
     for pointer, tensor in named.items():

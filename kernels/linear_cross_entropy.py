@@ -132,13 +132,15 @@ def rows_op(
     low_precision_on_cuda = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)  # elsewhere mm has no out_dtype
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        product = {"out_dtype": torch.float32} if low_precision_on_cuda else {}
-        logits = upcast(torch.mm(x[part], weight.t(), **product))
+        if low_precision_on_cuda:
+            logits = torch.mm(x[part], weight.t(), out_dtype=torch.float32)
+        else:
+            logits = upcast(torch.mm(x[part], weight.t()))
         dlogits = torch.empty(logits.shape, dtype=x.dtype, device=x.device) if gradients else None
         row_scale_part = None if row_scale is None else row_scale[part].contiguous()
         step = {"triton": _rows_triton, "c": cpu.cross_entropy, "torch": _rows_torch}[way]
         step(logits, targets[part], row_scale_part, ignore_index, z_loss, loss[part], dlogits)
-        if gradients:
+        if dlogits is not None:
             torch.mm(dlogits, weight, out=dx[part])
             if low_precision_on_cuda:
                 torch.addmm(dweight, dlogits.t(), x[part], out_dtype=torch.float32, out=dweight)
@@ -200,8 +202,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return dx, dweight.to(weight.dtype), None, None, None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward through a retained graph: the first one scaled what there was in place
-            _, *gradients = rows_op(x, weight.to(x.dtype), targets, None, *ctx.options)
-        return *_scaled(*gradients, dloss * ctx.factor, weight.dtype), None, None, None, None, None, None
+            gradients = rows_op(x, weight.to(x.dtype), targets, None, *ctx.options)[1:]
+        dx, dweight = gradients
+        return *_scaled(dx, dweight, dloss * ctx.factor, weight.dtype), None, None, None, None, None, None
 
 
 def _scaled(dx, dweight, scale, weight_dtype):

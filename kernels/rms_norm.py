@@ -96,7 +96,7 @@ def _forward(x, residual, weight, eps):
     launch(
         wrap_triton(rms_norm_forward_kernel), (triton.cdiv(rows, config.tiles["BLOCK_ROWS"]),), config,
         x_rows, residual_rows, weight.contiguous(), y, residual_out, x_rows.stride(0),
-        0 if residual is None else residual_rows.stride(0), rows, width,
+        0 if residual_rows is None else residual_rows.stride(0), rows, width,
         EPS=eps, BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return y, residual_out
@@ -113,7 +113,7 @@ def _backward(dy, dresidual, x, weight, eps):
     launch(
         wrap_triton(rms_norm_backward_kernel), (programs,), config,
         dy_rows, dresidual_rows, x_rows, weight.contiguous(), dx, dweight, dy_rows.stride(0),
-        0 if dresidual is None else dresidual_rows.stride(0), x_rows.stride(0), rows, width,
+        0 if dresidual_rows is None else dresidual_rows.stride(0), x_rows.stride(0), rows, width,
         EPS=eps, BLOCK_D=triton.next_power_of_2(width), STAGES=config.num_stages,
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)

@@ -20,7 +20,8 @@ def interleaved(functions: dict[str, Callable[[], object]], samples: int, device
         function()
         function()
     one = _on_cuda if device.type == "cuda" else _on_cpu
-    names, times = list(functions), {name: [] for name in functions}
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(samples):
         turn = number % len(names)
         order = names[turn:] + names[:turn]

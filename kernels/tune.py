@@ -21,6 +21,7 @@ from datetime import date
 from itertools import product
 from multiprocessing import connection, get_context
 from statistics import median
+from typing import Any, cast
 
 import torch
 
@@ -42,8 +43,8 @@ def candidates(kernel: str, arch: int) -> list[Config]:
     """What is worth trying for a kernel."""
     if kernel.startswith("attention"):
         tma = (False, True) if arch >= 90 else (False,)
-        grid = product((64, 128), (32, 64, 128), (4, 8), (2, 3), tma)
-        return [attention(m, n, warps, stages, TMA=use) for m, n, warps, stages, use in grid]
+        tiles = product((64, 128), (32, 64, 128), (4, 8), (2, 3), tma)
+        return [attention(m, n, warps, stages, TMA=use) for m, n, warps, stages, use in tiles]
     if kernel == "rms_norm_forward":
         return [row(warps, BLOCK_ROWS=rows) for warps, rows in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8))]
     if kernel == "rms_norm_backward":
@@ -92,7 +93,7 @@ Judge = Callable[[str, int, int, Config], str | None]
 Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
 
 
-def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.0) -> dict[int, object]:
+def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.0) -> dict[int, Any]:
     """What `work(*job)` returned, by the job's number: each in a process of its own, as many at a time as there are cores,
     begun within so many seconds. A job whose process dies has a sentence that says so; one that takes longer, and `grace`
     seconds more, is killed, and has no answer. When this returns, none of them runs.
@@ -103,7 +104,9 @@ def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "nanostack.kernels.tune"])
     cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    waiting, running, found, end = list(enumerate(jobs)), {}, {}, time.monotonic() + seconds
+    waiting, end = list(enumerate(jobs)), time.monotonic() + seconds
+    running: dict[Any, tuple] = {}
+    found: dict[int, Any] = {}
     try:
         while running or waiting:
             now = time.monotonic()
@@ -116,7 +119,8 @@ def answers(work: Callable, jobs: list[tuple], seconds: float, grace: float = 0.
                 process.start()
                 says.close()
                 running[answer] = number, process
-            for answer in connection.wait(running, timeout=0.2):
+            for ready in connection.wait(running, timeout=0.2):
+                answer = cast(connection.Connection, ready)
                 number, process = running.pop(answer)
                 try:
                     found[number] = answer.recv()
@@ -229,7 +233,7 @@ def fastest(
     call = (make or workload)(kernel, size, device)
     expected = call()
 
-    def using(config: Config) -> Callable[[], object]:
+    def using(config: Config) -> Callable[[], tuple[torch.Tensor, ...]]:
         def run():
             with in_use(kernel, size, config):
                 return call()
@@ -249,7 +253,7 @@ def fastest(
             print(f"# {as_row(config)}: WRONG RESULTS", file=sys.stderr)
     times = interleaved({str(number): run for number, run in enumerate(right.values())}, samples, device)
     seconds = {config: median(times[str(number)]) for number, config in enumerate(right)}
-    return min(seconds, key=seconds.get), seconds
+    return min(seconds, key=lambda config: seconds[config]), seconds
 
 
 def as_row(config: Config) -> str:
@@ -304,11 +308,12 @@ def tuned(
         others = [config for config in grid(kernel, arch) if config != replace(now, stack=0, odd_stack=0)]
         tried = launched(kernel, size, others, device, make, most, min(0.15 * share, LAST))
         _, times = fastest(kernel, size, [now, *tried], samples, device, make)
-        faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=times.get)[:AT_THE_GATE]
-        found, best = None, now
+        faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=lambda config: times[config])[:AT_THE_GATE]
+        found: Config | None = None
+        best: Config | None = now
         while faster and found is None and (best := gated(kernel, size, arch, faster, in_time(end), judge)):
             found, faster = finish(kernel, size, arch, best, in_time(end)), faster[faster.index(best) + 1 :]
-        best, found = (best, found) if found else (now, now)
+        best, found = (best, found) if best and found else (now, now)
         rows = rows_of(arch // 10) if rows_of(arch // 10) in TABLE[kernel] else 80
         timed = "the whole backward" if kernel in WHOLE_BACKWARD else "the call"
         yield Tuned(kernel, size, rows, as_row(found), as_row(now), times[best], times[now], len(times), timed)

@@ -43,10 +43,11 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
     or else the docstring of `options`.
     """
     with exits_cleanly():
-        mine, others = sys.argv[1:], ()
+        mine: list[str] = sys.argv[1:]
+        others: list[str] = []
         if any(field.name == "overrides" for field in fields(options)):
             mine, others = split({field.name for field in fields(options)}, mine)
-        command = tyro.cli(options, args=mine, description=description, use_underscores=True)
+        command: Any = tyro.cli(options, args=mine, description=description, use_underscores=True)
         answer = main(replace(command, overrides=tuple(others)) if others else command)
         if command.json:
             print(json.dumps(answer))
@@ -55,7 +56,8 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
 
 def split(known: set[str], arguments: list[str]) -> tuple[list[str], list[str]]:
     """Arguments in two: options named in `known` (and what comes before any option), and others, each with its values."""
-    mine, others = [], []
+    mine: list[str] = []
+    others: list[str] = []
     now = mine
     for argument in arguments:
         if argument.startswith("--"):

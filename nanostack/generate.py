@@ -96,7 +96,7 @@ def continue_rows(
     cached = cached and model.end_of_text is None
     cache = [KVCache(capacity) for _ in model.blocks] if cached else None
     for _ in range(how.tokens):
-        unseen_BT = tokens_BT[:, cache[0].length :] if cached else tokens_BT
+        unseen_BT = tokens_BT[:, cache[0].length :] if cache else tokens_BT
         next_B = draw(model(unseen_BT, cache=cache)[:, -1, :n_vocab].float(), how, generators)
         if dist.is_initialized():
             dist.broadcast(next_B, src=0)
@@ -162,9 +162,9 @@ def find_tokenizer(saved: dict, source: Path, data: Path | None) -> Tokenizer:
     else:
         manifests = sorted(Path("data").glob(f"*/{MANIFEST}")) if data is None else [data / MANIFEST]
         trained_on = [m for m in manifests if m.is_file() and sha256(m.read_bytes()).hexdigest() == saved["manifest_sha256"]]
-        if data is None and not trained_on:
-            raise UserError(f"data/ does not have what {source} was trained on: name a folder with its tokenizer (--data)")
         folder = trained_on[0].parent if trained_on else data
+        if folder is None:
+            raise UserError(f"data/ does not have what {source} was trained on: name a folder with its tokenizer (--data)")
         text = tokenizer.load(folder)
         if not trained_on:
             check_tokenizer(folder, source.parent / "metrics.jsonl")

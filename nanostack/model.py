@@ -243,7 +243,8 @@ class Llama(nn.Module):
         if self.end_of_text is not None:  # translated here once for all blocks
             cu_seqlens = document_starts(tokens_BT, self.end_of_text)
             documents = kernels.documents(cu_seqlens, tokens_BT.numel(), x_BTD, self.config.d_head)
-        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+        caches: list[KVCache] | list[None] = cache or [None] * len(self.blocks)
+        for block, kept in zip(self.blocks, caches, strict=True):
             x_BTD = block(x_BTD, self.cos[start:end], self.sin[start:end], documents, kept)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
@@ -254,7 +255,7 @@ class Llama(nn.Module):
         """Bring the low-precision copies of the blocks' weights up to date; a copy whose weight has not changed stays."""
         for module in self.blocks.modules():
             if isinstance(module, Linear):
-                module.refresh(self.compute_dtype)
+                module.refresh(self.compute_dtype or module.weight.dtype)
 
     def init_rope(self) -> None:
         angles = rope_angles(self.config, self.cos.device)

@@ -84,7 +84,8 @@ class Alias(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def get_code(self, fullname: str) -> CodeType | None:
         """What `python -m kernels.aot` runs."""
         real = importlib.util.find_spec(f"nanostack.{fullname}")
-        return real.loader.get_code(real.name) if real is not None else None
+        loader = real.loader if real is not None else None
+        return loader.get_code(f"nanostack.{fullname}") if isinstance(loader, importlib.abc.InspectLoader) else None
 
     def get_source(self, fullname: str) -> str | None:
         return None

@@ -35,7 +35,7 @@ def in_range(params: float, tokens: float) -> bool:
 def shape_for(params: float, vocab_size: int, seq_len: int) -> LlamaConfig:
     """A Llama of about that many parameters, in the proportions of the paper's models; its depth a multiple of the factor."""
     aspect = 43 * (params / 0.374e9) ** 0.4  # d_model / n_layer: 43 at 0.37B, 72 to 130 at 1.4B to 6B
-    best, least = None, math.inf
+    shapes = []
     for n_layer in range(2 * FACTOR, 129, FACTOR):
         for d_model in range(128, 16385, 128):
             d_head = 64 if d_model <= 2048 else 128
@@ -44,8 +44,8 @@ def shape_for(params: float, vocab_size: int, seq_len: int) -> LlamaConfig:
             n_kv_head = 8 if d_model >= 4096 and n_head % 8 == 0 else n_head
             config = LlamaConfig(n_layer, n_head, n_kv_head, d_model, max(256, d_ff), vocab_size, seq_len)
             miss = abs(math.log(n_params(config) / params)) + 0.1 * abs(math.log(d_model / n_layer / aspect))
-            if miss < least:
-                best, least = config, miss
+            shapes.append((miss, config))
+    _, best = min(shapes, key=lambda shape: shape[0])
     if abs(math.log(n_params(best) / params)) > 0.3:
         raise UserError(f"no shape here has about {params:.3g} parameters with a vocabulary of {vocab_size}")
     return best

@@ -54,6 +54,7 @@ class Tokenizer:
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.eot_token, self.eot = EOT, special[EOT]
         self.ends = {self.eot}  # the ids at which a text ends
+        self.begins = False  # whether a prompt goes behind what the tokenizer itself begins a text with
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 

@@ -21,7 +21,6 @@ from nanostack.device import check_room, choose_device, free_bytes
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import n_params
 from nanostack.growth import Growth, GrowthPlan, ramp_left
-from nanostack.growth.depth import connection_rate
 from nanostack.growth.moments import RESET
 from nanostack.hf import export
 from nanostack.memory import growth_bytes
@@ -89,9 +88,8 @@ def main(command: Command) -> dict:
         most = export.SHARD_BYTES if folder else forecast["bytes_written"]
         check_room(torch.device("cpu"), min(most, forecast["bytes_written"]), "putting the file together")
 
-    console.print(
-        f"growing on {device}, {forecast['n_params_before'] / 1e6:.1f}M to {forecast['n_params'] / 1e6:.1f}M parameters"
-    )
+    millions = " to ".join(f"{forecast[name] / 1e6:.1f}M" for name in ("n_params_before", "n_params"))
+    console.print(f"growing on {device}, {millions} parameters")
     state = models.restore(saved, Placement(device), optimizer=True)
     state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
     probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
@@ -152,8 +150,8 @@ def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[]
     size, first, steps = command.batch_tokens // text.seq_len, state.cursor.samples, command.growth.learning_steps()
     each = max(n for n in range(1, TOGETHER + 1) if size % n == 0)
     step = MicroStep(size // each, graphed=False)
-    starts = range(first, first + steps * size, each)
-    batches = Prefetcher(text, ((start, start + each) for start in starts), device=state.placement.device)
+    samples = ((start, start + each) for start in range(first, first + steps * size, each))
+    batches = Prefetcher(text, samples, device=state.placement.device)
 
     def gradients() -> torch.Tensor:
         loss = step.accumulate(state.model, batches)
@@ -166,21 +164,14 @@ def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[]
 
 def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
     """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
-    base, sources = LlamaConfig(**saved["config"]), [layer.source for layer in plan.layers]
+    base = LlamaConfig(**saved["config"])
     moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
-    return {
-        "growth": vars(how),
-        "op": plan.op,
-        "layers": sources,
-        "rules": [layer.rule for layer in plan.layers],
-        "rc": round(connection_rate(sources), 6),
-        "shape": vars(plan.config),
-        "preserves": plan.preserves and not how.noise,
-        "n_params_before": n_params(base),
-        "n_params": n_params(plan.config),
-        "bytes_needed": growth_bytes(base, how, moments),
-        "bytes_written": saved.get("dtype", torch.float32).itemsize * n_params(plan.config) * (1 + moments),
-    }
+    old, new = n_params(base), n_params(plan.config)
+    written = saved.get("dtype", torch.float32).itemsize * new * (1 + moments)
+    size = {"n_params_before": old, "n_params": new, "bytes_needed": growth_bytes(base, how, moments), "bytes_written": written}
+    return (
+        {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config), "preserves": plan.preserves and not how.noise} | size
+    )
 
 
 if __name__ == "__main__":

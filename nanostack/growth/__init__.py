@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanostack.errors import UserError
 from nanostack.growth import learn, width
 from nanostack.growth.config import Growth, GrowthPlan
-from nanostack.growth.depth import TAKES_G, Layer, connection_rate
+from nanostack.growth.depth import TAKES_G, Layer
 from nanostack.growth.moments import POWER, Moments
 from nanostack.growth.ramp import attach_ramp, is_ramping, set_ramp
 from nanostack.growth.receipt import Receipt, ramp_left
@@ -143,14 +143,11 @@ def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: boo
     def sizes(config: LlamaConfig) -> dict:
         return {name: getattr(config, name) for name in ("d_model", "n_head", "n_kv_head", "d_ff")}
 
-    sources = [layer.source for layer in plan.layers]
+    planned = plan.map() | ({"op": "layers"} if how.layers is not None and plan.op == "stack" else {})
     return Receipt(
-        op="layers" if how.layers is not None and plan.op == "stack" else plan.op,
-        g=len(sources) // base.n_layer if how.layers is None and plan.op in TAKES_G else None,
+        **planned,
+        g=len(plan.layers) // base.n_layer if how.layers is None and plan.op in TAKES_G else None,
         k=how.k,
-        layers=sources,
-        rules=[layer.rule for layer in plan.layers],
-        rc=round(connection_rate(sources), 6),
         width=None if plan.width is None else vars(plan.width) | {"from": sizes(base), "to": sizes(plan.config)},
         moments=plan.moments._asdict() if with_moments else None,
         noise=how.noise,

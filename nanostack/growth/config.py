@@ -34,6 +34,12 @@ class GrowthPlan(NamedTuple):
     def learns(self) -> bool:
         return "learn" in (self.op, self.width and self.width.op)
 
+    def map(self) -> dict[str, Any]:
+        """op, and for each layer its source and its rule; rc is their connection rate (arXiv 2405.15319)."""
+        sources = [layer.source for layer in self.layers]
+        rules = [layer.rule for layer in self.layers]
+        return {"op": self.op, "layers": sources, "rules": rules, "rc": round(depth.connection_rate(sources), 6)}
+
     def suffix(self, base: LlamaConfig) -> str:
         """The end of a grown checkpoint's name: x4, d2048, x4-d2048, 9-layers, ..."""
         times, rest = divmod(self.config.n_layer, base.n_layer)

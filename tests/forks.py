@@ -18,7 +18,7 @@ import warnings
 
 from nanostack.__main__ import COMMANDS
 
-for module in ("train", "grow", "study.__main__", "torch._dynamo", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
+for module in ("train", "grow", "study.__main__", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
     importlib.import_module(module)
 
 

@@ -67,7 +67,7 @@ def beside(config: str, overrides: Sequence[str], model: LlamaConfig, speeds: di
 
 
 def sentences(anchors: list[dict], on_gpu: bool) -> list[str]:
-    """What is to be read beside the table of a result."""
+    """Sentences to read beside the table of a result."""
     said = []
     for anchor in anchors:
         text = f"{anchor['name']}, published for {anchor['device']} and not measured here: {anchor['tokens_per_s']:,.0f} "

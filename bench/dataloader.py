@@ -51,7 +51,7 @@ class Command:
     data: Path | None = None
     """Prepared text that is loaded, and whose tokenizer encodes. Default: data/stdlib, or one made now."""
     text: str = "stdlib"
-    """What is encoded: a source as `nanostack prepare` takes it."""
+    """The text to encode: a source as `nanostack prepare` takes it."""
     rounds: int = 5
     out: Path | None = None
     """Result file; in bench/results/ by the name of the device."""

@@ -142,7 +142,7 @@ def sample(name: str, way: str, device_type: str, traced: bool = False) -> dict:
 
 
 def bytes_of(model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Of parameters and optimizer state."""
+    """Bytes of parameters and optimizer state."""
     moments = (value for values in optimizer.state.values() for value in values.values())
     return sum(p.nbytes for p in model.parameters()) + sum(value.nbytes for value in moments)
 

@@ -134,7 +134,7 @@ def apart(found: list[float], reference: list[float]) -> tuple[float, float]:
 
 
 def judged(option: Option, found: dict, reference: dict) -> dict:
-    """What is kept of an option that ran, its losses beside its reference's."""
+    """The result of an option that ran, its losses beside its reference's."""
     most, mean = apart(found["losses"], reference["losses"])
     allowed = ALIKE[found["dtype"]]
     state = "alike" if most <= allowed[0] and mean <= allowed[1] else "APART"

@@ -77,7 +77,7 @@ class Command:
 
 
 def default_config() -> str:
-    """What is timed where nothing is named: the 1B model on a GPU, what the quickstart grows to without."""
+    """The config to time where none is named: the 1B model on a GPU, what the quickstart grows to without."""
     return str(ROOT / "config" / ("1b.py" if torch.cuda.is_available() else "quickstart.py"))
 
 

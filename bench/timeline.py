@@ -52,7 +52,7 @@ class Command:
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Changes to it as train.py takes them: all options that are not named here."""
     estimate: bool = False
-    """Of an H200, from FLOPs and bytes."""
+    """Estimate an H200's step from FLOPs and bytes."""
     steps: int = 4
     """Profiled, after as many that are not."""
     accumulate: int = 4

@@ -104,7 +104,7 @@ def fetch(folder: Path, python: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a measurement, without importing it."""
+    """Versions of what decides a measurement, found without importing it."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("torch", "triton", "transformers", "liger-kernel"):
         try:

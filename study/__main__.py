@@ -34,7 +34,7 @@ class Command:
     data: Path | None = None
     """Prepared text of a study; data/stdlib512 or data/site-packages512, as its size asks for, unless given."""
     size: str | None = None
-    """Of a study: cpu, gpu, ...; what this machine is, unless given."""
+    """The size of a study: cpu, gpu, ...; what this machine is, unless given."""
     jobs: int | None = None
     """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
     out: Path = Path("out/study")

@@ -66,7 +66,7 @@ class Crossing:
 
 
 def crossing(points: list[tuple[float, float]], loss: float) -> Crossing | None:
-    """Of (FLOPs, loss) in order of FLOPs, by lines over log FLOPs; None where it is not reached, or not for good."""
+    """Where (FLOPs, loss) points, in order of FLOPs, come down to `loss` by lines over log FLOPs; None if not, or not for good."""
     below = [one <= loss for _, one in points]
     if not any(below) or not all(below[below.index(True) :]):
         return None

@@ -14,7 +14,6 @@ import os
 import runpy
 import signal
 import sys
-import types
 import warnings
 
 from nanostack.__main__ import COMMANDS
@@ -52,9 +51,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
 sys.path[:1] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # instead of this folder
 sys.argv = request["argv"]
-main = types.ModuleType("__mp_main__")  # by which worker processes name what they return of the module that is run
-main.__getattr__ = lambda name: getattr(sys.modules["__main__"], name)
-sys.modules["__mp_main__"] = main
 if sys.argv[0] in ("-m", "-c"):
     kind, what = sys.argv[:2]
     sys.path.insert(0, request["cwd"])

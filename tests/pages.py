@@ -72,10 +72,12 @@ class Shell:
         words = small(line)
         if words[0] == "torchrun":
             done = self.ranks(words)
-        elif words[0] in ("python", "nanostack"):
-            done = python(*words[1:] if words[0] == "python" else ("-m", *words), cwd=self.folder)
-        else:
-            done = subprocess.run(words, cwd=self.folder, capture_output=True, text=True)
+        elif words[0] == "nanostack":
+            done = python("-m", *words, cwd=self.folder)
+        elif words[0] == "python" and words[1] != "-m":
+            done = python(*words[1:], cwd=self.folder)
+        else:  # python -m: a fork is no main module that processes of its own could import
+            done = subprocess.run([sys.executable, *words[1:]], cwd=self.folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

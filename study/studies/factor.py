@@ -28,7 +28,7 @@ At the largest budget a factor of 4 is best: 2 → 8 layers ends below 4 → 8 (
 decided between 2 → 8 and 1 → 8. Twice doubling instead, 2 → 4 → 8, gains nothing: 0.012 ± 0.015 nats behind, with every seed.
 The paper says the same of its sizes: best between 2 and 4, and a base of one layer is too little. At the smallest budget the
 order is that of the bases, the shallower the better (1 → 8 at 3.119, 4 → 8 at 3.229): there 8 layers are too many for the
-FLOPs, however they are come by. So `nanostack.plan` keeps g = 4 in one jump. 2 → 8 layers, in one jump or two, is below all
+FLOPs, however they are come by: `nanostack plan` keeps g = 4 in one jump. 2 → 8 layers, in one jump or two, is below all
 bases that never grew at the largest budget, with every seed, though not beyond doubt below 4 layers; the other two are not. All
 grew after a tenth of the largest budget's FLOPs, which suits 2 → 8 at that budget (the study of timing) and was not tuned for
 the others: a base of one layer has seen more text by then, one of four less.

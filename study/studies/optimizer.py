@@ -40,7 +40,7 @@ them worst, 0.017 ± 0.012 nats apart at the smaller budget, 0.009 ± 0.011 at t
 best of all (keep old, zero new; continue) ends 0.020 ± 0.007 and 0.011 ± 0.024 nats (paired over seeds) below the paper's way
 (reset; restart).
 
-So `nanostack.plan` writes the best of the twelve, which is ahead of the paper's way beyond the interval at the smaller budget
+`nanostack plan` writes the best of the twelve, which is ahead of the paper's way beyond the interval at the smaller budget
 only: no warm-up after growth, `moments_old="keep", moments_new="zero"`. (Its rate steps down at growth, to the paper's of the
 target; here it went on.) `grow(...)` had no warm-up by default before, and keeps that. `reset` stays its default for the
 moments: beside `continue` it is 0.010 nats behind the best at the smaller budget and 0.003 at the larger, and needs nothing to

@@ -19,7 +19,7 @@ What is best is nearly the same base for both budgets, one of 0.7 to 1 million t
 the larger budget the curve is flat: from 10 to 30 % the losses are within 0.015 nats of each other, at 2 and 5 % they are 0.038
 ± 0.047 and 0.031 ± 0.056 above the lowest, with every seed. At the smaller one, of which these two arms grow at 4 and 10 %,
 that is dear: 0.084 ± 0.074 and 0.091 ± 0.063. Every arm is below the target from scratch in the mean at the larger budget, none
-beyond doubt. `nanostack.plan` caps its advice at a fifth of the tokens, where the paper's formula breaks down. That is 8 % of
+beyond doubt. `nanostack plan` caps its advice at a fifth of the tokens, where the paper's formula breaks down. That is 8 % of
 the FLOPs of this target, a little early by what is best here; the cap is ours, a caution for budgets of billions, and stays.
 The quickstart grows after 25 % of the FLOPs, within the flat part.
 

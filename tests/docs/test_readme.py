@@ -55,8 +55,22 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
 
 
 def test_pictures_and_files_named_in_the_readme_exist():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"^\| `([\w./]+)`", README, re.M):
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_tree_in_the_readme_is_the_one_of_the_repository():
+    """Each line names what is there; no folder of the root, nor of the package, is left out."""
+    (tree,) = re.findall(r"```\n(train\.py .*?)```", README, re.S)
+    found = []
+    for indent, name in re.findall(r"^( *)(\S+)  ", tree, re.M) + re.findall(r"^( *)(nanostack/)$", tree, re.M):
+        found.append((ROOT / "nanostack" if indent else ROOT) / name)
+    assert all(path.is_dir() if path.suffix == "" else path.is_file() for path in found), found
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for parent in (ROOT, ROOT / "nanostack"):
+        inside = {path.relative_to(parent).parts[0] for name in tracked if (path := ROOT / name).is_relative_to(parent)}
+        folders = {parent / name for name in inside if (parent / name).is_dir() and not name.startswith(".")}
+        assert folders - {ROOT / "nanostack/kernels"} <= set(found), parent  # the link to kernels/
 
 
 def test_floors_in_the_kernel_notes_are_the_benchmarks():

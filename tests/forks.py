@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import types
 import warnings
 
 from nanostack.__main__ import COMMANDS

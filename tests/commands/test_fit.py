@@ -109,6 +109,9 @@ def test_command_tells_every_option_and_refuses_what_there_is_not():
         refused = python(*command, *wrong)
         assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
     assert capacity("12.5") == 12.5 * 2**30 and capacity("H200") == capacity("h200")
+    assert [capacity(name) / 2**30 for name in ("a100", "a100-40", "rtx4090", "RTX 4090", "B200")] == [78, 39, 23, 23, 177]
+    with pytest.raises(UserError, match=r"gpu is one of h200.* or a number of GiB, not 'h100-pcie'"):
+        capacity("h100-pcie")  # nobody has looked what torch can have of it
     with pytest.raises(ValueError, match="there is no config file"):
         load("config/none.py", [])
 

@@ -193,7 +193,7 @@ class Reader:
 
 
 def _last_character(block: bytes) -> int:
-    """Where the last character of `block` begins, which may be cut off: the place to cut a text without line ends."""
+    """The offset of the last character of `block`, which may be cut off: a text without line ends is cut there."""
     return next((i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80), len(block))
 
 

@@ -227,7 +227,7 @@ def test_a_damaged_source_is_named_and_nothing_is_written(tmp_path, texts, name,
 
 
 def test_a_killed_worker_ends_the_run_with_an_error(tmp_path, texts, monkeypatch):
-    """As the system does when memory runs out; in the middle of sending its result, too."""
+    """The system kills a worker when memory runs out, perhaps in the middle of sending its result."""
     monkeypatch.setattr(module, "BATCH", 30_000)
     monkeypatch.setattr(encoding, "_start_worker", lambda encoder, started: killed(start(encoder, started), started))
     with pytest.raises(UserError, match="a worker process was killed"):

@@ -108,7 +108,7 @@ def continue_rows(
 
 
 def write(model: Llama, samples: list[Sample], how: Sampling, text: Tokenizer, cached: bool = True) -> Iterator[None]:
-    """Go on with all samples until each has ended; yields after every token. Those with prompts of one length go together."""
+    """Go on with all samples until each has ended; yields after every token. Samples with prompts of one length go together."""
     device = model.cos.device
     for n_prompt in dict.fromkeys(sample.n_prompt for sample in samples):
         group = [sample for sample in samples if sample.n_prompt == n_prompt]

@@ -101,7 +101,7 @@ def alias_kernels() -> None:
     """Make `kernels`, which is being imported, another name of `nanostack.kernels`."""
     sys.meta_path.insert(0, Alias())
     sys.modules["kernels"] = importlib.import_module("nanostack.kernels")
-    # Those that are loaded get their second name here: the import system would put each of them into the package by its name,
-    # where kernels.rms_norm is the function.
+    # Modules that are loaded get their second name here. The import system would also set each of them as an attribute of the
+    # package, where kernels.rms_norm is the function.
     loaded = [name for name in sys.modules if name.startswith("nanostack.kernels.")]
     sys.modules |= {name.removeprefix("nanostack."): sys.modules[name] for name in loaded}

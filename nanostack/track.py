@@ -161,7 +161,7 @@ def check(name: str) -> None:
     except ImportError as error:
         raise UserError(f"{name} is not installed ({error}); pip install 'nanostack[track]'") from error
     if name == "wandb":
-        # So long a run that has ended waits for a server that is away, and not for ever; `wandb sync` sends the rest.
+        # A run that has ended waits so many seconds for a server that is away; `wandb sync` sends the rest.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
         try:
             if library.setup().settings.mode == "online":

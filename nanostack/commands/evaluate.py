@@ -8,7 +8,7 @@
 The live model is evaluated, nothing is exported. --tasks and --val may come together, and --val's tokenizer then serves both.
 The result is written beside the checkpoint as NAME.eval.json (or --out).
 
-Tasks come from the Hub. Where there is no network, `--data DIR` reads each from DIR/<its dataset's name>, as this leaves it:
+Tasks come from the Hub. `--data DIR` needs no network: each task is read from DIR/<its dataset's name>, filled like this:
 
     for name in allenai/ai2_arc baber/piqa allenai/sciq allenai/winogrande EleutherAI/lambada_openai \\
             EleutherAI/wikitext_document_level; do
@@ -87,6 +87,7 @@ class Command:
     """Evaluate a checkpoint, or a Hugging Face folder, on tasks of lm-eval and on validation text."""
 
     checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, or a Hugging Face folder."""
     tasks: str = ""
     """`paper`, or names of lm-eval's tasks, with commas between them."""
     tokenizer: Path | None = None
@@ -102,6 +103,7 @@ class Command:
     batch: int = 16
     """Texts that go through the model at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """The model computes in it."""
     document_mask: bool = False
     """The model was trained with --data.document_mask."""
     out: Path | None = None
@@ -160,7 +162,7 @@ def main(command: Command) -> dict:
 
 
 def checked(command: Command) -> Path:
-    """Where the result goes. UserError for options that cannot be."""
+    """The file of the result. UserError for options that cannot be."""
     if not task_names(command.tasks) and not command.val:
         raise UserError("nothing to evaluate: give --tasks (paper, or names of lm-eval's), --val (a prepared folder) or both")
     for name in ("limit", "batch"):
@@ -391,9 +393,7 @@ def show(answer: dict) -> None:
 
 
 def shown(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}"
+    return "" if value is None else f"{100 * value:.2f}" if metric in SHARES else f"{value:.4g}"
 
 
 def run() -> None:

@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face folder: `nanostack export out/1b/ckpt.pt exported/ --data data/texts`.
 
-`AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. Without --data no tokenizer goes with it.
+`AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. A tokenizer goes with it only if --data names one.
 Written are config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
 """
 
@@ -30,11 +30,13 @@ class Command:
     """Write a checkpoint for Hugging Face's transformers."""
 
     checkpoint: tyro.conf.Positional[Path]
+    """The checkpoint to export."""
     folder: tyro.conf.Positional[Path]
+    """The folder to write; its name becomes the model's."""
     data: Path | None = None
     """The prepared folder whose tokenizer the model was trained with."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights; the masters are float32."""
+    """The dtype of the weights that are written; the checkpoint's are float32."""
     shard_gb: float = 5.0
     """Size of a safetensors file at most, in 10^9 bytes."""
     overwrite: bool = False

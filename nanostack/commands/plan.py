@@ -22,8 +22,11 @@ class Command(Budget):
 
 
 def config_text(advice: dict) -> str:
-    """A file for config/ that follows the advice, with the paper's learning rates and batch. Unlike the paper's, the rate is
-    not warmed up again after growth and old layers keep their moments: the best, by little, of twelve ways in docs/study.md."""
+    """A file for config/ that follows the advice, with the paper's learning rates and batch.
+
+    The rate is not warmed up again after growth, and old layers keep their moments. The paper does otherwise; docs/study.md
+    compares twelve ways, of which this is the best, by little.
+    """
     base = advice["base"]
     batch = 2_097_152 // base["seq_len"] * base["seq_len"]
     stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]

@@ -1,9 +1,9 @@
 """Show a run in TensorBoard or wandb: `train.py CONFIG.py --track tensorboard`, or later `nanostack track RUN...`.
 
 metrics.jsonl is the record of a run and a tracker its picture, drawn anew whenever training starts: what the file has comes
-first, then every record as it is written. So a resumed run, whose file is cut back to its checkpoint, shows no point twice, and
-tracking can begin in the middle of a run or after it. The x axis is tokens; a growth changes `layers`, has its numbers under
-`growth/`, and its receipt as text, as has what the model wrote (--sample.interval).
+first, then every record as it is written. A resumed run, whose file is cut back to its checkpoint, therefore shows
+no point twice, and tracking can begin in the middle of a run or after it. The x axis is tokens. A growth changes `layers`, has
+its numbers under `growth/`, and its receipt as text; so has what the model wrote (--sample.interval).
 
 TensorBoard's file lies in the run's folder: `tensorboard --logdir out`. Its "relative" axis is seconds of training. At a growth
 there are two validation losses; its fast loader keeps the second only, `growth/loss_before` has the first.

@@ -71,7 +71,7 @@ def _read_verified(folder: Path) -> dict:
 
 
 def _check_size(file: Path, shard: dict, dtype: np.dtype) -> dict:
-    """What is remembered of a shard that fits: its size and time of change, and the hash it then had."""
+    """The mark of a shard that fits, to be remembered: its size, its time of change, and the hash that it then had."""
     if not file.is_file():
         raise UserError(f"shard {file} is missing; prepare the data again")
     stat, size = file.stat(), shard["tokens"] * dtype.itemsize

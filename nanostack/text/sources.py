@@ -1,7 +1,7 @@
 """Sources to documents: the files that a source stands for, and the texts in them.
 
 `list_files` finds the files of a source, in the order of their names; `Reader` iterates over the documents of files.
-Sources, kinds of files and what is left out are listed in nanostack.commands.prepare. A file is read piece by piece: what is held
+`nanostack prepare --help` lists sources, kinds of files and what is left out. A file is read piece by piece: what is held
 at a time is LONGEST bytes of plain text, a line of .jsonl, or 256 rows of .parquet.
 """
 
@@ -193,7 +193,7 @@ class Reader:
 
 
 def _last_character(block: bytes) -> int:
-    """Where the last character of `block` begins, which may be cut off: the place to cut a text without line ends."""
+    """The offset of the last character of `block`, which may be cut off: a text without line ends is cut there."""
     return next((i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80), len(block))
 
 

@@ -181,7 +181,7 @@ class JsonTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """As `encode`; with `begins`, behind what the tokenizer itself begins a text with, as models of others expect."""
+        """The ids of a prompt: those of `encode`, with `begins` behind those with which the tokenizer itself begins a text."""
         if not self.begins:
             return self.encode(text)
         ids = self._bpe.encode(text).ids

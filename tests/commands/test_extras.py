@@ -81,7 +81,7 @@ def everything(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Bare:
-    """Text prepared, and a run that grew, without extras. And what would take one."""
+    """Text prepared, and a run that grew, without extras; beside them, files that take an extra to read."""
     bare = Bare(tmp_path_factory.mktemp("bare"))
     library = Path(os.__file__).parent
     sources = (str(library / name) for name in ("argparse.py", "ast.py", "json", "email"))
@@ -95,7 +95,7 @@ def bare(tmp_path_factory) -> Bare:
 
 
 def test_extras_are_absent(bare):
-    """Else nothing here would be tested."""
+    """The other tests of this file show nothing where an extra is there."""
     found = bare.fresh("-c", f"import importlib.util as u; print([name for name in {packages()} if u.find_spec(name)])")
     assert found == "[]\n" and {"pyarrow", "lm_eval", "tensorboard", "liger_kernel"} < set(packages())
 

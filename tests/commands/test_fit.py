@@ -1,5 +1,6 @@
 """What fits is what is really allocated."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -9,16 +10,18 @@ from conftest import peak_bytes, python
 
 from kernels import dispatch
 from kernels.linear_cross_entropy import scratch_bytes
+from nanostack import memory
 from nanostack.config import Data, Optim, Parallel, Stage, Train, load
 from nanostack.errors import UserError
 from nanostack.flops import n_params
-from nanostack.memory import capacity, check_batch, estimate, scratch_of
+from nanostack.memory import capacity, check_batch, scratch_of
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement
 from nanostack.state import State
 
-SHAPE = LlamaConfig(n_layer=4, n_head=4, n_kv_head=2, d_model=192, d_ff=512, vocab_size=1024, seq_len=256)
+SHAPE = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=192, d_ff=512, vocab_size=1024, seq_len=256)
+estimate = functools.cache(memory.estimate)  # each takes two traces, and several tests ask for the same
 CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=4096, micro_batch=8, out="out")
 
 
@@ -51,7 +54,7 @@ def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, h
                 loss.backward()
             guarded_step(state.optimizer, loss.detach(), 1e-3, 1.0)
 
-    found = estimate(config, SHAPE, dtype, on_triton=False)
+    found = memory.estimate(config, SHAPE, dtype, on_triton=False)
     rows = config.micro_batch * SHAPE.seq_len
     scratch = scratch_bytes(rows, SHAPE.d_model, SHAPE.vocab_size, dtype.itemsize, on_triton=False)
     assert found.peak(config.micro_batch, scratch) == pytest.approx(peak_bytes(steps), rel=0.05)
@@ -94,7 +97,7 @@ def test_the_most_sequences_are_the_most_that_fit():
 
 
 def test_command_tells_every_option_and_refuses_what_there_is_not():
-    command = ["-m", "nanostack", "fit", "config/quickstart.py", "--json"]
+    command = ["-m", "nanostack", "fit", "config/quickstart.py", "--model.n_layer", "1", "--stages.1.growth.g", "2", "--json"]
     done = python(*command, "--gpu", 8)
     assert done.returncode == 0, done.stderr
     options = json.loads(done.stdout)["options"]
@@ -106,11 +109,19 @@ def test_command_tells_every_option_and_refuses_what_there_is_not():
         refused = python(*command, *wrong)
         assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
     assert capacity("12.5") == 12.5 * 2**30 and capacity("H200") == capacity("h200")
+    assert [capacity(name) / 2**30 for name in ("a100", "a100-40", "rtx4090", "RTX 4090", "B200")] == [78, 39, 23, 23, 177]
+    with pytest.raises(UserError, match=r"gpu is one of h200.* or a number of GiB, not 'h100-pcie'"):
+        capacity("h100-pcie")  # nobody has looked what torch can have of it
     with pytest.raises(ValueError, match="there is no config file"):
         load("config/none.py", [])
 
 
-def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_it_is_refused():
+@pytest.fixture
+def traced_once(monkeypatch):
+    monkeypatch.setattr(memory, "estimate", estimate)
+
+
+def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_it_is_refused(traced_once):
     alone, four = (estimate(CONFIG, SHAPE, torch.bfloat16, True, count) for count in (1, 4))
     for name in ("weights, fp32", "moments, float32", "gradients, fp32"):
         assert four.fixed[name] == -(-alone.fixed[name] // 4)
@@ -121,7 +132,7 @@ def test_states_are_divided_by_the_devices_of_a_mesh_and_a_batch_too_large_for_i
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
-def test_micro_batch_that_cannot_fit_is_refused_with_what_would(how):
+def test_micro_batch_that_cannot_fit_is_refused_with_what_would(how, traced_once):
     config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how))
     found = estimate(config, SHAPE, torch.float32, on_triton=False)
     peak = found.peak(8, scratch_of(SHAPE, torch.float32, False)(8))

@@ -63,7 +63,7 @@ def test_old_import_says_the_new_place(name):
 
 @pytest.mark.parametrize("arguments", [(), ("plan", "--help"), ("plan", "--params", "7e9", "--tokens", "3e11")])
 def test_reader_that_leaves_early_gets_no_traceback(arguments):
-    """As `head -1` leaves: here even before anything is written."""
+    """`head -1` leaves like this; here the reader is gone before anything is written."""
     command = [sys.executable, "-m", "nanostack", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -53,6 +53,12 @@ def test_config_text_is_a_run_whatever_the_numbers(tmp_path):
         assert all(stage.warmup_tokens < stage.tokens for stage in stages)
 
 
+@pytest.mark.parametrize(("gpu", "tera"), [("h200", 989), ("H100 PCIe", 756), ("h100-pcie", 756), ("rtx4090", 165)])
+def test_hours_are_those_at_the_peak_of_the_gpu(gpu, tera):
+    advice = advise(Command(7e9, 3e11, gpu=gpu, count=2, mfu=0.5))
+    assert advice["hours"] == pytest.approx(advice["flops"] / (tera * 1e12 * 2 * 0.5) / 3600)
+
+
 BAD = [("--params", "-1"), ("--gpu", "abacus"), ("--params", "1e3"), ("--mfu", "2"), ("--params", "inf"), ("--speedup", "100")]
 
 

@@ -43,7 +43,7 @@ def tokens(rows: int, n: int) -> torch.Tensor:
 
 
 def written(model: Llama, prompts: dict[str, list[int]], how: Sampling, cached: bool = True, text=BYTES) -> list[list[int]]:
-    """What is added to each prompt with each of its seeds, all made together."""
+    """The ids that are added to each prompt with each of its seeds, all made together."""
     samples = [Sample(prompt, encode(prompt, text, model.config.seq_len), s) for prompt in prompts for s in prompts[prompt]]
     for _ in write(model, samples, how, text, cached):
         pass
@@ -52,7 +52,7 @@ def written(model: Llama, prompts: dict[str, list[int]], how: Sampling, cached: 
 
 @pytest.fixture
 def all_in_torch(monkeypatch):
-    """As a single token is: C, which takes many, has a rounding of its own."""
+    """Every operation runs in torch, as those on a single token do: C, which takes many, has a rounding of its own."""
     monkeypatch.setattr(dispatch, "_backend", "torch")
 
 
@@ -71,7 +71,7 @@ def test_logits_with_the_cache_are_those_without_at_every_position(config, all_i
 @on_every_shape
 @torch.no_grad()
 def test_logits_with_the_cache_and_without_are_as_near_to_those_in_fp64_as_torchs(config, monkeypatch):
-    """As they are computed where nothing is asked for, many tokens in C and a single one in torch."""
+    """The default backends compute: C for many tokens, torch for a single one."""
     model, x = model_of(config), tokens(3, config.seq_len)
     cache = [KVCache(config.seq_len) for _ in model.blocks]
     ours = [model(x), torch.cat([model(x[:, t : t + 1], cache=cache) for t in range(config.seq_len)], 1)]
@@ -248,7 +248,7 @@ def test_run_with_samples_is_the_run_without_bit_for_bit(run, trainer):
 
 
 def test_last_sample_of_a_run_is_what_its_checkpoint_writes(run, monkeypatch):
-    """Also without --data, which is found by its manifest."""
+    """The prepared folder is named (--data), or found by its manifest."""
     monkeypatch.chdir(run)
     texts = next(record["texts"] for record in reversed(records(run / "run")) if "texts" in record)
     made = main(Command(run / "run/ckpt.pt", prompt=("def ", ""), tokens=40, json=True))["samples"]
@@ -356,11 +356,13 @@ def test_compiled_run_does_not_notice_and_compiles_nothing_for_it(corpus, tmp_pa
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    graphs = []
+    graphs, one_layer = [], ("--model.n_layer", "1")
     for name, more in (("plain", ()), ("sampled", SAMPLED)):
         torch._dynamo.reset()
         counters.clear()
-        train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / name), "--compile", *more])).train()
+        train.Run(
+            load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / name), "--compile", *one_layer, *more])
+        ).train()
         graphs.append(counters["stats"]["unique_graphs"])
     sampled = records(tmp_path / "sampled")
     assert sum(record.pop("texts", None) is not None for record in sampled) == 4

@@ -33,7 +33,7 @@ def runs(corpus, tmp_path_factory) -> Trainer:
 
 
 def numbers(out: Path) -> list[dict]:
-    """Of every record of metrics.jsonl its numbers, those of a growth among them."""
+    """The numbers of every record of metrics.jsonl, those of a growth among them."""
     found = []
     for record in read_run(out)[1]:
         record |= {f"growth/{name}": value for name, value in record.pop("growth", {}).items()}
@@ -101,7 +101,7 @@ def test_tracking_changes_nothing_of_the_run(runs):
 
 @pytest.mark.slow
 def test_resumed_run_shows_no_point_twice(runs):
-    """Also in a TensorBoard that is open meanwhile; and after the growth that lies at the very tokens of a checkpoint."""
+    """A TensorBoard that is open meanwhile shows none twice either; the growth lies at the very tokens of a checkpoint."""
     out = runs.folder / "killed"
     options = ("--track", "tensorboard", "--keep", "9")
     assert runs.kill_when(runs.start("killed", *options), lambda: records_in(out) >= 15)
@@ -225,7 +225,7 @@ def test_tracker_that_fails_costs_one_warning(tmp_path):
 
 
 def test_run_is_refused_before_its_folder_is_touched(runs, tmp_path):
-    """Where the package is missing, and where wandb has no key."""
+    """The package is missing, or wandb has no key."""
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')")
     before = {file.name: file.read_bytes() for file in (runs.folder / "plain").iterdir()}
     missing = runs.refused("plain", "--overwrite", "--track", "wandb", env={"PYTHONPATH": str(tmp_path)})

@@ -119,7 +119,7 @@ def test_grow_takes_a_folder_and_writes_one(dtype, tmp_path):
 
 
 def of_others(folder):
-    """As if transformers had written it."""
+    """Makes the folder one that transformers could have written."""
     config = json.loads((folder / "config.json").read_text())
     del config["nanostack"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -166,7 +166,7 @@ def test_weights_that_others_changed_have_no_ledger_of_ours(tmp_path, capsys):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_pickled_weights_are_read_too(sharded, tmp_path):
-    """As the older of the models on the Hub have them."""
+    """Older models on the Hub have pickled weights."""
     folder = exported(state_of(GQA), tmp_path / "model", dtype=torch.bfloat16)
     wanted = dict(hf.load(folder)["model"])
     tensors = safetensors.load_file(folder / "model.safetensors")

@@ -179,7 +179,7 @@ def seconds(work) -> float:
 def test_missing_data_say_how_to_prepare_them(tmp_path):
     with pytest.raises(UserError, match=r"with: nanostack prepare stdlib --out \S+/stdlib --tokenizer bpe:1024"):
         load_manifest(tmp_path / "data" / "stdlib")
-    with pytest.raises(UserError, match=r"python -m nanostack\.prepare SOURCE\.\.\. --out \S*fineweb"):
+    with pytest.raises(UserError, match=r"with: nanostack prepare SOURCE\.\.\. --out \S*fineweb"):
         Tokens(tmp_path / "fineweb", "train", 64)
 
 

@@ -50,7 +50,7 @@ def test_link_to_a_file_is_read_as_its_own_name_says(tmp_path):
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_json_is_json_lines_where_its_first_two_lines_are_records(tmp_path, packing):
-    """As C4 comes: c4-train.00000-of-01024.json.gz. Settings of a program in a folder of code are text."""
+    """C4 comes like this, as c4-train.00000-of-01024.json.gz. Settings of a program in a folder of code are text."""
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing]
     records = b'{"text": "a"}\n{"text": "b"}\n'
     settings = [b'{"name": "x"}\n', b'{\n "name": "x"\n}\n', b"[1,\n2]", b"[" * 100_000]

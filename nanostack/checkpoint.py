@@ -94,8 +94,11 @@ class Saver:
         return host.copy_(value, non_blocking=True)
 
 
-def write(contents: dict, path: Path) -> None:
-    """Write one checkpoint file. UserError where it cannot be written; what was there before is intact then."""
+def write(contents: dict | None, path: Path) -> None:
+    """Write one checkpoint file, unless another rank has its contents. UserError where it cannot be written; what was there
+    before is intact then."""
+    if contents is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path, "wb") as file:

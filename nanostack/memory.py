@@ -98,7 +98,7 @@ def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool
             made = torch.empty(value.shape, dtype=value.dtype)
             setattr(module, name, nn.Parameter(made) if isinstance(value, nn.Parameter) else made)
         if model.tie_embeddings:
-            llama.head.weight = llama.embed.weight
+            llama.head.weight = llama.embed.weight  # type: ignore[assignment]
         fixed["weights, fp32"] = live.now
         moments = [torch.empty_like(p, dtype=getattr(torch, config.optim.moments)) for p in llama.parameters() for _ in (1, 2)]
         fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
@@ -134,7 +134,8 @@ def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: b
         gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
-    return MemoryEstimate(fixed, per_sequence, (at_loss, else_))
+    loss_each, else_each = per_sequence
+    return MemoryEstimate(fixed, (loss_each, else_each), (at_loss, else_))
 
 
 def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:

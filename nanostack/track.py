@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nanostack import names
 from nanostack.errors import UserError
@@ -90,7 +91,7 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Tracker:
@@ -122,7 +123,8 @@ class Tracking:
     """The tracker of a run in training, or none. One that fails is given up with a warning: it has cost a picture only."""
 
     def __init__(self, name: str, folder: Path):
-        self._name, self._folder, self._tracker = name, folder, None
+        self._name, self._folder = name, folder
+        self._tracker: Tracker | None = None
 
     def start(self, header: dict, records: list[dict]) -> None:
         if self._name != "none":

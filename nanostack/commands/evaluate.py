@@ -125,14 +125,14 @@ def main(command: Command) -> dict:
     config = LlamaConfig(**saved["config"])
     if text and text.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer has {text.n_vocab} entries, the model only {config.vocab_size}")
-    for folder in {command.tokenizer, command.val} - {None}:
+    for folder in filter(None, {command.tokenizer, command.val}):
         if saved["manifest_sha256"] not in (None, manifest_sha256(folder)):
             check_tokenizer(folder, command.checkpoint.parent / "metrics.jsonl")
             print(f"note: the model was trained on other data than {folder}: is it the same tokenizer?", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placement = Placement(device, getattr(torch, command.dtype))
     state = models.restore(saved, placement)
-    state.model.end_of_text = text.eot if command.document_mask else None
+    state.model.end_of_text = text.eot if text and command.document_mask else None
     answer = {
         "checkpoint": str(command.checkpoint),
         "cursor": dataclasses.asdict(state.cursor),

@@ -54,7 +54,7 @@ def main(command: Command) -> dict:
     if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):
         raise UserError(f"{command.checkpoint} is still ramping in its last growth, for {left} tokens: train it on first")
     text = tokenizer.load(command.data) if command.data else None
-    if text and manifest_sha256(command.data) != saved["manifest_sha256"]:
+    if command.data and manifest_sha256(command.data) != saved["manifest_sha256"]:
         check_tokenizer(command.data, command.checkpoint.parent / "metrics.jsonl")
         print(f"note: the model was trained on other data than {command.data}: is it the same tokenizer?", file=sys.stderr)
     state = models.restore(saved, Placement(torch.device("cpu")))
@@ -66,7 +66,7 @@ def main(command: Command) -> dict:
     if state.growth and state.growth[-1].tokens == state.cursor.tokens and "growth" not in (records or [{}])[-1]:
         records = None  # grown on disk, not trained since: they are its base's
     how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "records": records}
-    if text:
+    if command.data and text:
         how |= {"tokenizer": text, "text": f"{', '.join(load_manifest(command.data)['sources'])}, in tokens of {text.name}"}
     save(state, command.folder, saved["manifest_sha256"], **how)
     if not command.json:

@@ -8,6 +8,7 @@ On several GPUs (--count, fully sharded) the states are divided and FSDP2's gath
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import tyro
@@ -17,6 +18,9 @@ from rich.table import Table
 from nanostack.config import load
 from nanostack.errors import UserError, command_line
 from nanostack.memory import GIB, RESERVED, capacity, estimate, scratch_of
+
+CHECKPOINTING: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+MOMENTS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ def main(command: Command) -> dict:
     model = replace(config.shapes()[-1], vocab_size=config.model.vocab_size or 32_000)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     console = Console(stderr=command.json, highlight=False)
-    answer = {"gpu": command.gpu, "count": command.count, "room": room, "vocab_size": model.vocab_size, "options": []}
+    answer: dict = {"gpu": command.gpu, "count": command.count, "room": room, "vocab_size": model.vocab_size, "options": []}
     table = Table(title=f"{command.config} on {command.count} × {command.gpu}: {model.n_layer} layers × {model.d_model}")
     for name in ("checkpointing", "moments", "micro_batch", "tokens", "stays, GiB", "per sequence, GiB"):
         table.add_column(name, justify="right")
-    for how, moments in itertools.product(("none", "selective", "full"), ("float32", "bfloat16")):
+    for how, moments in itertools.product(CHECKPOINTING, MOMENTS):
         parallel = replace(config.parallel, activation_checkpointing=how)
         one = replace(config, parallel=parallel, optim=replace(config.optim, moments=moments))
         found = estimate(one, model, dtype, True, command.count)

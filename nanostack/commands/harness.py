@@ -46,7 +46,7 @@ class HubTokenizer:
         return self._theirs.encode(text, add_special_tokens=special)
 
     def decode(self, ids: list[int]) -> str:
-        return self._theirs.decode(ids, skip_special_tokens=True)
+        return str(self._theirs.decode(ids, skip_special_tokens=True))
 
 
 class LiveModel(TemplateLM):
@@ -96,16 +96,19 @@ class LiveModel(TemplateLM):
         for batch in self.progress(batches, "scoring"):
             lengths = [max(len(targets) for _, targets in asked[row]) for row in batch]
             log_probs_NV = self._log_probs(batch, lengths)
-            places, targets, owners, end = [], [], [], 0
+            places: list[int] = []
+            expected: list[int] = []
+            owners: list[int] = []
+            end = 0
             for row, length in zip(batch, lengths, strict=True):
                 end += length
                 for number, wanted in asked[row]:
                     places += range(end - len(wanted), end)
-                    targets += wanted
+                    expected += wanted
                     owners += [number] * len(wanted)
-            places, targets = (torch.tensor(x, device=self._device) for x in (places, targets))
-            best = (log_probs_NV.argmax(-1)[places] == targets).tolist()
-            for number, value, is_best in zip(owners, log_probs_NV[places, targets].tolist(), best, strict=True):
+            at_N, wanted_N = (torch.tensor(x, device=self._device) for x in (places, expected))
+            best = (log_probs_NV.argmax(-1)[at_N] == wanted_N).tolist()
+            for number, value, is_best in zip(owners, log_probs_NV[at_N, wanted_N].tolist(), best, strict=True):
                 sums[number] += value
                 greedy[number] &= is_best
         return list(zip(sums, greedy, strict=True))
@@ -125,7 +128,8 @@ class LiveModel(TemplateLM):
         return answers
 
     def _generate(self, arguments: list[tuple[str, dict]]) -> list[str]:
-        seq_len, rows, made, until, left = self.model.config.seq_len, [], [], [], []
+        seq_len, rows, until, left = self.model.config.seq_len, [], [], []
+        made: list[list[int]] = []
         for context, options in arguments:
             if options.get("do_sample") or options.get("temperature"):
                 raise UserError("a task asks for text drawn at random; only the likeliest is generated here")
@@ -159,9 +163,9 @@ class LiveModel(TemplateLM):
         places = [
             i * width + j for i, (row, n) in enumerate(zip(rows, lengths, strict=True)) for j in range(len(row) - n, len(row))
         ]
-        places = torch.tensor(places, device=self._device)
+        at_N = torch.tensor(places, device=self._device)
         # The head is by far the largest part for short continuations, and only these positions need it.
-        hook = self.model.head.register_forward_pre_hook(lambda head, arguments: (arguments[0].flatten(0, 1)[places],))
+        hook = self.model.head.register_forward_pre_hook(lambda head, arguments: (arguments[0].flatten(0, 1)[at_N],))
         try:
             return self.model(tokens_BT).float().log_softmax(-1)
         finally:

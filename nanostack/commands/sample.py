@@ -7,7 +7,9 @@ be alone.
 
 import sys
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 import torch
 import tyro
@@ -43,7 +45,7 @@ class Console:
 
     def __init__(self, samples: list[Sample], text: Tokenizer):
         self.samples, self.text, self.now, self.printed = samples, text, 0, 0
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has not all of Unicode
+        cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # a terminal that has not all of Unicode
         self.begin()
 
     def begin(self) -> None:

@@ -15,7 +15,7 @@ def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype) -> dict:
     if (scaling := config.rope_scaling) is not None:
         rope |= dataclasses.asdict(scaling) | {"rope_type": "llama3"}
         rope["original_max_position_embeddings"] = rope.pop("original_seq_len")
-    old = {"rope_theta": config.rope_theta}  # where transformers 4 looks
+    old: dict = {"rope_theta": config.rope_theta}  # where transformers 4 looks
     if scaling is not None:
         old["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return {

@@ -139,7 +139,7 @@ def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: 
                 filled = 0
             shards[-1].append((name, part))
             filled, total = filled + n_bytes, total + n_bytes
-    index = {}
+    index: dict[str, str] = {}
     for number, parts in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,8 @@ class Weights(Mapping):
     """Our parameters {name: tensor on the host} out of a folder, read when they are asked for, in the dtype they have there."""
 
     def __init__(self, folder: Path, config: LlamaConfig):
-        self.folder, self.config, self._open = folder, config, {}
+        self.folder, self.config = folder, config
+        self._open: dict[Path, Any] = {}
         self._files = _files_of(folder)
         wanted = [theirs_ for name in names_of(config) for theirs_ in theirs(name)]
         if missing := [name for name in wanted if name not in self._files]:

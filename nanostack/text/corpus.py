@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tyro
@@ -88,8 +89,8 @@ def prepare(config: CorpusConfig) -> dict:
         if splits["train"]["documents"] > 1 and not splits["val"]["documents"]:
             _clear(folder)
             splits, dropped, _ = _write_shards(config, files, encoder, folder, lowest + 1)
-        dropped = dict(sorted((skipped + dropped).items()))
-        _check_documents(config, splits, dropped)
+        left_out = dict(sorted((skipped + dropped).items()))
+        _check_documents(config, splits, left_out)
         manifest = {
             "format": FORMAT,
             "sources": [name_of(source, found) for source, found in zip(config.sources, listed, strict=True)],
@@ -98,7 +99,7 @@ def prepare(config: CorpusConfig) -> dict:
             "tokenizer": encoder.save(folder) | trained,
             "dtype": encoder.dtype.str,
             "splits": splits,
-            "dropped": dropped,
+            "dropped": left_out,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -193,7 +194,8 @@ def _tokenizer(config: CorpusConfig, files: list[File], bound: int) -> tuple[Tok
     by_hash = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.name)).digest())
     groups = [files] if any(limits) else [[file] for file in by_hash]  # with a limit, the text that is used comes first
     share = max(SAMPLE // max(1, len(groups)), 1 << 20)
-    seen, count = set(), {"documents": 0, "bytes": 0}
+    seen: set[bytes] = set()
+    count = {"documents": 0, "bytes": 0}
 
     def sample() -> Iterator[str]:
         for group in groups:
@@ -246,7 +248,8 @@ class Split:
     ):
         self.reader, self.bound, self.seen, self.lowest = reader, bound, seen, 1 << 64
         self.max_documents, self.max_bytes = max_documents or float("inf"), max_bytes or float("inf")
-        self.documents, self.bytes = Counter(), Counter()
+        self.documents: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[str, str, int]]:
         for text in self.reader:
@@ -293,7 +296,7 @@ class Shards:
     def __init__(self, folder: Path, split: str, size: int):
         self.folder, self.split, self.size = folder, split, size
         self.entries: list[dict] = []
-        self._file = None
+        self._file: BinaryIO | None = None
 
     def write(self, tokens: np.ndarray):
         while len(tokens):

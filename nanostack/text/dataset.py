@@ -224,7 +224,7 @@ class Prefetcher:
         self._read, self._ranges = tokens.batch if shuffle else tokens.blocks, ranges
         self._device = device if device is not None and device.type == "cuda" else None
         self._ready: queue.Queue = queue.Queue(maxsize=max(1, depth))
-        self._stream = None
+        self._stream: torch.cuda.Stream | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
@@ -287,7 +287,7 @@ class Prefetcher:
             return pair, None
         self._stream = self._stream or torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
-            pair = tuple(half.pin_memory().to(self._device, non_blocking=True) for half in pair)
+            tokens_BT, targets_BT = (half.pin_memory().to(self._device, non_blocking=True) for half in pair)
             copied = torch.cuda.Event()
             copied.record()
-        return pair, copied
+        return (tokens_BT, targets_BT), copied

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
@@ -15,7 +15,9 @@ from nanostack.errors import UserError
 from nanostack.text.tokenizer import Tokenizer
 
 
-def encode(batches: Iterable[tuple[str, list[str]]], encoder: Tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+def encode(
+    batches: Iterable[tuple[str, list[str]]], encoder: Tokenizer, workers: int
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """(split, its documents) to (split, their tokens), in order; in `workers` processes, or here if that is one.
 
     Each worker has a pipe of its own and one batch at a time, so memory is bounded, and the end of a process at either
@@ -65,4 +67,4 @@ def _work(encoder: Tokenizer, pipe: Connection):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is done, or gone
         while True:
-            pipe.send_bytes(encoder.encode_documents(pipe.recv()))
+            pipe.send_bytes(encoder.encode_documents(pipe.recv()).data)

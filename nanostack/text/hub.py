@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nanostack.errors import UserError
 
@@ -51,7 +52,8 @@ def dataset(source: str, name: str | None, split: str) -> tuple[str, dict[str, i
             raise UserError(f"hf:{source} has no split {split!r}, only {', '.join(splits)}")
         names = [url.removeprefix("hf://") for url in splits[split]]
         files, folders = HfFileSystem(), sorted({name.rpartition("/")[0] for name in names})
-        sizes = {entry["name"]: entry["size"] for folder in folders for entry in files.ls(folder)}
+        entries: list[Any] = [entry for folder in folders for entry in files.ls(folder)]
+        sizes = {entry["name"]: entry["size"] for entry in entries}
         pinned = "/".join(names[0].split("/")[1:3])
         return pinned, {name.removeprefix(f"datasets/{pinned}/"): sizes[name] for name in names}
 

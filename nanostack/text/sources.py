@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from nanostack.errors import UserError
 from nanostack.text import hub
@@ -110,7 +110,8 @@ class Reader:
     """
 
     def __init__(self, files: Iterable[File], field: str, keep: bool = True):
-        self.files, self.field, self.keep, self.dropped, self.position = files, field, keep, Counter(), 0
+        self.files, self.field, self.keep, self.position = files, field, keep, 0
+        self.dropped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[str]:
         done = 0
@@ -206,7 +207,7 @@ def _is_lines(stream: BinaryIO) -> bool:
 
 
 def _unpacked(raw: BinaryIO, packing: str | None) -> BinaryIO:
-    return gzip.GzipFile(fileobj=raw) if packing == ".gz" else _unzstd(raw) if packing else raw
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packing == ".gz" else _unzstd(raw) if packing else raw
 
 
 def _unzstd(raw: BinaryIO) -> BinaryIO:

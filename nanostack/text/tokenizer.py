@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -55,7 +56,7 @@ class Tokenizer:
         self.eot_token, self.eot = EOT, special[EOT]
         self.ends = {self.eot}  # the ids at which a text ends
         self.begins = False  # whether a prompt goes behind what the tokenizer itself begins a text with
-        self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self._bpe: Any = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 
     def encode(self, text: str) -> list[int]:
@@ -114,7 +115,7 @@ class Tokenizer:
         split = pre_tokenizers.Split(Regex(self.pattern), behavior="isolated")
         made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         made.decoder = decoders.ByteLevel()
-        names = sorted(self.special, key=self.special.get)
+        names = sorted(self.special, key=lambda name: self.special[name])
         made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         return made.to_str(pretty=True).encode()
 
@@ -210,13 +211,13 @@ class JsonTokenizer(Tokenizer):
         decoder = made.get("decoder") or {}
         steps = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))}
         if "ByteLevel" in steps:
-            complete, length = vocab.keys() >= set(ByteLevel.alphabet()), len  # a character stands for a byte
+            complete, fallback = vocab.keys() >= set(ByteLevel.alphabet()), None  # a character stands for a byte
         else:
             fallback = {f"<0x{byte:02X}>": 1 for byte in range(256)} if "ByteFallback" in steps else {}
             complete = bool(fallback) and made["model"].get("byte_fallback") and vocab.keys() >= fallback.keys()
 
-            def length(token: str) -> int:
-                return fallback.get(token) or len(token.replace("▁", " ").encode())
+        def length(token: str) -> int:
+            return len(token) if fallback is None else fallback.get(token) or len(token.replace("▁", " ").encode())
 
         if not complete:
             raise UserError(f"{self.name} cannot encode every text: it has neither all 256 bytes nor a fallback to them")
@@ -309,7 +310,7 @@ def _from_json(path: Path, name: str) -> JsonTokenizer:
     eot_token = _read_json(path.with_name("tokenizer_config.json")).get("eos_token") or EOT
     if isinstance(eot_token, dict):  # with its properties, as older versions wrote it
         eot_token = eot_token.get("content")
-    made = JsonTokenizer(str(path), path.read_bytes(), eot_token)
+    made = JsonTokenizer(str(path), path.read_bytes(), str(eot_token))
     most = _read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
     if made.n_vocab > most:
         raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
@@ -355,7 +356,7 @@ def _download(name: str) -> Tokenizer:
     try:
         bpe = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        cause = error
+        cause: BaseException = error
         while cause.__context__:  # what was wrong lies under three layers of retrying
             cause = cause.__context__
         raise UserError(

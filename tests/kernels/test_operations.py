@@ -150,6 +150,15 @@ def test_linear_obeys_error_rule_and_takes_an_fp32_master(target, monkeypatch):
         )
 
 
+@on_every_target
+def test_linear_adds_to_the_gradient_that_is_there(target):
+    x, weight = randn(3, 5, 24, target=target), randn(10, 24, target=target, seed=1)
+    for _ in range(2):
+        kernels.linear(x, weight, weight.detach()).sum().backward()
+    once = torch.autograd.grad(kernels.linear_reference(x, weight).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, 2 * once, rtol=0.02, atol=0.02)
+
+
 def test_references_keep_double_precision():
     """They are what fp64 results come from: none rounds to less on the way."""
     for name, function, inputs in (

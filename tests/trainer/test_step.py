@@ -47,9 +47,9 @@ def test_linear_over_a_master_and_its_copy_is_the_linear_of_the_copy(shape):
     kernels.linear(x, weight, weight.to(x.dtype)).backward(dy)
     assert weight.grad.data_ptr() == place, "the second micro-batch's gradient is added where the first one's is"
     torch.testing.assert_close(weight.grad, 2 * before)
-    with pytest.raises(ValueError, match=r"low is torch\.float32"):
+    with pytest.raises(ValueError, match=r"compute_weight is torch\.float32"):
         kernels.linear(x, weight, weight)
-    with pytest.raises(ValueError, match=r"weight and low must be \(D_out, D_in\)"):
+    with pytest.raises(ValueError, match=r"weight and compute_weight must be \(D_out, D_in\)"):
         kernels.linear(x, weight, weight[:, 1:].to(x.dtype))
 
 
@@ -66,7 +66,7 @@ def test_copies_of_weights_follow_them_and_are_made_only_when_they_change():
         loss.backward()
         guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
         assert not torch.equal(linear.compute_weight, linear.weight.to(torch.bfloat16))
-    assert not any("low" in name for name in model.state_dict())
+    assert not any("compute_weight" in name for name in model.state_dict())
 
 
 def test_selective_checkpointing_keeps_less_and_multiplies_no_more():

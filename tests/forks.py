@@ -14,11 +14,18 @@ import os
 import runpy
 import signal
 import sys
+import types
 import warnings
 
 from nanostack.__main__ import COMMANDS
 
-for module in ("train", "grow", "study.__main__", *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values())):
+for module in (
+    "train",
+    "grow",
+    "study.__main__",
+    "torch._dynamo",
+    *(f"nanostack.commands.{module}" for module, _ in COMMANDS.values()),
+):
     importlib.import_module(module)
 
 
@@ -36,14 +43,14 @@ for line in sys.stdin:
 else:
     sys.exit()
 
-streams = (request["in"], os.O_RDONLY), (request["out"], os.O_WRONLY), (request["err"], os.O_WRONLY | os.O_APPEND)
+streams = (request["in"], os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_APPEND) for name in ("out", "err"))
 for number, (path, flags) in enumerate(streams):
     os.dup2(os.open(path, flags), number)
 os.chdir(request["cwd"])
 os.environ |= request["env"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background have ignored
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
-del sys.path[0]  # this folder
+sys.path[:1] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # instead of this folder
 sys.argv = request["argv"]
 if sys.argv[0] in ("-m", "-c"):
     kind, what = sys.argv[:2]
@@ -53,7 +60,8 @@ if sys.argv[0] in ("-m", "-c"):
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         del sys.argv[1]
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")  # which processes that this one spawns would import
+        exec(compile(what, "<string>", "exec"), main.__dict__)
 else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")

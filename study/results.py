@@ -66,7 +66,7 @@ class Crossing:
 
 
 def crossing(points: list[tuple[float, float]], loss: float) -> Crossing | None:
-    """The place where (FLOPs, loss) points, in order of FLOPs, come down to `loss` for good, by lines over log FLOPs; else None."""
+    """Where (FLOPs, loss) points, in order of FLOPs, come down to `loss` for good, by lines over log FLOPs; None if nowhere."""
     below = [one <= loss for _, one in points]
     if not any(below) or not all(below[below.index(True) :]):
         return None

@@ -56,6 +56,8 @@ gpu-cache: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

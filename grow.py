@@ -88,8 +88,8 @@ def main(command: Command) -> dict:
         most = export.SHARD_BYTES if folder else forecast["bytes_written"]
         check_room(torch.device("cpu"), min(most, forecast["bytes_written"]), "putting the file together")
 
-    millions = " to ".join(f"{forecast[name] / 1e6:.1f}M" for name in ("n_params_before", "n_params"))
-    console.print(f"growing on {device}, {millions} parameters")
+    millions = [f"{forecast[name] / 1e6:.1f}M" for name in ("n_params_before", "n_params")]
+    console.print(f"growing on {device}, {' to '.join(millions)} parameters")
     state = models.restore(saved, Placement(device), optimizer=True)
     state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
     probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
@@ -101,8 +101,7 @@ def main(command: Command) -> dict:
     receipt.loss_before, receipt.loss_after = before, val(state.model, TOGETHER).nats_per_token if val else None
     console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
     if folder:
-        options = {"dtype": saved["dtype"], "tokenizer": command.checkpoint, "eot": saved["eot"]}
-        export.save(state, out, saved["manifest_sha256"], **options)
+        export.save(state, out, saved["manifest_sha256"], saved["dtype"], tokenizer=command.checkpoint, eot=saved["eot"])
     else:
         checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     if caution := receipt.caution():
@@ -114,11 +113,10 @@ def place(command: Command, base: LlamaConfig) -> Path:
     """Where the grown model goes: --out, else beside the old one, under a name that says how it grew."""
     if command.out:
         return command.out
-    suffix = command.growth.plan(base).suffix(base)
-    if command.checkpoint.is_dir():
-        folder = command.checkpoint.resolve()
-        return folder.with_name(f"{folder.name}-{suffix}")
-    return command.checkpoint.with_name(f"{command.checkpoint.stem}-{suffix}.pt")
+    source, suffix = command.checkpoint, command.growth.plan(base).suffix(base)
+    if source.is_dir():
+        return source.resolve().with_name(f"{source.resolve().name}-{suffix}")
+    return source.with_name(f"{source.stem}-{suffix}.pt")
 
 
 def check(command: Command, saved: dict, out: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,13 +14,14 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A new file, open for writing, that takes the place of `path` when the block ends.
 
     It is written beside its place, synced to disk, then renamed, and the folder is synced. A process killed at any moment
-    leaves the old file or the new one, and perhaps `NAME.PID.partial`, which the next one to write there clears away. Whatever
-    is raised in the block leaves the old file.
+    leaves the old file or the new one, and perhaps `NAME.HOST.PID.partial`, which the next one to write there from the same
+    host clears away. Whatever is raised in the block leaves the old file.
     """
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+    beside = f"{path.name}.{socket.gethostname()}"
+    for left in path.parent.glob(f"{glob.escape(beside)}.*.partial"):
         if not _runs(left.name.split(".")[-2]):
             left.unlink(missing_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{beside}.{os.getpid()}.partial")
     try:
         with open(partial, mode) as file:
             yield file

@@ -100,8 +100,9 @@ def install() -> None:
 def alias_kernels() -> None:
     """Make `kernels`, which is being imported, another name of `nanostack.kernels`."""
     sys.meta_path.insert(0, Alias())
-    sys.modules["kernels"] = importlib.import_module("nanostack.kernels")
-    # Modules that are loaded get their second name here. The import system would also set each of them as an attribute of the
-    # package, where kernels.rms_norm is the function.
-    loaded = [name for name in sys.modules if name.startswith("nanostack.kernels.")]
-    sys.modules |= {name.removeprefix("nanostack."): sys.modules[name] for name in loaded}
+    package = sys.modules["kernels"] = importlib.import_module("nanostack.kernels")
+    for name, module in list(sys.modules.items()):
+        _, inside, leaf = name.rpartition("nanostack.kernels.")
+        if inside and getattr(package, leaf, None) is not module:
+            # kernels.rotary is the function. An import of the module of that name would set it as the attribute instead.
+            sys.modules[f"kernels.{leaf}"] = module

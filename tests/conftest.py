@@ -169,7 +169,7 @@ class Trainer:
         command = self.command(out, *overrides, processes=processes)
         if not processes and not (env or {}).keys() & READ_AT_IMPORT:
             return python(*command[1:], env=env)
-        if not torchrun:
+        if processes and not torchrun:
             return ranks(*self.command(out, *overrides)[1:], number=processes, env=env)
         env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})  # bit for bit is a promise of the CPU
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)

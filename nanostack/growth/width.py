@@ -7,7 +7,7 @@ d old and D new channels, weights as (out, in) and norm gains μ:
     zero     [[W, A], [0, C]] with A and C as initialised: new channels are 0 until they learn; if    G_zero→
              d_ff grows alone, new neurons are as initialised and what reads them is 0
     random   all that is new as initialised, its outputs masked and ramped in from 0                  G_random→, MSG
-    learn    B W Bᵀ with trained B, see nanostack/learn.py                                            G_learn→, LiGO
+    learn    B W Bᵀ with trained B, see learn.py                                                      G_learn→, LiGO
 
 (arXiv 2405.15319, appendix A; 1511.05641; 2305.02869; 2303.00980.) All but learn compute what the narrow model did, split if
 d_model grows by a whole factor: RMSNorm sees the same mean square then. zero and random make the mean square d/D of what it

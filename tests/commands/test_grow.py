@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import time
 
@@ -145,7 +146,7 @@ def test_interrupted_write_leaves_the_source_intact_and_no_half_checkpoint(ckpt,
     before, out = ckpt.read_bytes(), ckpt.with_name("ckpt-x64.pt")
     for _ in range(10):  # on a busy machine the write can be over before the signal is sent
         process = start_python(ROOT / "grow.py", ckpt, "--g", "64", "--optimizer", "copy")
-        partial = ckpt.with_name(f"ckpt-x64.pt.{process.pid}.partial")
+        partial = ckpt.with_name(f"ckpt-x64.pt.{socket.gethostname()}.{process.pid}.partial")
         while not partial.exists():
             assert process.poll() is None, process.done().stderr
             time.sleep(0.0005)

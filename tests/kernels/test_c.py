@@ -1,10 +1,10 @@
 """The C functions of the CPU: how they are built, chosen and left alone; test_operations.py checks their numbers."""
 
-import multiprocessing
-import os
+import json
 
 import pytest
 import torch
+from conftest import start_python
 
 import kernels
 from kernels import cpu
@@ -12,28 +12,33 @@ from kernels import cpu
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"no C functions: {cpu.unavailable_reason()}")
 
 
-def answer(backend, environment):
-    """Whether there are C functions by this environment, and whether what is chosen by itself agrees with `backend`."""
-    os.environ.update(environment)
-    cpu._load.cache_clear()
-    cpu.unavailable_reason.cache_clear()
-    x = torch.arange(-8.0, 8.0).view(2, 8)
-    try:
-        return cpu.unavailable_reason(), torch.equal(kernels.swiglu(x), kernels.swiglu(x, backend=backend))
-    except ValueError as error:
-        return str(error)
+ANSWER = """
+import json, sys
+import torch
+import kernels
+
+x = torch.arange(-8.0, 8.0).view(2, 8)
+try:
+    same = torch.equal(kernels.swiglu(x), kernels.swiglu(x, backend={backend!r}))
+    print(json.dumps([kernels.cpu.unavailable_reason(), same]))
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
 
 
-def ask(*questions):
-    """The answer to each question, at the same time, from a process of its own."""
-    with multiprocessing.get_context("fork").Pool(len(questions), maxtasksperchild=1) as pool:
-        return pool.starmap(answer, questions, chunksize=1)
+def ask(*questions: tuple[str, dict]) -> list:
+    """The answer to each (backend, environment), at the same time, from a process of its own: why there are no C functions, and
+    whether the backend that is chosen by itself agrees with this one; or the error."""
+    started = [start_python("-c", ANSWER.format(backend=backend), env=environment) for backend, environment in questions]
+    done = [process.done() for process in started]
+    assert not any(one.returncode for one in done), done
+    return [json.loads(one.stdout) for one in done]
 
 
 def test_without_a_compiler_the_torch_paths_run():
     without = {"NANOSTACK_CC": ""}
     said = "there is no C compiler (cc)."
-    assert ask(("torch", without), ("c", without)) == [(said, True), f'backend="c" is impossible: {said}']
+    assert ask(("torch", without), ("c", without)) == [[said, True], f'backend="c" is impossible: {said}']
 
 
 def test_compiler_that_fails_is_told(tmp_path):
@@ -41,17 +46,17 @@ def test_compiler_that_fails_is_told(tmp_path):
     broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
     environment = {"NANOSTACK_CC": str(broken), "XDG_CACHE_HOME": str(tmp_path)}
-    assert ask(("torch", environment)) == [("they could not be built: no such flag", True)]
+    assert ask(("torch", environment)) == [["they could not be built: no such flag", True]]
 
 
 def test_many_processes_build_at_once_into_an_empty_cache(tmp_path):
-    assert ask(*[("c", {"XDG_CACHE_HOME": str(tmp_path)})] * 3) == [(None, True)] * 3
+    assert ask(*[("c", {"XDG_CACHE_HOME": str(tmp_path)})] * 3) == [[None, True]] * 3
     assert [path.suffix for path in (tmp_path / "nanostack").iterdir()] == [".so"] * 2, "one library a dtype, no leftovers"
 
 
 def test_cache_that_cannot_be_written_to_is_done_without(tmp_path):
     (tmp_path / "nanostack").write_text("in the way")
-    assert ask(("c", {"XDG_CACHE_HOME": str(tmp_path)})) == [(None, True)]
+    assert ask(("c", {"XDG_CACHE_HOME": str(tmp_path)})) == [[None, True]]
 
 
 def test_torch_is_what_torch_was_asked_for(monkeypatch):

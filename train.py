@@ -3,7 +3,7 @@
     python train.py config/quickstart.py                               one device
     torchrun --nproc_per_node 8 train.py config/1b.py --out out/1b     several; every field of the config can be overridden
 
-A run follows from (data, config, seed) alone, however often it was stopped. It writes metrics.jsonl and ckpt.pt to `out`.
+Data, config and seed determine a run, however often it was stopped. It writes metrics.jsonl and ckpt.pt to `out`.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch
 from nanostack import checkpoint, parallel, preflight, run_folder
 from nanostack.config import Train, describe_tokens, load
 from nanostack.device import StopFlag
-from nanostack.errors import exits_cleanly
+from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import flops_per_token, n_params
 from nanostack.generate import Writer
 from nanostack.micro_step import MicroStep
@@ -27,13 +27,13 @@ from nanostack.validation import Validation
 
 
 class Run:
-    """A run: its parts, set up in the order in which mistakes should be found; then its loop, top to bottom."""
+    """A run: its parts, of which those with cheap checks come first; then its loop, top to bottom."""
 
-    def __init__(self, given: Train):
+    def __init__(self, requested: Train):
         # Device: the process group, the mesh, what computes; and all that can be known to be wrong.
         self.stop = StopFlag()
-        self.placement = parallel.start(given.parallel, given.dtype, given.compile, given.cuda_graph)
-        checked = preflight.check(given, self.placement)
+        self.placement = parallel.start(requested.parallel, requested.dtype, requested.compile, requested.cuda_graph)
+        checked = preflight.check(requested, self.placement)
         self.config, self.kernels, config = checked.config, checked.kernels, checked.config
 
         # Data: samples to train on, and a fixed part of the validation split.
@@ -53,7 +53,7 @@ class Run:
         self.saver = checkpoint.Saver(Path(config.out) / "ckpt.pt", checked.manifest_sha256, config.keep)
 
         # Records: console, metrics.jsonl, tracker.
-        header = header_of(given, self.tokens.manifest, checked.manifest_sha256, parallel.world_size(), self.placement)
+        header = header_of(requested, self.tokens.manifest, checked.manifest_sha256, parallel.world_size(), self.placement)
         self.recorder = Recorder(config, self.state, header, self.tokens.n_blocks, self.resuming)
         self.recorder.say(self.describe(source))
 
@@ -81,17 +81,17 @@ class Run:
                     )
                     state.ramp(stage)  # for the next step, and for an evaluation before it
 
-                    # Due after it, by tokens.
+                    # Then what is due, by tokens trained.
                     stage_ends = cursor.stage_tokens >= stage.tokens
                     evaluating = stage_ends or self.crossed(config.eval_interval)
-                    writing = self.crossed(config.sample.interval)
-                    logging = evaluating or writing or self.crossed(config.log_interval)
-                    values = recorder.stepped(lr, logging, loss, norm, skipped)
+                    sampling = self.crossed(config.sample.interval)
+                    logging = evaluating or sampling or self.crossed(config.log_interval)
+                    values = recorder.record_step(lr, logging, loss, norm, skipped)
                     if logging:
                         speed = recorder.speed()
                         with recorder.paused():
                             values |= self.evaluate() if evaluating else {"val_loss": None, "val_bits_per_byte": None}
-                            values |= {"texts": self.writer(state.model)} if writing else {}
+                            values |= {"texts": self.writer(state.model)} if sampling else {}
                         recorder.log(values, speed)
                     if stage_ends or self.crossed(config.save_interval):
                         self.save()
@@ -114,7 +114,9 @@ class Run:
         if how.learning_steps():
             self.recorder.say(f"learning how to grow on {how.learning_steps()} batches")
         self.micro_step.forget()
-        plain = MicroStep(self.micro_step.parts, graphed=False)  # what learn mixes anew at every step is not captured
+        plain = MicroStep(
+            self.micro_step.parts, graphed=False
+        )  # learn replaces the weights at every step, so no graph is captured
 
         def gradients() -> torch.Tensor:
             loss = plain.accumulate(self.state.model, batches)
@@ -129,7 +131,7 @@ class Run:
         with self.recorder.paused():
             after = self.evaluate()
         receipt.loss_before, receipt.loss_after = before["val_loss"], after["val_loss"]
-        self.recorder.grew(receipt, after)
+        self.recorder.record_growth(receipt, after)
 
     def evaluate(self) -> dict:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
@@ -152,7 +154,7 @@ class Run:
         """
         config, cursor, each, ranks = self.config, self.state.cursor, self.config.micro_batch, parallel.world_size()
         first = cursor.samples + parallel.rank() * each
-        ahead = config.stages[cursor.stage + self.resuming :]
+        ahead = config.stages[cursor.stage + int(self.resuming) :]  # a stage that is resumed has grown already
         learning = sum(stage.growth.learning_steps() for stage in ahead if stage.growth)
         for number in range((config.steps_left(cursor) + learning) * self.micro_step.parts):
             start = first + number * each * ranks
@@ -179,6 +181,8 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\nusage: train.py CONFIG.py [--field.name value ...]; train.py CONFIG.py --help lists all fields")
         sys.exit(0 if arguments else 2)
+    if arguments[0].startswith("--"):
+        raise UserError(f"a config file comes first, as in: train.py config/quickstart.py {arguments[0]} ...")
     run = Run(load(arguments[0], arguments[1:]))
     run.train()
     parallel.leave(run.stop)

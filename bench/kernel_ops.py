@@ -29,8 +29,9 @@ from torch import Tensor
 
 from bench.ops import OPS, OURS, SHAPES, Apart, dtype_on
 from bench.results import picture, place, write_result
-from kernels.timing import interleaved
 from nanostack.errors import UserError, command_line
+from nanostack.flops import peak_by_name
+from nanostack.kernels.timing import interleaved
 from nanostack.provenance import device_name
 
 ROOFLINE = "roofline"
@@ -147,7 +148,7 @@ def measure(op: str, shape: tuple[int, ...], device: torch.device, samples: int,
     return rows
 
 
-H200 = {"bytes": 4.8e12, "flops": 989e12}  # per second: memory and dense bf16 of the data sheet
+H200 = {"bytes": 4.8e12, "flops": peak_by_name("H200")}  # per second: memory of the data sheet, and dense bf16
 
 
 def floors(shapes: list[tuple[str, tuple[int, ...]]]) -> list[dict]:

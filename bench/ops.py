@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+from nanostack import kernels
 
 EPS = 1e-5
 OURS = "nanostack"

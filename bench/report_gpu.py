@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import ROOT, anchors, growth, sections, throughput
 from bench.results import RESULTS
-from kernels.configs import ANY
+from nanostack.kernels.configs import ANY
 from study.results import markdown
 
 PAGE = ROOT / "docs/performance.md"

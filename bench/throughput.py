@@ -103,14 +103,14 @@ def ours(config: Train, mark) -> str:
     """Train with train.py's loop, calling `mark` after every step. Returns what its kernels ran in."""
     with TemporaryDirectory() as folder:
         run = training_run(replace(config, out=folder))
-        stepped = run.recorder.stepped
+        stepped = run.recorder.record_step
 
         def marked(*step) -> dict:
             values = stepped(*step)
             mark()
             return values
 
-        run.recorder.stepped, run.recorder.log, run.save = marked, lambda *_: None, lambda: None
+        run.recorder.record_step, run.recorder.log, run.save = marked, lambda *_: None, lambda: None
         run.train()
     return choose_kernels(config.kernels, run.placement)
 

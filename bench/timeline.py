@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from bench import ROOT
 from bench.results import place, write_result
 from bench.throughput import default_config, ours, timed
-from kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from nanostack.config import Train, load
 from nanostack.errors import UserError, command_line
-from nanostack.flops import MFU, mfu, n_params
+from nanostack.flops import MFU, mfu, n_params, peak_by_name
+from nanostack.kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from nanostack.model import LlamaConfig
 from nanostack.provenance import device_name
 
@@ -107,7 +107,7 @@ class Machine:
     bandwidth: float
 
 
-H200 = Machine("H200", 989e12, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
+H200 = Machine("H200", peak_by_name("H200") or 0.0, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
 
 
 def estimated(model: LlamaConfig, rows: int, parts: int, moment_bytes: int = 4, gpu: Machine = H200) -> dict[str, float]:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import kernels
 from bench import ROOT
 from bench.results import place, write_result
-from kernels import tune
-from kernels.configs import ANY, TABLE, Config
+from nanostack import kernels
 from nanostack.errors import UserError, command_line
+from nanostack.kernels import tune
+from nanostack.kernels.configs import ANY, TABLE, Config
 from nanostack.provenance import device_name, versions
 
 CONFIGS = "kernels/configs.py"

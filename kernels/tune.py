@@ -25,11 +25,9 @@ from typing import Any, cast
 
 import torch
 
-import kernels
-
 from . import aot
 from .configs import ANY, FP32, TABLE, Config, attention, lookup, row, rows_for, rows_of
-from .dispatch import triton
+from .dispatch import triton, unavailable_reason
 from .timing import interleaved
 
 BETTER = 0.98  # of the seconds of the call with the row in use
@@ -339,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many")
     options = parser.parse_args(arguments)
-    reason = kernels.unavailable_reason("cuda")
+    reason = unavailable_reason("cuda")
     if reason:
         print(f"error: nothing to measure: {reason} python -m kernels.aot checks rows without a GPU.", file=sys.stderr)
         return 2

@@ -26,9 +26,12 @@ def usage() -> str:
 
 def run(name: str | None) -> None:
     """Run the command of this name with the words that follow it; without a name, list the commands."""
-    if name in (None, "-h", "--help"):
+    if name in (None, "-h", "--help", "help"):
         print(usage())
         sys.exit(2 if name is None else 0)
+    if name in ("train", "grow"):
+        print(f"error: {name} is a script: python {name}.py --help", file=sys.stderr)
+        sys.exit(2)
     if name not in COMMANDS:
         print(f"error: nanostack has no command {name!r}; it has {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

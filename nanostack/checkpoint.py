@@ -110,7 +110,7 @@ def write(contents: dict | None, path: Path) -> None:
 def load(path: str | Path) -> dict:
     """Read and verify a checkpoint. Tensors are memory-mapped from the file, on the host.
 
-    Returns the dict of design.md: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, versions,
+    Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, versions,
     hashes. Raises `UserError` for a file that is missing, foreign, truncated or altered.
     """
     path = Path(path)

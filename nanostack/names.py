@@ -1,4 +1,4 @@
-"""Names that modules had, and the second name that one package has.
+"""Former names of modules, and the second name of one package.
 
 `import kernels`, in a clone, is `import nanostack.kernels`: the same modules, so that no operator is registered twice. A
 module that has moved says where it is now, when it is run (`python -m nanostack.prepare`: one line, exit code 2) and when it is
@@ -22,6 +22,7 @@ MOVED = {  # module that there was: (where its contents are now, the command tha
     "nanostack.plan": ("nanostack.growth.budget", "plan"),
     "nanostack.plot": ("nanostack.curves", "plot"),
     "nanostack.track": ("nanostack.track", "track"),  # still a module, which ends in refuse()
+    "nanostack.kernels.flash_attention": ("nanostack.kernels.attention and nanostack.kernels.attention_triton", None),
     "nanostack.harness": ("nanostack.commands.harness", None),
     "nanostack.data": ("nanostack.text.dataset and nanostack.text.manifest", None),
     "nanostack.sources": ("nanostack.text.sources", None),

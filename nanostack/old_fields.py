@@ -1,6 +1,7 @@
 """Fields of a run's config that had other names: they are still read, and a line says what they are called now."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -24,7 +25,9 @@ def renamed(**now: str) -> Callable[[Class], Class]:
 
         @functools.wraps(build)
         def build_by_any_name(self, *values, **named):
-            for name in now.keys() & named.keys():
+            for name in (one for one in now if one in named):
+                if now[name] in named:
+                    raise TypeError(f"{cls.__name__} is given {name} and {now[name]}, which are one")
                 _say(f"{cls.__name__}({name}=...)", now[name])
                 named[now[name]] = named.pop(name)
             build(self, *values, **named)
@@ -71,6 +74,6 @@ def _translated(config: dict, names: dict[str, str], say: Callable[[str, str], N
 
 
 def _say(old: str, new: str) -> None:
-    if old not in _said:
+    if old not in _said and os.environ.get("RANK", "0") == "0":
         _said.add(old)
         print(f"note: {old} is now called {new}", file=sys.stderr)

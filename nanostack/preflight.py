@@ -33,7 +33,9 @@ def check(config: Train, placement: Placement) -> Checked:
     config = with_vocabulary(config)
     check_memory(config, placement, backend)
     if config.cuda_graph and config.data.document_mask and backend == "torch":
-        raise UserError("--cuda_graph: attention within documents waits for the device in torch, which has to serve here")
+        raise UserError(
+            "--cuda_graph: --data.document_mask with torch's attention waits for the device, so it cannot be captured"
+        )
     steps = micro_steps(config.batch_tokens, config.micro_batch, config.model.seq_len)
     return Checked(config, backend, steps, manifest_sha256(config.data.path))
 
@@ -43,13 +45,13 @@ def choose_kernels(name: str, placement: Placement) -> str:
     on_gpu = placement.device.type == "cuda"
     reason = kernels.unavailable_reason(placement.device)
     if reason is None and on_gpu and not kernels.dispatch.launcher_compiler():
-        reason = "it needs a C compiler (gcc or clang, or the one that CC names)."
+        reason = "Triton needs a C compiler (gcc or clang, or the one that CC names)."
     if reason is None and not on_gpu and placement.dtype != torch.float32:
         reason = "Triton's interpreter is right in float32 only; add --dtype float32"
     if name == "triton" and reason:
         raise UserError(f"--kernels triton: {reason}")
     if name == "c":
-        reason = "they are for the CPU." if on_gpu else kernels.cpu.unavailable_reason()
+        reason = "the C kernels run on the CPU only." if on_gpu else kernels.cpu.unavailable_reason()
         if reason:
             raise UserError(f"--kernels c: {reason}")
     kernels.set_backend("torch" if name == "auto" and on_gpu and reason else name)

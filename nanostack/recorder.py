@@ -92,7 +92,7 @@ class Metrics:
         return 0.0
 
     def resume(self, stage: int, samples: int, header: dict) -> float:
-        """Cut back to the checkpoint's cursor and go on behind it. Returns the seconds of training recorded so far.
+        """Cut back to the checkpoint's cursor and append after it. Returns the seconds of training recorded so far.
 
         Where `header` differs (another config, commit or number of devices) it takes the place of the old one, which it keeps
         in its list `before`.
@@ -247,8 +247,8 @@ class Clock:
 class Recorder:
     """Console, metrics.jsonl, tracker, trace and clock of a run. Only rank 0 shows and writes.
 
-    In use as a context. `header` is the first record; an epoch has `epoch_blocks` samples. A run that is `resuming` goes on
-    behind the records that the state's cursor has.
+    In use as a context. `header` is the first record; an epoch has `epoch_blocks` samples. A run that is `resuming` appends
+    after the last record before the state's cursor.
     """
 
     def __init__(self, config: Train, state: State, header: dict, epoch_blocks: int, resuming: bool):
@@ -261,7 +261,7 @@ class Recorder:
         self._clock = Clock(self._metrics.resume(*at, header) if resuming else self._metrics.begin(header))
         self._peak = peak_flops(placement.device, placement.dtype)
         self._scalars = DeferredScalars()
-        self._skipped: list[int] = []  # first sample of each of the steps that were skipped, without one between them
+        self._skipped: list[int] = []  # first samples of the last consecutive skipped steps
         self._trace = profiler(config.profile if is_main_rank() else 0, total_steps - self.step, out / "trace.json")
         self._contexts = contextlib.ExitStack()
         self.say, self.paused = self._display.say, self._clock.paused
@@ -276,7 +276,7 @@ class Recorder:
     def __exit__(self, *error) -> None:
         self._contexts.__exit__(*error)
 
-    def stepped(self, lr: float, wait: bool, loss: Tensor, norm: Tensor, skipped: Tensor) -> dict:
+    def record_step(self, lr: float, wait: bool, loss: Tensor, norm: Tensor, skipped: Tensor) -> dict:
         """A step was made, at this rate, with these scalars on the device. Returns loss, lr and grad_norm of the last step
         whose numbers have arrived, which with `wait` is this one; nothing where none has.
 
@@ -311,7 +311,7 @@ class Recorder:
         self._display.log(record, self.step * self.config.batch_tokens)
         self._last_record = self._now()
 
-    def grew(self, receipt: Receipt, losses: dict) -> None:
+    def record_growth(self, receipt: Receipt, losses: dict) -> None:
         """Write the record of a growth, and say what it made."""
         self.log({"loss": None, "lr": None, "grad_norm": None} | losses | {"growth": receipt.as_dict()})
         self.say(str(receipt))

@@ -23,7 +23,7 @@ class Validation:
     """A fixed part of a validation split, and the loss of models on it.
 
     It is the first `most_tokens` of the split, in whole blocks of seq_len, at least one; None: the whole split. Every token but
-    the first is a target once. n_tokens targets stand for n_bytes of text.
+    the first is a target once. The n_tokens targets decode to n_bytes of text.
     """
 
     def __init__(self, tokens: Tokens, most_tokens: int | None = None):
@@ -42,11 +42,12 @@ class Validation:
         nats = torch.zeros((), dtype=torch.float64, device=device)
         firsts = range(rank() * batch, self.n_blocks + rank() * batch, batch * ranks)
         mine = [(min(first, self.n_blocks), min(first + batch, self.n_blocks)) for first in firsts]
+        # A rank that has no block left runs block 0 again, as FSDP2 needs all ranks, and its loss is dropped.
         ranges = [(start, stop) if start < stop else (0, 1) for start, stop in mine]
         with Prefetcher(self.tokens, ranges, device=device, shuffle=False) as blocks:
             for (start, stop), (tokens_BT, targets_BT) in zip(mine, blocks, strict=True):
                 loss = model(tokens_BT, targets_BT)
-                if start < stop:  # a rank that has no block left goes along for the collectives, and counts nothing
+                if start < stop:  # else it was run for the collectives only
                     nats += loss.double() * targets_BT.numel()
                 advance()
         if dist.is_initialized():

@@ -1,17 +1,19 @@
 """Grow a model in place, on the device it is on: first in width, then in depth, its optimizer with it.
 
-A growth is a map and a rule for what is new: depth.py has the maps of layers, width.py those of channels and heads, learn.py
-trains them, moments.py says what becomes of the optimizer's state, ramp.py lets in slowly what is random. config.py is what a
-user asks for, receipt.py what a growth tells.
+A growth says which old layer or channel each new one copies, and how the others start. depth.py has the maps of layers,
+width.py those of channels and heads; learn.py trains maps; moments.py has the choices for the optimizer's state; ramp.py lets
+random parts in slowly. config.py has what a user asks for, receipt.py what a growth tells.
 
 In depth, the first occurrence of a base layer *is* that layer: it keeps its storage. Every other layer is allocated once and
 filled on the device. Nothing passes through the host and, sharded, no collective runs: each rank fills its own shards. Width
 needs new storage for every parameter, one at a time.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,6 @@ from nanostack.growth.moments import POWER, Moments
 from nanostack.growth.ramp import attach_ramp, is_ramping, set_ramp
 from nanostack.growth.receipt import Receipt, ramp_left
 from nanostack.growth.traffic import HostTraffic
-from nanostack.growth.width import Width
 from nanostack.model import RESIDUAL_OUTPUTS, Llama, LlamaConfig, initial_value
 from nanostack.shards import local_shard
 
@@ -50,6 +51,7 @@ def grow(
     optimizer: torch.optim.Optimizer | None = None,
     how: Growth | str | None = None,
     hooks: Hooks | int | None = None,
+    layers: str | list[int] | None = None,
     *,
     seed: int = 0,
     gradients: Callable[[], Tensor] | None = None,
@@ -57,25 +59,30 @@ def grow(
 ) -> Receipt:
     """Grow the model in place, in width and then in depth, and `optimizer` with it.
 
-    how        what to do. Without it, `fields` are those of Growth: `grow(model, optimizer, op="stack", g=4)`. There op and g
-               may come in the places of how and hooks; a `Width` as `wider` and `Moments` as `moments` stand for their fields
+    how        what to do. Without it, `fields` are those of Growth, and op, g and layers may come in the places of how, hooks
+               and layers: `grow(model, optimizer, op="stack", g=4)` or `grow(model, optimizer, "stack", 4)`. wider=Width(...)
+               and moments=Moments(...) set the fields of a growth in width, and those of the optimizer's state
     optimizer  its state must be tensors, as that of torch's optimizers is; frozen parameters need not be in it
     hooks      for a model that is sharded, compiled or checkpointed; width grows on one device only
     seed       of noise, random layers and random channels, which depend on nothing else
     gradients  learn needs it: puts the gradients of the next batch into the model's parameters, returns the loss
 
-    Random layers and channels are ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. The caller adds the
-    losses before and after to the receipt. Raises `UserError` before anything is touched, and where learning diverges.
+    Random layers and channels are ramped in: `set_ramp(model, 0)` holds, until the caller raises it to 1. The caller sets
+    `loss_before` and `loss_after` of the receipt, whose `as_dict()` is plain values. Raises `UserError` before anything is
+    touched, and where learning diverges; `TypeError` for arguments that do not fit together.
     """
-    if isinstance(how, Growth) and fields:
-        raise TypeError(f"{', '.join(fields)} would change `how`, which is a Growth already: dataclasses.replace does that")
     if not isinstance(how, Growth):
-        fields |= {} if how is None else {"op": how}
-        fields |= {"g": hooks} if isinstance(hooks, int) else {}
-        how = _growth_of(**fields)
-    hooks = hooks if isinstance(hooks, Hooks) else Hooks()
+        places = {"op": how, "g": None if isinstance(hooks, Hooks) else hooks, "layers": layers}
+        how, hooks = _growth_of(places, fields), hooks if isinstance(hooks, Hooks) else None
+    elif fields or layers is not None:
+        raise TypeError(
+            f"`how` is a Growth already, which {', '.join(fields) or 'layers'} would change: dataclasses.replace does"
+        )
+    if hooks is not None and not isinstance(hooks, Hooks):
+        raise TypeError(f"hooks are Hooks, not {hooks!r}: the config in `how` says by how much the model grows")
+    hooks = hooks or Hooks()
     plan, base = how.plan(model.config), model.config
-    text = _check_state(model, optimizer, plan, gradients)
+    gradients = _checked(model, optimizer, plan, gradients)
     receipt = _receipt(how, plan, base, optimizer is not None)
     device = next(model.parameters()).device
     _wait_for(device)
@@ -91,12 +98,12 @@ def grow(
         with traffic:
             moved += width.widen(model, optimizer, plan.width, seed, mixed)
         if mixed is not None:
-            learned.append(learn.train(model, mixed, text, how.learn_steps))
+            learned.append(learn.train(model, mixed, gradients, how.learn_steps))
     with traffic:
         if plan.op is not None:
-            # After a growth in width every moment is settled at once, below.
-            settled_here = moments if plan.width is None else moments._replace(old="keep")
-            moved += _deepen(model, optimizer, plan, settled_here, seed, hooks)
+            # Moments of wide parameters change after the growth in depth only, in _settle_width.
+            depth_moments = moments if plan.width is None else moments._replace(old="keep")
+            moved += _deepen(model, optimizer, plan, depth_moments, seed, hooks)
             hooks.rejoin(model)
         if receipt.width is not None and optimizer is not None:
             _settle_width(model, optimizer, receipt, moments)
@@ -104,7 +111,7 @@ def grow(
             attach_ramp(model, receipt)
     if plan.op == "learn":
         in_depth = learn.DepthMap(model, base.n_layer, hooks.write)
-        learned.append(learn.train(model, in_depth, text, how.learn_steps, hooks.sum_shards))
+        learned.append(learn.train(model, in_depth, gradients, how.learn_steps, hooks.sum_shards))
     if how.noise:
         with traffic:
             _add_noise(model, base, how.noise, seed, hooks.write)
@@ -115,11 +122,17 @@ def grow(
     return receipt
 
 
-def _growth_of(wider: Width | None = None, moments: Moments | None = None, **fields) -> Growth:
-    """The config that has these fields, a growth in width and moments given whole among them."""
-    if wider is not None:
+def _growth_of(places: dict[str, Any], fields: dict[str, Any]) -> Growth:
+    """The config of op, g and layers by their places, and of fields by their names."""
+    for name, value in places.items():
+        if value is not None and name in fields:
+            raise TypeError(f"{name} is given twice")
+        fields |= {} if value is None else {name: value}
+    if hooks := fields.keys() & {one.name for one in dataclasses.fields(Hooks)}:
+        raise TypeError(f"{', '.join(sorted(hooks))} belongs to hooks=Hooks(...)")
+    if (wider := fields.pop("wider", None)) is not None:
         fields |= {"width": wider.op} | {name: value for name, value in vars(wider).items() if name != "op"}
-    if moments is not None:
+    if (moments := fields.pop("moments", None)) is not None:
         fields |= {"moments_old": moments.old, "moments_new": moments.new}
         fields |= {"moments_factor": moments.factor} if "scale" in moments else {}
     return Growth(**fields)
@@ -154,8 +167,8 @@ def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: boo
     )
 
 
-def _check_state(model: Llama, optimizer, plan: GrowthPlan, gradients: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
-    """Raise `UserError` for a model or an optimizer that cannot grow like this. Returns what learn reads its text by."""
+def _checked(model: Llama, optimizer, plan: GrowthPlan, gradients: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+    """`gradients`. UserError for a model or an optimizer that cannot grow like this."""
     if is_ramping(model):
         raise UserError("what the last growth made is still being ramped in: grow again when it counts in full")
     unknown = {name for state in optimizer.state.values() for name in state} - set(POWER) if optimizer is not None else set()

@@ -7,7 +7,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class HostTraffic(TorchDispatchMode):
-    """Within it, `bytes` adds up what operations copy from one kind of device to another. On a CPU alone there is nothing."""
+    """Within it, `bytes` adds up the copies of tensors from one kind of device to another; on a CPU alone there are none.
+
+    It sees `copy_` and `to`. It does not see a tensor that is made on a device from Python numbers, nor `item()`.
+    """
 
     def __init__(self):
         super().__init__()

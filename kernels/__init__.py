@@ -7,7 +7,14 @@ if __name__ == "kernels":  # by the short name that a clone has for it
     alias_kernels()
 else:
     from . import cpu
-    from .attention import Documents, documents, flash_attention, flash_attention_reference, rotary_attention
+    from .attention import (
+        Documents,
+        documents,
+        flash_attention,
+        flash_attention_reference,
+        rotary_attention,
+        rotary_attention_reference,
+    )
     from .attention import flops as flash_attention_flops
     from .dispatch import set_backend, unavailable_reason
     from .linear import linear, linear_reference
@@ -33,6 +40,7 @@ __all__ = [
     "rms_norm_reference",
     "rotary",
     "rotary_attention",
+    "rotary_attention_reference",
     "rotary_reference",
     "set_backend",
     "swiglu",

@@ -20,7 +20,7 @@ from .dispatch import (
     use_triton,
 )
 from .rotary import check as check_rotary
-from .rotary import require_heads, rotary
+from .rotary import require_heads, rotary, rotary_reference
 
 # The C functions as operations of torch's: the FLOP counter and selective checkpointing must see them. Registered by hand, as a
 # custom_op takes 0.1 ms more a call, and small models on a CPU do not have that.
@@ -223,6 +223,18 @@ def rotary_attention(
     q, k = rotary(q, k, cos, sin, backend=backend)
     q, k, v = (x.reshape(*packed, -1, K) for x in (q, k, v))
     return flash_attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend).reshape(B, T, -1, K)
+
+
+def rotary_attention_reference(
+    qkv: torch.Tensor, n_kv_head: int, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The formula: rotary_reference, then flash_attention_reference, for any dtype, differentiated by autograd."""
+    (B, T, H, K), G = qkv.shape, n_kv_head
+    q, k, v = qkv.split((H - 2 * G, G, G), 2)
+    q, k = rotary_reference(q, k, cos, sin)
+    packed = (B, T) if cu_seqlens is None else (1, B * T)
+    q, k, v = (x.reshape(*packed, -1, K) for x in (q, k, v))
+    return flash_attention_reference(q, k, v, cu_seqlens=cu_seqlens).reshape(B, T, -1, K)
 
 
 def _torch_is_faster(q: torch.Tensor) -> bool:

@@ -65,7 +65,7 @@ FAULTS = (
           "return self.lr * (tokens - 1) / self.warmup_tokens", "return stage.lr * tokens / stage.warmup_tokens",
           "return stage.lr * (tokens - 1) / stage.warmup_tokens"),
     fault("rewarming", "test_schedule", "(1 - stage.rewarm_peak) * min(1.0, up - 1)", "(1 - stage.rewarm_peak) * (up - 1)"),
-    fault("clipping", "test_growth test_train", "/ grad_clip, min=1.0)", "/ grad_clip, min=0.0)", "/ clip, min=1.0)",
+    fault("clipping", "test_step:clipped or copies_of_weights", "/ grad_clip, min=1.0)", "/ grad_clip, min=0.0)", "/ clip, min=1.0)",
           "/ clip, min=0.0)"),
     fault("rate_of_new_layers", "test_growth test_train", 'group["lr"] = lr * group.get("rate", 1.0)', 'group["lr"] = lr'),
     fault("middle", "test_growth", "first = (n_layer - k) // 2", "first = 0"),

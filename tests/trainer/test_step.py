@@ -225,3 +225,16 @@ def plain(corpus, tmp_path_factory) -> list[list[float]]:
     found = [losses(corpus, out / name, *options) for name, options in (("short", SHORT), ("long", PLAIN))]
     assert json.loads((out / "long/metrics.jsonl").read_text().splitlines()[0])["dtype"] == "bfloat16"
     return found
+
+
+@pytest.mark.parametrize("size", [0.1, 1e3], ids=["below", "above"])
+def test_gradients_are_clipped_as_torch_does(size):
+    """With an eps that a small gradient does not disappear beside: else AdamW would hide how large it is."""
+    ours, plain = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    optimizers = [torch.optim.AdamW([p], lr=0.1, eps=1.0, fused=True) for p in (ours, plain)]
+    for parameter in (ours, plain):
+        parameter.grad = torch.arange(16.0).view(4, 4) * size / 35.2  # of the norm `size`
+    norm, skipped = guarded_step(optimizers[0], torch.tensor(1.0), 0.1, grad_clip=1.0)
+    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_([plain], 1.0).item()) and not skipped
+    optimizers[1].step()
+    torch.testing.assert_close(ours, plain)

@@ -170,7 +170,7 @@ def flash_attention_reference(
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """The formula, with all scores at once, for any dtype, differentiated by autograd."""
     scores = scores_reference(q, k, causal, scale, cu_seqlens)
     out = torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2))

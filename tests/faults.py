@@ -86,9 +86,10 @@ FAULTS = (
     fault("resumed_records", "test_train", "if position > (stage, samples):", "if position >= (stage, samples):"),
     fault("exit_code", "test_mistakes test_config", 'if "RANK" in os.environ else sys.exit(2)',
           'if "RANK" in os.environ else sys.exit(1)'),
-    fault("run_is_overwritten", "test_train test_mistakes", '.exists()) and not config.overwrite:', ".exists()) and False:"),
-    fault("top_p", "test_sample", "p_BK * (likelier_BK < how.top_p)", "p_BK * (likelier_BK <= how.top_p)"),
-    fault("window_of_a_task", "test_evaluate", "max(0, end - 1 - seq_len) : end - 1", "max(0, end - seq_len) : end - 1"),
+    fault("run_is_overwritten", "test_mistakes", '.exists()) and not config.overwrite:', ".exists()) and False:"),
+    fault("top_p", "test_sample:probabilities", "likelier_BK = p_BK.cumsum(-1) - p_BK", "likelier_BK = p_BK.cumsum(-1)"),
+    fault("window_of_a_task", "test_evaluate:rolling or loglikelihood", "max(0, end - 1 - seq_len) : end - 1",
+          "max(0, end - seq_len) : end - 1"),
     fault("growth_budget", "test_plan", "0.88 * math.log10(params)", "0.89 * math.log10(params)"),
     fault("exact_flops", "test_flops", "config.d_model * (config.seq_len + 1)", "config.d_model * config.seq_len"),
 )  # fmt: skip

@@ -35,7 +35,7 @@ from bench import ROOT
 from bench.results import place, write_result
 from nanostack import growth
 from nanostack.config import Optim, load
-from nanostack.device import free_bytes
+from nanostack.device import choose_device, free_bytes
 from nanostack.errors import UserError, command_line
 from nanostack.flops import n_params
 from nanostack.growth.moments import COPY, RESET
@@ -236,7 +236,7 @@ def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
     if command.samples < 1:
         raise UserError(f"samples is {command.samples}; at least 1 is needed")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     known = [*sorted(path.stem for path in (ROOT / "config").glob("*.py")), "tiny"]
     if unknown := set(command.shapes) - set(known):
         raise UserError(f"there is no shape {', '.join(sorted(unknown))}; there are {', '.join(known)}")

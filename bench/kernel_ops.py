@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.ops import OPS, OURS, SHAPES, Apart, dtype_on
 from bench.results import picture, place, write_result
+from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
 from nanostack.flops import peak_by_name
 from nanostack.kernels.timing import interleaved
@@ -219,7 +220,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 180)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     unknown = set(command.op) - set(OPS)
     if unknown:
         raise UserError(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")

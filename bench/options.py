@@ -29,7 +29,6 @@ from bench.results import place, write_result
 from nanostack.config import Data, Stage, Train, grow
 from nanostack.errors import UserError, command_line
 from nanostack.model import LlamaConfig
-from nanostack.preflight import choose_kernels
 from nanostack.provenance import device_name
 from nanostack.runs import read_run
 from study import training_run
@@ -124,7 +123,7 @@ def losses(config: Train) -> dict:
     found = [record["loss"] for record in records if record["loss"] is not None]
     if len(found) < STEPS:
         raise UserError(f"only {len(found)} of {STEPS} losses are finite")
-    return {"losses": found, "dtype": head["dtype"], "kernels": choose_kernels(config.kernels, run.placement)}
+    return {"losses": found, "dtype": head["dtype"], "kernels": run.kernels}
 
 
 def apart(found: list[float], reference: list[float]) -> tuple[float, float]:

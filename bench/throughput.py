@@ -37,10 +37,9 @@ from bench import ROOT, anchors
 from bench.ids import fed, names_text
 from bench.results import picture, place, write_result
 from nanostack.config import Stage, Train, load
-from nanostack.device import compute_dtype
+from nanostack.device import choose_device, compute_dtype
 from nanostack.errors import UserError, command_line
 from nanostack.flops import MFU, mfu, n_params, peak_flops
-from nanostack.preflight import choose_kernels
 from nanostack.provenance import device_name
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.text.manifest import load_manifest
@@ -112,14 +111,14 @@ def ours(config: Train, mark) -> str:
 
         run.recorder.record_step, run.recorder.log, run.save = marked, lambda *_: None, lambda: None
         run.train()
-    return choose_kernels(config.kernels, run.placement)
+    return run.kernels
 
 
 def theirs(name: str, config: Train, mark) -> str:
     """Train as a user of plain torch or transformers does, calling `mark` after every step."""
     from bench.peers import HuggingFaceLlama, PlainLlama
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     dtype = compute_dtype(device, config.dtype)
     torch.set_float32_matmul_precision("high")
     with device:
@@ -195,7 +194,7 @@ def work(command: Command, config: Train) -> dict:
 
 
 def main(command: Command) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     path = command.config or default_config()
     if min(command.rounds, command.steps, command.warmup, command.accumulate) < 1:
         raise UserError("rounds, steps, warmup and accumulate must be at least 1")

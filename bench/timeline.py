@@ -23,6 +23,7 @@ from bench import ROOT
 from bench.results import place, write_result
 from bench.throughput import default_config, ours, timed
 from nanostack.config import Train, load
+from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
 from nanostack.flops import MFU, mfu, n_params, peak_by_name
 from nanostack.kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
@@ -152,7 +153,7 @@ def main(command: Command) -> dict:
         raise UserError("steps and accumulate must be at least 1")
     path = command.config or (str(ROOT / "config/1b.py") if command.estimate else default_config())
     config = load(path, list(command.overrides))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     stem = f"timeline-{Path(path).stem}" + ("-estimate" if command.estimate else "")
     where = H200.name if command.estimate else device_name(device)
     out = place(stem, where, command.out)

@@ -284,9 +284,8 @@ def _attention_torch(q, k, v, causal, scale):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and scale <= 0:  # torch's CPU kernel scales its mask, too: -inf · 0 is nan, and -inf · -1 hides nothing
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-    grouped: dict[str, Any] = (
-        {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    )  # torch.compile's symbolic bool is no bool to torch
+    # torch takes no symbolic bool of torch.compile, so the argument is given only where it is needed.
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
 

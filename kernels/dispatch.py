@@ -81,7 +81,7 @@ def unavailable_reason(device: torch.device | str) -> str | None:
             return "no CUDA device is visible to torch."
         if torch.version.hip:  # ROCm calls its devices cuda, and gfx9 reports major 9 as Hopper does
             return "the kernels have no configurations for AMD's GPUs yet."
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = capability(device) or (0, 0)
         if major < 8:
             return f"the kernels need compute capability 8.0 or newer and {device} has {major}.{minor}."
         return None

@@ -220,13 +220,11 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
         link.unlink(missing_ok=True)
         try:
             os.link(numbered, link)
+            os.replace(link, path)
+            files.sync(path.parent)
         except OSError:  # a file system without hard links
-            with open(numbered, "rb") as source, open(link, "wb") as copy:
+            with open(numbered, "rb") as source, files.replacing(path, "wb") as copy:
                 shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        os.replace(link, path)
-        files.sync(path.parent)
     except OSError as error:
         raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
     for old in numbered_checkpoints(path)[:-keep]:

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nanostack.config import Stage, Train
+from nanostack.device import choose_device
 from nanostack.errors import UserError
 from nanostack.files import replacing
 from nanostack.provenance import device_name, git_commit, versions
@@ -281,7 +282,7 @@ def run_target(plan: Plan, runner: Runner) -> None:
     used = {job.name for one in all_ways for job in one}
     runner.results["runs"] = {name: run for name, run in runner.results["runs"].items() if name in used}
     if runner.ran or "arms" not in runner.results:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device("auto")
         about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
         runner.results |= about | {"processes": runner.workers, "versions": versions()}
     runner.results["arms"] = arms

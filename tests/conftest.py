@@ -138,16 +138,21 @@ def python(*words: object, cwd: Path = ROOT, env: dict | None = None, input: str
     return start_python(*words, cwd=cwd, env=env, input=input).done()
 
 
-def ranks(*words: object, number: int, env: dict | None = None) -> subprocess.CompletedProcess:
-    """What `python WORDS` does as so many ranks of one process group: the largest exit code, and all that they print."""
+def ranks(*words: object, number: int, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+    """What `python WORDS` does as so many ranks of one process group: the first exit code that is not 0, and what all print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)} | (env or {})
-    started = [start_python(*words, env=group | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(number)]
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+    } | (env or {})
+    started = [start_python(*words, cwd=cwd, env=group | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(number)]
     done = [process.done() for process in started]
     said = ("".join(getattr(one, name) for one in done) for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(done[0].args, max(one.returncode for one in done), *said)
+    return subprocess.CompletedProcess(done[0].args, next((one.returncode for one in done if one.returncode), 0), *said)
 
 
 class Trainer:
@@ -200,18 +205,6 @@ class Trainer:
             text=True,
             start_new_session=True,
         )
-
-    def ranks(self, out: str, *overrides: str, processes: int) -> Path:
-        """The run in `processes` processes with what torchrun tells each of them, without the seconds that it takes itself."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        command = self.command(out, *overrides)[1:]
-        started = [start_python(*command, env=shared | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(processes)]
-        for done in [process.done() for process in started]:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return self.folder / out
 
     def kill_when(self, process: subprocess.Popen | Forked, reached, number: int = signal.SIGKILL) -> bool:
         """Signal a run as soon as `reached()` holds. False if the run ended before."""

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import zstandard
-from conftest import ROOT, python, start_python
+from conftest import ROOT, python, ranks
 
 NEEDS = re.compile(r" # needs (a GPU|GPUs|a network|Slurm)")
 SMALL = (
@@ -71,7 +70,7 @@ class Shell:
     def __call__(self, line: str) -> str:
         words = small(line)
         if words[0] == "torchrun":
-            done = self.ranks(words)
+            done = self.torchrun(words)
         elif words[0] == "nanostack":
             done = python("-m", *words, cwd=self.folder)
         elif words[0] == "python" and words[1] != "-m":
@@ -81,7 +80,7 @@ class Shell:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def ranks(self, words: list[str]) -> subprocess.CompletedProcess:
+    def torchrun(self, words: list[str]) -> subprocess.CompletedProcess:
         script, two = words[words.index("train.py") :], "--nproc_per_node" in words
         if two and not self.launched:
             self.launched = True
@@ -89,14 +88,7 @@ class Shell:
             return subprocess.run([*launch, *script], cwd=self.folder, capture_output=True, text=True)
         if not two:
             return python(*script, cwd=self.folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        started = [
-            start_python(*script, cwd=self.folder, env=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("1", "0")
-        ]
-        other, first = (rank.done() for rank in started)
-        return first if first.returncode else subprocess.CompletedProcess(words, other.returncode, first.stdout, other.stderr)
+        return ranks(*script, number=2, cwd=self.folder)
 
 
 def small(line: str) -> list[str]:

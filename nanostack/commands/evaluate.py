@@ -43,6 +43,7 @@ from rich.table import Table
 
 from nanostack import models
 from nanostack.config import describe_tokens
+from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
 from nanostack.files import replacing
 from nanostack.flops import n_params
@@ -129,7 +130,7 @@ def main(command: Command) -> dict:
         if saved["manifest_sha256"] not in (None, manifest_sha256(folder)):
             check_tokenizer(folder, command.checkpoint.parent / "metrics.jsonl")
             print(f"note: the model was trained on other data than {folder}: is it the same tokenizer?", file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     placement = Placement(device, getattr(torch, command.dtype))
     state = models.restore(saved, placement)
     state.model.end_of_text = text.eot if text and command.document_mask else None

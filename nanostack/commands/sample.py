@@ -11,11 +11,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import cast
 
-import torch
 import tyro
 
 from nanostack import models
 from nanostack.config import Sampling
+from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
 from nanostack.generate import Sample, encode, find_tokenizer, write
 from nanostack.parallel import Placement
@@ -87,7 +87,7 @@ def main(command: Command) -> dict:
     text = find_tokenizer(saved, command.checkpoint, command.data)
     encoded = {prompt: encode(prompt, text, saved["config"]["seq_len"]) for prompt in prompts}
     samples = [Sample(prompt, list(encoded[prompt]), command.seed + i) for prompt in prompts for i in range(command.n)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     model = models.restore(saved, Placement(device)).model
     console = None if command.json else Console(samples, text)
     for _ in write(model, samples, command, text):

@@ -372,8 +372,8 @@ def test_compiled_run_does_not_notice_and_compiles_nothing_for_it(corpus, tmp_pa
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_write_what_one_does_and_train_as_if_they_did_not(run, trainer):
-    plain = records(trainer.ranks("plain", processes=2))
-    sampled = records(trainer.ranks("sampled", *SAMPLED, processes=2))
+    plain = records(trainer.good("plain", processes=2))
+    sampled = records(trainer.good("sampled", *SAMPLED, processes=2))
     texts = [record.pop("texts") for record in sampled if "texts" in record]
     assert sampled == plain
     assert texts == [record["texts"] for record in records(run / "run") if "texts" in record]

@@ -300,11 +300,9 @@ def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            stderr = values.get(f"{metric}_stderr,{chosen}")
-            metrics[metric if chosen == "none" else key] = {
-                "value": value,
-                "stderr": stderr if isinstance(stderr, float) else None,
-            }
+            error = values.get(f"{metric}_stderr,{chosen}")
+            error = error if isinstance(error, float) else None  # "N/A" where lm-eval estimates none
+            metrics[metric if chosen == "none" else key] = {"value": value, "stderr": error}
         answer[name] = {
             "version": found["versions"].get(name),
             "n_shot": found["n-shot"].get(name),

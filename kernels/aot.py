@@ -1,6 +1,6 @@
 """Compile every kernel in every configuration of the table, with no GPU, and read what the machine code needs.
 
-    python -m kernels.aot [--arch 80 90] [--kernel attention_forward] [--json]
+    python -m kernels.aot [--arch 80 90] [--kernel attention_forward] [--in-turn] [--json]
 
 For each row of kernels/configs.py and each way its kernel is called (causal, with documents, ...) it prints registers, stack
 bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a kernel does not
@@ -76,7 +76,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and the ways it is called, by name."""
+    """A kernel and the ways it is called, by name: first the one with most code."""
 
     function: object
     calls: dict[str, Call]
@@ -111,15 +111,15 @@ class Report:
 def _kernels() -> dict[str, Kernel]:
     causal, full = {"CAUSAL": True, "bounds_ptr": None}, {"CAUSAL": False, "bounds_ptr": None}
     attention = {
+        "causal, documents": Call({"CAUSAL": True}, dtypes=("bf16", "fp32")),
         "causal": Call(causal),
         "full": Call(full, dtypes=("bf16", "fp32")),
-        "causal, documents": Call({"CAUSAL": True}, dtypes=("bf16", "fp32")),
         "documents": Call({"CAUSAL": False}, dtypes=("bf16", "fp32")),
+        "documents, narrow": Call({"CAUSAL": True}, share=5 / 8, dtypes=("bf16",)),  # a head width that is no power of two
+        "causal, narrow": Call(causal, share=5 / 8, dtypes=("bf16", "fp32")),
         "causal, pointers": Call(causal, strides_of_16=False, dtypes=("bf16",), pointers=True),
         "one token": Call(causal | {"q_len": 1, "kv_len": 1}, dtypes=("bf16", "fp16")),
         "one query": Call(full | {"q_len": 1}, dtypes=("bf16",)),
-        "causal, narrow": Call(causal, share=5 / 8, dtypes=("bf16", "fp32")),  # a head width that is no power of two
-        "documents, narrow": Call({"CAUSAL": True}, share=5 / 8, dtypes=("bf16",)),
     }
     odd = Call({}, strides_of_16=False, dtypes=("bf16",))
     norm_alone = Call({"residual_ptr": None, "residual_out_ptr": None})
@@ -128,11 +128,11 @@ def _kernels() -> dict[str, Kernel]:
         "attention_dq": Kernel(attention_dq_kernel, attention, matrix=True),
         "attention_dk_dv": Kernel(attention_dk_dv_kernel, attention, matrix=True),
         "rms_norm_forward": Kernel(
-            rms_norm_forward_kernel, {"alone": norm_alone, "with residual": Call({}), "odd strides": odd}
+            rms_norm_forward_kernel, {"with residual": Call({}), "alone": norm_alone, "odd strides": odd}
         ),
         "rms_norm_backward": Kernel(
             rms_norm_backward_kernel,
-            {"alone": Call({"dresidual_ptr": None}), "with residual": Call({}), "odd strides": odd},
+            {"with residual": Call({}), "alone": Call({"dresidual_ptr": None}), "odd strides": odd},
         ),
         "rotary": Kernel(rotary_kernel, {"": Call({"INVERSE": False}), "one token": Call({"INVERSE": False, "seq_len": 1})}),
         "swiglu_forward": Kernel(swiglu_forward_kernel, {"": Call({}), "odd strides": odd}),
@@ -140,8 +140,8 @@ def _kernels() -> dict[str, Kernel]:
         "cross_entropy": Kernel(
             cross_entropy_kernel,
             {
-                "loss": Call({"dlogits_ptr": None, "row_scale_ptr": None}),
                 "loss and gradient": Call({"row_scale_ptr": None}),
+                "loss": Call({"dlogits_ptr": None, "row_scale_ptr": None}),
                 "odd vocabulary": odd,
             },
         ),
@@ -166,6 +166,19 @@ def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
                 row = fitting(rows_for(name, 80), size) if how.pointers else config
                 if dtype in how.dtypes and (dtype != "fp16" or _kernels()[name].matrix):  # without products it is bf16's code
                     yield Case(name, size, call, arch, dtype, row)
+
+
+def in_turn(todo: list[Case]) -> list[Case]:
+    """Of the calls of each row, the one with most code and a third of the others: any three rows have each of them once."""
+    rows: dict[tuple, dict[int, list[Case]]] = {}
+    for case in todo:
+        rows.setdefault((case.kernel, case.arch, case.dtype), {}).setdefault(case.size, []).append(case)
+    chosen = []
+    for (kernel, *_), by_size in rows.items():
+        for number, (fullest, *others) in enumerate(by_size.values()):
+            turn = (list(TABLE).index(kernel) + number) % 3  # goes through kernels of one size, and through sizes of one kernel
+            chosen += [fullest, *(others[turn::3] if len(by_size) > 1 else others)]
+    return chosen
 
 
 def constants(case: Case) -> dict:
@@ -349,7 +362,7 @@ def show(reports: list[Report], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHITECTURES)
-    parser.add_argument("--usual", action="store_true", help="only calls that people train with, no odd strides or sizes")
+    parser.add_argument("--in-turn", action="store_true", help="a third of the calls, others at each row: for CI")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -359,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {why}", file=sys.stderr)
         return 2
     todo = [case for arch in options.arch for case in cases(arch, options.kernel) if case.dtype in options.dtype]
-    todo = [case for case in todo if not (options.usual and calls_of(case.kernel)[case.call].odd)]
+    todo = in_turn(todo) if options.in_turn else todo
     reports = inspect_all(todo, Console(stderr=True))
     if options.json:
         print(json.dumps({"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}))

@@ -47,13 +47,13 @@ def test_attention_obeys_error_rule(shape, target, monkeypatch):
     check_attention(*attention_inputs(*shape[:-1], target), target, monkeypatch, causal=shape[-1])
 
 
-@on_every_target
+@in_turn()
 def test_attention_of_1000_tokens_obeys_error_rule(target, monkeypatch):
     if INTERPRETED:  # with tiles that it is done with soon
         for kernel in ("attention_forward", "attention_dq", "attention_dk_dv"):
             rows = configs.TABLE[kernel] | {configs.FP32: {256: configs.attention(128, 128, 4, 1)}}
             monkeypatch.setitem(configs.TABLE, kernel, rows)
-    check_attention(*attention_inputs(1, 1000, 1000, 2, 1, 32, target), target, monkeypatch)
+    check_attention(*attention_inputs(1, 1000, 1000, 1, 1, 32, target), target, monkeypatch)
 
 
 @on_every_target
@@ -94,7 +94,7 @@ def test_attention_returns_the_natural_logsumexp(edges, target):
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=4e-6)
 
 
-@on_every_target
+@in_turn()
 def test_documents_translated_once_give_the_same_bits(target):
     """kernels.documents, which the model calls once for all its blocks, beside the translation in every call."""
     q, k, v = attention_inputs(1, 45, 45, 4, 2, 32, target)
@@ -226,7 +226,7 @@ def test_tma_is_used_only_where_rows_and_heads_start_on_16_bytes(monkeypatch):
     assert not uses_tma(torch.empty(1, 1, 2, 64, dtype=torch.bfloat16).expand(1, 8, 2, 64))
 
 
-@on_every_target
+@in_turn()
 def test_flop_counter_sees_attention_forward_and_backward(target):
     q, k, v = attention_inputs(2, 24, 24, 4, 2, 32, target)
     with FlopCounterMode(display=False) as counter:

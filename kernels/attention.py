@@ -1,4 +1,4 @@
-"""Attention as the model calls it, alone or behind rotary: in Triton (attention_triton.py), in C (cpu.c), or torch's own."""
+"""Attention as the model calls it, alone or behind rotary: in Triton (attention_triton.py), C (cpu_attention.c) or torch."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The fused operations in C, for the CPU: cpu.c, compiled on first use in about two seconds and kept.
+"""The fused operations in C, for the CPU: cpu.c and cpu_attention.c, compiled on first use in about two seconds and kept.
 
 torch runs an unfused operation as several passes over memory. The C functions do what the Triton kernels do, in float32 and
 bfloat16. Matrix products stay torch's; torch.compile fuses by itself and sees the torch paths.
@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu_attention.c")]  # the first includes the others
 # No -ffast-math: nan and inf must come out as they are, the trainer looks for them. No copies of functions: half the seconds.
 FLAGS: tuple[str, ...] = ("-O3", "-fno-inline-functions", "-fno-ipa-cp", "-march=native", "-fno-math-errno")
 FLAGS += ("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC")
@@ -32,7 +32,7 @@ E = None  # stands for the dtype of the elements, float32 or bfloat16
 
 
 class _Tensor(ctypes.Structure):
-    """cpu.c's tensor: data, and the strides of batch, position and head."""
+    """cpu_attention.c's tensor: data, and the strides of batch, position and head."""
 
     _fields_ = (("data", P), ("strides", L * 3))
 
@@ -42,7 +42,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Angles(ctypes.Structure):
-    """cpu.c's angles: rotary's tables and how many positions they hold; NULL for None."""
+    """cpu_attention.c's angles: rotary's tables and how many positions they hold; NULL for None."""
 
     _fields_ = (("cosines", P), ("sines", P), ("period", L))
 
@@ -252,7 +252,8 @@ def _call(name: str, dtype: torch.dtype, *arguments) -> None:
 @functools.cache
 def _load(dtype: torch.dtype) -> ctypes.CDLL:
     define = "-DBF16" if dtype == torch.bfloat16 else "-DFP32"
-    about = "\n".join((str(compiler()), *FLAGS, define, SOURCE.read_text(), str(torch.__version__), _processor()))
+    sources = [source.read_text() for source in SOURCES]
+    about = "\n".join((str(compiler()), *FLAGS, define, *sources, str(torch.__version__), _processor()))
     name = f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanostack"
@@ -275,7 +276,7 @@ def _build(define: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
         for command in (
-            (*FLAGS, define, "-c", str(SOURCE), "-o", str(made[0])),
+            (*FLAGS, define, "-c", str(SOURCES[0]), "-o", str(made[0])),
             ("-shared", str(made[0]), "-o", str(made[1]), "-lm"),
         ):
             subprocess.run([str(compiler()), *command], check=True, capture_output=True, text=True, timeout=120)

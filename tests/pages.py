@@ -60,12 +60,12 @@ def table(path: Path, rows: list[dict]) -> None:
 class Shell:
     """Runs command lines of pages in a folder, at toy size.
 
-    Python commands run in forks of a process that has imported torch. The first torchrun starts two processes as it does; the
-    ranks of every other one are forks, which get from here what torchrun would tell them.
+    Python commands run in forks of a process that has imported torch. With `launches`, the first torchrun starts two processes
+    as it does; the ranks of every other one are forks, which get from here what torchrun would tell them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.launched = folder, False
+    def __init__(self, folder: Path, launches: bool = False):
+        self.folder, self.launches = folder, launches
 
     def __call__(self, line: str) -> str:
         words = small(line)
@@ -82,8 +82,8 @@ class Shell:
 
     def torchrun(self, words: list[str]) -> subprocess.CompletedProcess:
         script, two = words[words.index("train.py") :], "--nproc_per_node" in words
-        if two and not self.launched:
-            self.launched = True
+        if two and self.launches:
+            self.launches = False
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
             return subprocess.run([*launch, *script], cwd=self.folder, capture_output=True, text=True)
         if not two:

@@ -23,7 +23,7 @@ def test_commands_from_text_to_a_grown_model_work_in_order(tmp_path):
     workshop(tmp_path)
     workflow = [line for line in commands(PAGE) if not line.startswith("make ")]
     assert len(workflow) == 12
-    shell = Shell(tmp_path)
+    shell = Shell(tmp_path, launches=True)
     for line in workflow:
         shell(line)
     grown = [json.loads(line) for line in (tmp_path / "out/1b_grown/metrics.jsonl").read_text().splitlines()][1:]

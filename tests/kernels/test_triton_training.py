@@ -3,11 +3,11 @@
 import pytest
 from conftest import records
 
-SHORT = [  # two steps of 32 tokens, two more as two layers; sizes are for the tests of each kernel
-    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_kv_head", "1", "--model.seq_len", "16"),
-    *("--data.val_tokens", "32", "--batch_tokens", "32", "--micro_batch", "2", "--log_interval", "32"),
-    *("--stages.0.tokens", "64", "--stages.1.tokens", "64"),
-    *("--stages.0.warmup_tokens", "32", "--stages.1.warmup_tokens", "32"),
+SHORT = [  # two steps of 16 tokens, two more as two layers; sizes are for the tests of each kernel
+    *("--model.n_layer", "1", "--model.n_head", "2", "--model.n_kv_head", "1", "--model.seq_len", "8"),
+    *("--data.val_tokens", "16", "--batch_tokens", "16", "--micro_batch", "2", "--log_interval", "16"),
+    *("--stages.0.tokens", "32", "--stages.1.tokens", "32"),
+    *("--stages.0.warmup_tokens", "16", "--stages.1.warmup_tokens", "16"),
 ]
 
 

@@ -63,7 +63,8 @@ def lines(path: Path) -> int:
 
 def test_files_keep_their_budgets():
     assert lines(ROOT / "train.py") <= 230 and lines(ROOT / "grow.py") <= 180
-    library = [path for folder in ("nanostack", "kernels") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".c")]
+    library = [path for folder in ("nanostack", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    library = [path for path in library if path.suffix in (".py", ".c")]
     assert not {str(path.relative_to(ROOT)): n for path in library if (n := lines(path)) > 400}
     (run,) = (node for node in ast.parse((ROOT / "train.py").read_text()).body if getattr(node, "name", "") == "Run")
     begin = next(node for node in run.body if getattr(node, "name", "") == "__init__")

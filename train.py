@@ -114,9 +114,8 @@ class Run:
         if how.learning_steps():
             self.recorder.say(f"learning how to grow on {how.learning_steps()} batches")
         self.micro_step.forget()
-        plain = MicroStep(
-            self.micro_step.parts, graphed=False
-        )  # learn replaces the weights at every step, so no graph is captured
+        # Learning to grow replaces the weights at every step, so no graph is captured.
+        plain = MicroStep(self.micro_step.micro_steps, graphed=False)
 
         def gradients() -> torch.Tensor:
             loss = plain.accumulate(self.state.model, batches)
@@ -156,7 +155,7 @@ class Run:
         first = cursor.samples + parallel.rank() * each
         ahead = config.stages[cursor.stage + int(self.resuming) :]  # a stage that is resumed has grown already
         learning = sum(stage.growth.learning_steps() for stage in ahead if stage.growth)
-        for number in range((config.steps_left(cursor) + learning) * self.micro_step.parts):
+        for number in range((config.steps_left(cursor) + learning) * self.micro_step.micro_steps):
             start = first + number * each * ranks
             yield start, start + each
 
@@ -173,7 +172,7 @@ class Run:
             f"{steps} steps of {config.batch_tokens} tokens ({amount}) of {config.data.path} ({epoch} an epoch), "
             f"{flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
             f"{parallel.world_size()} × {placement.device.type}, {dtype}, {self.kernels} kernels, "
-            f"{self.micro_step.parts} × {config.micro_batch} sequences per device and step"
+            f"{self.micro_step.micro_steps} × {config.micro_batch} sequences per device and step"
         )
 
 

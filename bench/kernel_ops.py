@@ -37,7 +37,7 @@ from nanostack.provenance import device_name
 
 ROOFLINE = "roofline"
 NO_GPU_WAYS = (OURS, "torch eager", "F.linear_cross_entropy")
-# Where this GPU, this torch and what is installed have them
+# The last four where this GPU, this torch and what is installed have them
 WAYS = (*NO_GPU_WAYS, "torch.compile", "SDPA flash", "SDPA cuDNN", "Liger")
 
 

@@ -169,7 +169,7 @@ def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
 
 
 def in_turn(todo: list[Case]) -> list[Case]:
-    """Of the calls of each row, the one with most code and a third of the others: any three rows have each of them once."""
+    """The call of each row with most code, and a third of its others: among any three rows each of them is compiled once."""
     rows: dict[tuple, dict[int, list[Case]]] = {}
     for case in todo:
         rows.setdefault((case.kernel, case.arch, case.dtype), {}).setdefault(case.size, []).append(case)

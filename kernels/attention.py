@@ -56,7 +56,7 @@ class _AttentionC(torch.autograd.Function):
 
 
 class _RotaryAttentionC(torch.autograd.Function):
-    """Of q, k and v in one tensor, whose gradient is one tensor, too. What is saved is that, not what was turned."""
+    """Attention of q, k and v in one tensor, whose gradient is one tensor, too. It saves that tensor, not the turned one."""
 
     @staticmethod
     def forward(qkv, heads, cos, sin, cu_seqlens, scale):

@@ -150,7 +150,7 @@ void rms_norm_backward(const element *dy, const element *dresidual, const elemen
     }
 }
 
-// Of a row of fp32 logits its loss and, unless dlogits is NULL, row_scale · d loss / d logits. row_scale may be NULL.
+// The loss of each row of fp32 logits and, unless dlogits is NULL, row_scale · d loss / d logits. row_scale may be NULL.
 void cross_entropy(const float *logits, const int64_t *targets, const float *row_scale, float *loss, element *dlogits, long rows,
                    long vocab, long ignore_index, float z_loss, int threads) {
     PARALLEL(rows * vocab)

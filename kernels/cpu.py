@@ -204,7 +204,7 @@ def _attention_sizes(q, k, v, cos, sin, cu_seqlens, causal, scale) -> tuple:
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int]:
-    """Of (..., D): how many rows, and D."""
+    """How many rows x (..., D) has, and D."""
     return x.numel() // max(1, x.shape[-1]), x.shape[-1]
 
 
@@ -225,7 +225,7 @@ def _expect(name: str, x: torch.Tensor | None, *shape: int) -> None:
 
 
 def _address(x: torch.Tensor | None, dtype: torch.dtype, rows: bool = False) -> int | None:
-    """Of memory that may be read as C reads it, the only way to it for a tensor. ValueError for any other tensor."""
+    """The address of memory that C may read as it is. A tensor's is had here only; ValueError for one that C would misread."""
     if x is None:
         return None
     sound = type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype == dtype and x.device.type == "cpu" and not x.is_neg()

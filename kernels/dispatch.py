@@ -210,7 +210,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter gets 3, an odd number to catch bad strides."""
+    """How many a GPU has; the interpreter gets 3, an odd number to catch bad strides."""
     if _dry is not None:
         return _dry.multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -323,7 +323,7 @@ def in_time(end: float) -> float:
 
 
 def machine(device: torch.device) -> int:
-    """Its architecture, as in 90; Hopper's where there is no GPU, which a rehearsal compiles for."""
+    """The architecture of a GPU, as in 90; Hopper's where there is none, which a rehearsal compiles for."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)

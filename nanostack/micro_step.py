@@ -28,11 +28,13 @@ class Captured(NamedTuple):
 
 
 class MicroStep:
-    """`step(tokens_BT, targets_BT)` adds the gradients of their mean loss, divided by `parts`, to the model's, and returns
-    that share of the loss, which the next call may overwrite."""
+    """A call adds the gradients of the mean loss of tokens_BT and targets_BT, divided by `micro_steps`, to the model's.
 
-    def __init__(self, parts: int, graphed: bool):
-        self.parts, self.graphed = parts, graphed
+    It returns that share of the loss, which the next call may overwrite.
+    """
+
+    def __init__(self, micro_steps: int, graphed: bool):
+        self.micro_steps, self.graphed = micro_steps, graphed
         self._captured: Captured | None = None
 
     def __call__(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -50,10 +52,10 @@ class MicroStep:
         return self._captured.loss
 
     def accumulate(self, model: Llama, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Add the gradients of the next `parts` micro-batches to the model's. Returns their mean loss, over all ranks."""
+        """Add the gradients of the next `micro_steps` micro-batches to the model's. Returns their mean loss, over all ranks."""
         loss = torch.zeros((), device=model.cos.device)
-        for number in range(self.parts):
-            parallel.sync_gradients(model, now=number + 1 == self.parts)
+        for number in range(self.micro_steps):
+            parallel.sync_gradients(model, now=number + 1 == self.micro_steps)
             loss += self(model, *next(batches))
         return parallel.mean(loss)
 
@@ -64,7 +66,7 @@ class MicroStep:
     def _run(self, model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         # Micro-batches and ranks are of equal size, so this and FSDP2's mean over ranks divide the sum of all losses by the
         # step's global number of targets.
-        loss = model(tokens_BT, targets_BT) / self.parts
+        loss = model(tokens_BT, targets_BT) / self.micro_steps
         loss.backward()
         return loss.detach()
 

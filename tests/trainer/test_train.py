@@ -331,7 +331,7 @@ def run_in_process(corpus, out, *overrides) -> train.Run:
 def test_accumulation_gives_the_losses_of_one_large_batch(corpus, tmp_path):
     whole = run_in_process(corpus, tmp_path / "whole", "--micro_batch", "8")
     parts = run_in_process(corpus, tmp_path / "parts", "--micro_batch", "2")
-    assert parts.micro_step.parts == 4 and whole.micro_step.parts == 1
+    assert parts.micro_step.micro_steps == 4 and whole.micro_step.micro_steps == 1
     whole, parts = ([r["loss"] or r["val_loss"] for r in records(tmp_path / name)] for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=1e-5)
 
@@ -356,7 +356,7 @@ class Poison:
     def __call__(self, model, arguments, output):
         if torch.is_grad_enabled():
             self.calls += 1
-            return output * float("nan") if (self.calls - 1) // self.run.micro_step.parts + 1 in self.bad else output
+            return output * float("nan") if (self.calls - 1) // self.run.micro_step.micro_steps + 1 in self.bad else output
 
 
 @pytest.mark.usefixtures("on_the_cpu")

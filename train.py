@@ -75,7 +75,7 @@ class Run:
                     cursor.stage_tokens += config.batch_tokens
                     lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
                     state.rewarm(stage, cursor.stage_tokens)
-                    recorder.warn_of_dead(state.look_for_dead(config.batch_tokens))
+                    recorder.warn_of_dead(state.dead_after_growth(config.batch_tokens))
                     norm, skipped = guarded_step(
                         state.optimizer, loss, lr, config.optim.grad_clip, set_to_none=not config.cuda_graph
                     )

@@ -152,7 +152,7 @@ class State:
         new = set(self.growth[-1].new_layers) if self.growth else set()
         return {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in new}
 
-    def look_for_dead(self, batch_tokens: int) -> list[str]:
+    def dead_after_growth(self, batch_tokens: int) -> list[str]:
         """The `dead` parameters of the second step after a growth, noted in its receipt; none of any other step.
 
         It is called with the gradients of a step in place, and the cursor past the tokens of that step.

@@ -303,7 +303,9 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(place, corpus, sta
         ((ckpt, *text, *sciq, "--data", tmp_path / "cut"), "could not be read from"),
         ((ckpt, *text, *sciq), "had from the Hub (without a network: --data)"),
         ((ckpt, *text, *sciq, "--limit", "0"), "limit must be positive"),
+        ((ckpt, *text, *sciq, "--num_fewshot", "-1"), "num_fewshot must not be negative"),
         ((ckpt, *text, *sciq, "--out", tmp_path / "old.json"), "exists already"),
+        ((ckpt, *text, *sciq, "--out", tmp_path), "is a folder; --out names the file"),
         ((ckpt, *text, *sciq, "--out", tmp_path / "nowhere/a.json"), "there is no folder"),
         ((tmp_path / "none.pt", "--val", corpus), "there is no checkpoint"),
         ((tmp_path / "few.pt", *text, *sciq, "--data", place / "data"), "the model only 128"),
@@ -317,6 +319,17 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(place, corpus, sta
     assert done.returncode == 2 and done.stderr.startswith("error: nothing to evaluate") and done.stderr.count("\n") == 1
     kept = {"ckpt.pt", "ckpt-5.pt", "few.pt", "few-0.pt", "half", "other", "cut", "old.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept and (tmp_path / "old.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_per_tenth_elsewhere(terminal, monkeypatch, capfd):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))  # which Rich asks for
+    with evaluate.progress_bar(20, "validation") as advance:
+        for _ in range(20):
+            advance()
+    said = capfd.readouterr().err
+    assert ("validation: 100 %" in said) == (said.count("\n") == 10) == (not terminal), said
+    assert ("100%" in said) == terminal
 
 
 @pytest.mark.slow

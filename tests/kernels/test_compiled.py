@@ -110,6 +110,14 @@ def test_tune_prints_rows_as_the_source_of_the_table():
         assert len(set(tried)) == len(tried) > 10 and all(eval(tune.as_row(config), names) == config for config in tried)
 
 
+def test_tune_has_a_call_for_every_row_of_the_table():
+    """On tensors without storage, so its sizes cost nothing: what it gives the operators, they take."""
+    for kernel, by_arch in TABLE.items():
+        for size in {size for by_size in by_arch.values() for size in by_size}:
+            found = tune.workload(kernel, size, torch.device("meta"))()
+            assert all(one.is_meta for one in found) and found[0].numel() > 1000, kernel
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tune_says_that_there_is_nothing_to_measure():
     done = subprocess.run([sys.executable, "-m", "kernels.tune"], cwd=ROOT, capture_output=True, text=True)

@@ -266,6 +266,14 @@ def test_what_was_checked_is_not_read_again_until_it_changes(mine, monkeypatch):
     assert sorted(read) == every
 
 
+def test_checking_shows_a_bar_on_a_terminal_only_if_it_takes_long(mine, monkeypatch, capsys):
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True)
+    before = threading.active_count()
+    verify(mine)
+    assert (mine / ".verified.json").is_file() and capsys.readouterr().err == ""
+    assert threading.active_count() == before, "its timer is gone"
+
+
 def test_a_failed_check_is_not_remembered(mine):
     (mine / "val_00000.bin").write_bytes(bytes((mine / "val_00000.bin").stat().st_size))
     for _ in range(2):

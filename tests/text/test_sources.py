@@ -187,6 +187,30 @@ def test_a_download_that_died_goes_on_where_it_stopped(hub, tmp_path):
     assert len(list(kept.iterdir())) == 3, "no partial file is left"
 
 
+DOWNLOAD = """
+import sys
+from nanostack.errors import UserError
+from nanostack.text import hub
+sys.stderr.isatty = lambda: True  # where one waits, one is told for what
+repository, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for wrong in (1, -1, 0, 0):
+    try:
+        print(hub.download(repository, path, size + wrong).name)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_file_of_another_length_than_the_hub_said_is_not_taken(hub):
+    path = "sample/000.parquet"
+    size = (hub.folder / "datasets/own/web" / path).stat().st_size
+    done = python_at(hub, "-c", DOWNLOAD, f"own/web@{COMMIT}", path, size)
+    came = f"{path} of hf:own/web@{COMMIT} came with {size:,} bytes instead of "
+    wrong = [f"{came}{size + off:,}; fetch it again" for off in (1, -1)]
+    assert done.stdout.splitlines() == [*wrong, "000.parquet", "000.parquet"], done.stderr
+    assert done.stderr.count(f"fetching {path}") == 3 and len(fetched(hub)) == 2, "kept; too long, so thrown away; kept"
+
+
 def test_a_limit_fetches_no_file_that_it_does_not_need(hub, tmp_path):
     words = ["hf:own/slim", "--max_documents", 8, "--val_fraction", 0.3]
     assert prepared(hub, tmp_path / "bytes", *words)["max_documents"] == 8

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, assert_same_state, start_python
 
 from nanostack import checkpoint
-from nanostack.config import Growth, Optim
+from nanostack.config import Data, Growth, Optim, Stage, Train
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement
@@ -187,6 +187,14 @@ def test_folder_without_permission_or_in_the_way_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="could not save"):
         checkpoint.save(trained(1), tmp_path / "file" / "ckpt.pt", "manifest")
+
+
+def test_run_with_fewer_stages_cannot_resume(saved):
+    contents = checkpoint.load(saved)
+    contents["cursor"]["stage"] = 2
+    config = Train(Data("data"), CONFIG, (Stage(64, 1e-2), Stage(64, 1e-2)), 16, 2, "out")
+    with pytest.raises(ValueError, match=r"is in stage 2, but the config has only stages 0 to 1"):
+        checkpoint.check_fits(contents, saved, config, "manifest")
 
 
 def test_growth_receipts_travel_with_the_state(tmp_path):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from conftest import ROOT, TINY
 
-from nanostack.config import Growth, Stage, Train, grow, load
+from nanostack import old_fields
+from nanostack.config import Growth, Optim, Stage, Train, grow, load
 
 PRESETS = sorted(str(path) for path in (ROOT / "config").glob("*.py"))
 
@@ -109,6 +110,32 @@ def test_missing_config_file_lists_the_ones_there_are(monkeypatch):
 def test_run_must_not_start_by_growing_nothing():
     with pytest.raises(ValueError, match="no model before it"):
         dataclasses.replace(load(TINY, []), stages=(grow("stack", 2, tokens=100, lr=1.0),))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((), "at least one stage"),
+        ((Stage(100, None, continues=True),), "the first stage cannot continue"),
+        ((Stage(100, 1.0, "wsd", warmup_tokens=60, decay_tokens=50),), "decay_tokens 50 does not fit into stage 0"),
+    ],
+)
+def test_stages_that_cannot_be_are_named(stages, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(load(TINY, []), stages=stages)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_former_name_of_a_field_is_read_and_one_rank_says_so_once(rank, monkeypatch, capsys):
+    monkeypatch.setattr(old_fields, "_said", set())
+    monkeypatch.setenv("RANK", rank)
+    for _ in range(2):
+        optim = Optim(decay=0.3)
+    assert optim == Optim(weight_decay=0.3) and optim.decay == 0.3
+    said = "note: Optim(decay=...) is now called weight_decay\n" if rank == "0" else ""
+    assert capsys.readouterr().err == said
+    with pytest.raises(TypeError, match="Optim is given decay and weight_decay, which are one"):
+        Optim(decay=0.3, weight_decay=0.3)
 
 
 def test_ramp_must_end_before_the_next_growth_begins():

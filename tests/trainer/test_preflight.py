@@ -1,0 +1,57 @@
+"""What is checked before a run: the kernels that can serve, and options that exclude each other."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY
+
+import kernels
+from nanostack import preflight
+from nanostack.config import load
+from nanostack.parallel import Placement
+
+CPU, CUDA = Placement(torch.device("cpu")), Placement(torch.device("cuda", 0), torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    yield
+    kernels.set_backend("auto")
+
+
+@pytest.mark.parametrize("name", ["auto", "c", "torch"])
+def test_kernels_that_were_chosen_are_those_that_run(name, monkeypatch):
+    best = "torch" if kernels.cpu.unavailable_reason() else "c"
+    assert preflight.choose_kernels(name, CPU) == (best if name == "auto" else name)
+    monkeypatch.setattr(kernels.cpu, "unavailable_reason", lambda: "no C compiler was found.")
+    if name == "c":
+        with pytest.raises(ValueError, match=r"--kernels c: no C compiler was found\."):
+            preflight.choose_kernels(name, CPU)
+    else:
+        assert preflight.choose_kernels(name, CPU) == "torch"
+
+
+def test_gpu_that_triton_does_not_serve_runs_torch_or_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device: "the kernels need compute capability 8.0 or newer.")
+    assert preflight.choose_kernels("auto", CUDA) == "torch"
+    with pytest.raises(ValueError, match=r"--kernels triton: the kernels need compute capability 8\.0"):
+        preflight.choose_kernels("triton", CUDA)
+    with pytest.raises(ValueError, match="--kernels c: the C kernels run on the CPU only"):
+        preflight.choose_kernels("c", CUDA)
+
+
+def test_gpu_without_a_c_compiler_runs_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device: None)
+    assert preflight.choose_kernels("auto", CUDA) == "triton"
+    monkeypatch.setattr(kernels.dispatch, "launcher_compiler", lambda: None)
+    with pytest.raises(ValueError, match="--kernels triton: Triton needs a C compiler"):
+        preflight.choose_kernels("triton", CUDA)
+    assert preflight.choose_kernels("auto", CUDA) == "torch"
+
+
+def test_attention_that_waits_for_the_device_is_not_captured(corpus):
+    config = load(TINY, ["--data.path", str(corpus), "--kernels", "torch", "--cuda_graph", "--data.document_mask"])
+    with pytest.raises(ValueError, match=r"--cuda_graph: --data\.document_mask with torch's attention waits for the device"):
+        preflight.check(config, CPU)
+    preflight.check(dataclasses.replace(config, cuda_graph=False), CPU)

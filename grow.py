@@ -26,6 +26,7 @@ from nanostack.hf import export
 from nanostack.memory import growth_bytes
 from nanostack.micro_step import MicroStep
 from nanostack.model import LlamaConfig
+from nanostack.optimizer import name_of, state_numbers
 from nanostack.parallel import Placement
 from nanostack.state import State
 from nanostack.text.dataset import Prefetcher, Tokens
@@ -163,10 +164,11 @@ def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[]
 def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
     """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
     base = LlamaConfig(**saved["config"])
-    moments = 2 if saved["optimizer"] else 0  # per parameter; new ones may have none
+    optimizer = name_of(saved["optimizer"])
     old, new = n_params(base), n_params(plan.config)
-    written = saved.get("dtype", torch.float32).itemsize * new * (1 + moments)
-    size = {"n_params_before": old, "n_params": new, "bytes_needed": growth_bytes(base, how, moments), "bytes_written": written}
+    written = saved.get("dtype", torch.float32).itemsize * (new + state_numbers(plan.config, optimizer))
+    needed = growth_bytes(base, how, optimizer)
+    size = {"n_params_before": old, "n_params": new, "bytes_needed": needed, "bytes_written": written}
     return (
         {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config), "preserves": plan.preserves and not how.noise} | size
     )

@@ -22,12 +22,13 @@ from torch.profiler import ProfilerActivity, profile
 from bench import ROOT
 from bench.results import place, write_result
 from bench.throughput import default_config, ours, timed
-from nanostack.config import Train, load
+from nanostack.config import Optim, Train, load
 from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
-from nanostack.flops import MFU, mfu, n_params, peak_by_name
+from nanostack.flops import MFU, mfu, n_matrices, n_params, newton_schulz_flops, peak_by_name
 from nanostack.kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from nanostack.model import LlamaConfig
+from nanostack.optimizer import state_numbers
 from nanostack.provenance import device_name
 
 KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
@@ -111,14 +112,63 @@ class Machine:
 H200 = Machine("H200", peak_by_name("H200") or 0.0, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
 
 
-def estimated(model: LlamaConfig, rows: int, parts: int, moment_bytes: int = 4, gpu: Machine = H200) -> dict[str, float]:
+def estimated(model: LlamaConfig, rows: int, parts: int, optim: Optim, gpu: Machine = H200) -> dict[str, float]:
+    """{kind: milliseconds of a step}; what the device idles, or Python takes on a CPU, is in `all else`."""
+    cuda, count, bounds = torch.cuda.is_available(), 0, []
+    trace = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+
+    def mark():
+        nonlocal count
+        count += 1
+        if count in (steps, 2 * steps):
+            if cuda:
+                torch.cuda.synchronize()
+            trace.start() if count == steps else trace.stop()
+
+    ours(config, mark)
+    found = defaultdict(float)
+    for event in trace.events():
+        took = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        bounds += [event.time_range.start, event.time_range.end]
+        found[kind(event.name)] += took / 1e3 / steps
+    if not bounds:
+        raise UserError("the profiler saw no kernel on the device: is CUPTI installed, and allowed to this user?")
+    whole = (max(bounds) - min(bounds)) / 1e3 / steps
+    found[REST] += max(0.0, whole - sum(found.values()))
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A data sheet, and what share of it is assumed to be reached."""
+
+    name: str
+    flops: float  # dense bf16 per second
+    bytes: float  # per second
+    products: float  # shares: of flops by matrix products, by attention; of bytes
+    attention: float
+    bandwidth: float
+
+
+H200 = Machine("H200", peak_by_name("H200") or 0.0, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
+
+
+def estimated(
+    model: LlamaConfig,
+    rows: int,
+    parts: int,
+    optim: Optim = Optim(),
+    gpu: Machine = H200,
+) -> dict[str, float]:
     """{kind: milliseconds of a step} of `parts` micro-batches of `rows` tokens, in bf16 over fp32 masters, nothing recomputed.
 
     Bytes are those of docs/kernels.md: every operation reads and writes what it must once.
     """
     n, d, f, v = rows, model.d_model, model.d_ff, model.vocab_size
     heads, weights = model.n_head + 2 * model.n_kv_head, n_params(model)
-    in_blocks = model.n_layer * (d * heads * model.d_head + model.n_head * model.d_head * d + 3 * d * f)
+    in_blocks = n_matrices(model)
     s = 2  # bytes of bf16
     layer = {
         "RMSNorm": s * n * d * ((2 + 4) + (3 + 4)),  # alone and fused with the addition; forward, backward
@@ -141,8 +191,13 @@ def estimated(model: LlamaConfig, rows: int, parts: int, moment_bytes: int = 4, 
     # fp32 gradients are added to in place: read and written beside each product
     found["matrix products"] += parts * 8 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
     found |= {name: parts * size / (gpu.bytes * gpu.bandwidth) * 1e3 for name, size in moved.items()}
-    # once a step: weight, two moments and gradient read, three written; the norm; gradients zeroed; bf16 copies made
-    found["optimizer, clipping"] = (12 + 4 * moment_bytes + 4 + 4) * weights / (gpu.bytes * gpu.bandwidth) * 1e3
+    # once a step: weight, gradient and state read, weight and state written; the norm; gradients zeroed; bf16 copies made
+    kept = 2 * getattr(torch, optim.moments).itemsize * state_numbers(model, optim.name)
+    if optim.name == "muon":  # five times X·Xᵀ, its square, and that times X; X is read twice and written once each time
+        products = newton_schulz_flops(model) / (gpu.flops * gpu.products)
+        found["Newton–Schulz"] = (products + 5 * 3 * s * in_blocks / (gpu.bytes * gpu.bandwidth)) * 1e3
+        kept += 4 * s * in_blocks  # what is orthogonalised, and the update, written and read
+    found["optimizer, clipping"] = ((12 + 4 + 4) * weights + kept) / (gpu.bytes * gpu.bandwidth) * 1e3
     found["copies, fills"] += 6 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
     return found
 
@@ -164,7 +219,7 @@ def main(command: Command) -> dict:
         model = replace(model, vocab_size=model.vocab_size or 32000)
         rows = config.micro_batch * model.seq_len
         parts = min(command.accumulate, max(1, config.batch_tokens // rows))
-        tokens, found = rows * parts, estimated(model, rows, parts, getattr(torch, config.optim.moments).itemsize)
+        tokens, found = rows * parts, estimated(model, rows, parts, config.optim)
     else:
         with timed(config, command.overrides, 2 * command.steps + 1, command.accumulate) as config:
             model, tokens, found = config.model, config.batch_tokens, measured(config, command.steps)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from nanostack import files
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
+from nanostack.optimizer import name_of
 from nanostack.parallel import Placement, is_main_rank, on_rank_0
 from nanostack.state import State
 
@@ -140,6 +142,10 @@ def begin(config: Train, source: str | None, resuming: bool, manifest_sha256: st
         return State.create(config.model, config.optim, placement, config.seed)
     saved = load(source)
     check_fits(saved, source, config, manifest_sha256 if resuming else None)
+    if (kept := name_of(saved["optimizer"])) not in (None, config.optim.name):
+        saved["optimizer"] = {}
+        if is_main_rank():
+            print(f"note: {source} has the state of {kept}; {config.optim.name} begins anew", file=sys.stderr)
     state = State.restore(saved, config.optim, placement)
     state.seed = config.seed
     if not resuming:
@@ -164,6 +170,11 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
             raise UserError(f"{source} was trained on other data than {config.data.path} holds now (their manifests differ)")
         if saved["seed"] != config.seed:
             raise UserError(f"{source} was trained with seed {saved['seed']}, not {config.seed}: other text would come next")
+        if (kept := name_of(saved["optimizer"])) not in (None, config.optim.name):
+            raise UserError(
+                f"{source} has the optimizer state of {kept}, which {config.optim.name} cannot go on from: resume with "
+                f"--optim.name {kept}, or begin another run from it (--init_from)"
+            )
         model = config.shapes()[stage]
     wanted = dataclasses.asdict(model)
     differ = [

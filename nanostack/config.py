@@ -6,6 +6,7 @@ it), a later one usually grows the model of the stage before it.
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import tyro
 
@@ -60,27 +61,41 @@ def grow(op: str | None = None, g: int | None = None, **options) -> Stage:
     return Stage(growth=Growth(op, g, **how), **options)
 
 
+OptimizerName: TypeAlias = Literal["adamw", "muon"]
+
+
 @renamed(decay="weight_decay", clip="grad_clip")
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; weight decay reaches matrices only."""
+    """AdamW for all parameters, or Muon for the blocks' matrices; weight decay reaches matrices only."""
 
+    name: OptimizerName = "adamw"
+    momentum: float = 0.95
+    """Muon's, of Nesterov's kind."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of Adam's moments."""
+    """The dtype of Adam's moments and of Muon's momentum."""
 
     def __post_init__(self):
-        if self.moments == "bfloat16" and self.betas[1] > 0.99:
-            raise UserError(
-                f"optim.moments bfloat16 needs betas[1] ≤ 0.99, not {self.betas[1]}: the second moment would move by less than "
-                "bfloat16 can tell apart"
-            )
-        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and self.weight_decay >= 0 and self.grad_clip > 0):
-            raise UserError(f"optim needs betas in [0, 1), eps > 0, weight_decay ≥ 0 and grad_clip > 0, not {self}")
+        if self.name not in get_args(OptimizerName):
+            near = difflib.get_close_matches(str(self.name), get_args(OptimizerName), 1)
+            there = f"perhaps you meant {near[0]}" if near else f"there are {' and '.join(get_args(OptimizerName))}"
+            raise UserError(f"there is no optimizer {self.name!r}; {there}")
+        slow = {"betas[1]": self.betas[1]} | ({"momentum": self.momentum} if self.name == "muon" else {})
+        for name, value in slow.items():
+            if self.moments == "bfloat16" and value > 0.99:
+                raise UserError(
+                    f"optim.moments bfloat16 needs {name} ≤ 0.99, not {value}: what it averages would move by less than "
+                    "bfloat16 can tell apart"
+                )
+        if not (all(0 <= beta < 1 for beta in (*self.betas, self.momentum)) and self.eps > 0):
+            raise UserError(f"optim needs betas and momentum in [0, 1) and eps > 0, not {self}")
+        if not (self.weight_decay >= 0 and self.grad_clip > 0):
+            raise UserError(f"optim needs weight_decay ≥ 0 and grad_clip > 0, not {self}")
 
 
 @renamed(replicate="dp_replicate", shard="dp_shard")

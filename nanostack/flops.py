@@ -12,13 +12,20 @@ import torch
 from nanostack import gpus
 from nanostack.model import LlamaConfig
 
+NEWTON_SCHULZ_STEPS = 5
 
-def n_matmul(config: LlamaConfig) -> int:
-    """Parameters that take part in matrix products; a tied head counts once, as it computes once."""
+
+def n_matrices(config: LlamaConfig) -> int:
+    """Parameters in the blocks' matrices."""
     qkv = config.d_model * (config.n_head + 2 * config.n_kv_head) * config.d_head
     out = config.n_head * config.d_head * config.d_model
     mlp = 3 * config.d_model * config.d_ff
-    return config.n_layer * (qkv + out + mlp) + config.vocab_size * config.d_model
+    return config.n_layer * (qkv + out + mlp)
+
+
+def n_matmul(config: LlamaConfig) -> int:
+    """Parameters that take part in matrix products; a tied head counts once, as it computes once."""
+    return n_matrices(config) + config.vocab_size * config.d_model
 
 
 def n_params(config: LlamaConfig) -> int:
@@ -36,6 +43,19 @@ def flops_per_token(config: LlamaConfig) -> int:
 def flops_exact_per_token(config: LlamaConfig) -> int:
     """Matrix products and causal attention, forward and backward."""
     return 6 * n_matmul(config) + 6 * config.n_layer * config.d_model * (config.seq_len + 1)
+
+
+def orthogonalising_flops(rows: int, columns: int) -> int:
+    """Of a matrix by Newton–Schulz (muon.py): X·Xᵀ, its square, and that times X, five times over."""
+    small, large = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * small * small * large + 2 * small**3)
+
+
+def newton_schulz_flops(config: LlamaConfig) -> int:
+    """What Muon costs in a step, whatever the batch; in neither of the counts per token."""
+    d, q, kv = config.d_model, config.n_head * config.d_head, config.n_kv_head * config.d_head
+    shapes = [(q, d), (kv, d), (kv, d), (d, q), (config.d_ff, d), (config.d_ff, d), (d, config.d_ff)]
+    return config.n_layer * sum(orthogonalising_flops(*shape) for shape in shapes)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from nanostack.growth import Growth
 from nanostack.kernels import dispatch
 from nanostack.kernels.linear_cross_entropy import scratch_bytes
 from nanostack.model import Llama, LlamaConfig
+from nanostack.optimizer import Muon, make_optimizer, state_numbers
 from nanostack.parallel import Placement
 
 GIB = 2**30
@@ -39,10 +41,11 @@ class MemoryEstimate:
     fixed: dict[str, int] = field(default_factory=dict)
     per_sequence: tuple[int, int] = (0, 0)  # what a sequence adds when the loss is computed, and at the peak of the rest
     transient: tuple[int, int] = (0, 0)  # what is there besides at these moments, at any micro-batch
+    update: int = 0  # what the optimizer takes besides, when there are no activations
 
     def peak(self, sequences: int, scratch: int) -> int:
         at_loss, else_ = (more + sequences * each for more, each in zip(self.transient, self.per_sequence, strict=True))
-        return sum(self.fixed.values()) + max(at_loss + scratch, else_)
+        return sum(self.fixed.values()) + max(at_loss + scratch, else_, self.update)
 
     def sequences(self, room: float, scratch) -> int:
         """The most that fit into `room` bytes; `scratch(sequences)` are the bytes that the loss needs."""
@@ -82,11 +85,17 @@ class Live(TorchDispatchMode):
         self.now -= n_bytes
 
 
-def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> tuple[dict, int, int]:
-    """({what: bytes} that stays through a step, bytes when the loss is computed, bytes at the peak) of a micro-batch.
+class Traced(NamedTuple):
+    """Bytes of a step: what stays through it, and all that is there at its three peaks."""
 
-    The loss's own scratch is not in it, as it hides in one operation.
-    """
+    fixed: dict[str, int]
+    at_loss: int  # without the loss's own scratch, which hides in one operation
+    else_: int  # forward and backward
+    update: int  # the optimizer
+
+
+def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, sequences: int) -> Traced:
+    """Trace steps of one micro-batch each."""
     placement = Placement(torch.device("cpu"), dtype, None, config.parallel.activation_checkpointing)
     with torch.device("meta"):
         llama = Llama(model)
@@ -100,8 +109,6 @@ def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool
         if model.tie_embeddings:
             llama.head.weight = llama.embed.weight  # type: ignore[assignment]
         fixed["weights, fp32"] = live.now
-        moments = [torch.empty_like(p, dtype=getattr(torch, config.optim.moments)) for p in llama.parameters() for _ in (1, 2)]
-        fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
         llama.compute_dtype, llama.keeps_compute_weights = dtype, dtype != torch.float32
         tokens = torch.empty((sequences, model.seq_len), dtype=torch.int64)
         if llama.keeps_compute_weights:
@@ -109,10 +116,16 @@ def trace(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool
             fixed["copies of weights"] = live.now - sum(fixed.values())
         (llama(tokens, tokens) / 2).backward()
         fixed["gradients, fp32"] = live.now - sum(fixed.values())
+        optimizer = make_optimizer(llama, config.optim)
+        if isinstance(optimizer, Muon):
+            optimizer.orthogonalise_in = torch.bfloat16 if on_triton else torch.float32
+        optimizer.step()
+        fixed[f"moments, {config.optim.moments}"] = live.now - sum(fixed.values())
         live.peak = live.now
         (llama(tokens, tokens) / 2).backward()  # a further micro-batch, which finds gradients there
-        del moments
-        return fixed, live.at_loss, live.peak
+        at_loss, else_, live.peak = live.at_loss, live.peak, live.now
+        optimizer.step()
+        return Traced(fixed, at_loss, else_, live.peak)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -123,19 +136,17 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> MemoryEstimate:
     """What a step of the config needs on each of `count` devices, fully sharded."""
-    (fixed, *one), (_, *two) = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
-    per_sequence = tuple(b - a for a, b in zip(one, two, strict=True))
-    at_loss, else_ = (a - each - sum(fixed.values()) for a, each in zip(one, per_sequence, strict=True))
-    if config.optim.moments == "bfloat16":  # a parameter's moments, widened for its update
-        else_ = max(else_, 8 * max(model.vocab_size, 2 * model.d_ff) * model.d_model)
+    one, two = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
+    fixed, stays = one.fixed, sum(one.fixed.values())
+    loss_each, else_each = two.at_loss - one.at_loss, two.else_ - one.else_
+    at_loss, else_ = one.at_loss - loss_each - stays, one.else_ - else_each - stays
     if count > 1:
         block = sum(math.prod(shape) for shape in _block_shapes(model))
         root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
         gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
-    loss_each, else_each = per_sequence
-    return MemoryEstimate(fixed, (loss_each, else_each), (at_loss, else_))
+    return MemoryEstimate(fixed, (loss_each, else_each), (at_loss, else_), one.update - stays)
 
 
 def _block_shapes(model: LlamaConfig) -> list[tuple[int, ...]]:
@@ -187,15 +198,14 @@ def capacity(gpu: str) -> float:
     raise UserError(f"gpu is one of {names}, or a number of GiB, not {gpu!r}")
 
 
-def growth_bytes(base: LlamaConfig, how: Growth, moments: int) -> int:
-    """Bytes of weights and optimizer on one device while a model grows; `moments` are the numbers kept per parameter."""
+def growth_bytes(base: LlamaConfig, how: Growth, optimizer: str | None) -> int:
+    """Bytes of weights and of the state of `optimizer` (None: it has none) on one device while a model grows."""
     plan = how.plan(base)
-    old, new = n_params(base), n_params(plan.config) - n_params(base)
-    numbers = old * (1 + moments) + new * (1 if plan.moments.new == "zero" else 1 + moments)
-    if how.width:
-        numbers = (old + new) * (1 + moments)
+    old, whole = n_params(base), n_params(plan.config)
+    state, whole_state = state_numbers(base, optimizer), state_numbers(plan.config, optimizer)
+    numbers = whole + (state if plan.moments.new == "zero" and not how.width else whole_state)
     if how.width or how.noise:  # the largest tensor is there twice
         numbers += max(plan.config.vocab_size, 2 * plan.config.d_ff) * plan.config.d_model
     if plan.learns:  # the old weights, and gradients of the new ones
-        numbers += old + (old + new)
+        numbers += old + whole
     return 4 * numbers

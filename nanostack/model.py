@@ -257,6 +257,15 @@ class Llama(nn.Module):
             if isinstance(module, Linear):
                 module.refresh(self.compute_dtype or module.weight.dtype)
 
+    def matrices(self) -> dict[Tensor, tuple[int, ...]]:
+        """The parameters of the blocks in which matrices lie, and the rows of each: (q, k, v), (out,), (gate, up), (down,)."""
+        found: dict[Tensor, tuple[int, ...]] = {}
+        for block in self.blocks:
+            found[block.attn.qkv.weight] = tuple(heads * self.config.d_head for heads in block.attn.heads)
+            found[block.attn.out.weight] = found[block.mlp.down.weight] = (self.config.d_model,)
+            found[block.mlp.gate_up.weight] = (self.config.d_ff, self.config.d_ff)
+        return found
+
     def init_rope(self) -> None:
         angles = rope_angles(self.config, self.cos.device)
         self.cos.copy_(angles.cos())

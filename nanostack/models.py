@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanostack import checkpoint, hf
 from nanostack.config import Optim
+from nanostack.optimizer import name_of
 from nanostack.parallel import Placement
 from nanostack.state import State
 
@@ -19,4 +20,6 @@ def read(source: str | Path) -> dict:
 
 def restore(saved: dict, placement: Placement, optimizer: bool = False) -> State:
     """The state that `read` has read, with the ramp of a growth that it is in. Without `optimizer` its moments stay unread."""
-    return State.restore(saved if optimizer else saved | {"optimizer": {}}, Optim(), placement)
+    state = saved["optimizer"] if optimizer else {}
+    name = name_of(state)
+    return State.restore(saved | {"optimizer": state}, Optim() if name is None else Optim(name=name), placement)

@@ -13,6 +13,7 @@ RENAMED = {
     "parallel.replicate": "parallel.dp_replicate",
     "parallel.shard": "parallel.dp_shard",
 }
+ADDED = {"optim": {"name": "adamw", "momentum": 0.95}}  # later, and what every run did before
 Class = TypeVar("Class", bound=type)
 _said: set[str] = set()
 
@@ -59,8 +60,15 @@ def current_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def former_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config under the names that it had at first: what was hashed then has the same hash."""
-    return _translated(config, {new: old for old, new in RENAMED.items()}, lambda *_: None)
+    """A config under the names that it had at first, without what was added since and is at its default: what was hashed then
+    has the same hash."""
+    config = _translated(config, {new: old for old, new in RENAMED.items()}, lambda *_: None)
+    return {part: _without(value, ADDED.get(part, {})) for part, value in config.items()}
+
+
+def _without(value: Any, defaults: dict[str, Any]) -> Any:
+    """A part of a config but for fields that have these values."""
+    return {k: v for k, v in value.items() if k not in defaults or v != defaults[k]} if defaults else value
 
 
 def _translated(config: dict, names: dict[str, str], say: Callable[[str, str], None]) -> dict:

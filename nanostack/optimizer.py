@@ -1,30 +1,46 @@
-"""AdamW over fp32 masters, gradient clipping, and a guard that keeps non-finite gradients away from the weights."""
+"""AdamW, or Muon beside it, over fp32 masters; gradient clipping; a guard that keeps gradients that are not finite away."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nanostack.config import Optim
-from nanostack.shards import whole
+from nanostack.config import Optim, OptimizerName
+from nanostack.flops import n_matrices, n_params
+from nanostack.model import Llama, LlamaConfig
+from nanostack.muon import Fused, each_update
+from nanostack.shards import local_shard, whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, as torch calls it
+BUFFER = "momentum_buffer"  # Muon's
 
 
-class LowMomentAdamW(torch.optim.AdamW):
-    """AdamW that keeps its moments in bfloat16: 8 bytes of state per weight instead of 12, masters included.
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose moments may be bfloat16: 8 bytes of state per weight instead of 12, masters included.
 
-    torch's fused update, in fp32, a parameter at a time on a widened copy of its moments, which are rounded to nearest
-    afterwards. bfloat16 steps are 0.4 to 0.8 % apart, so a second moment that moves by less at a time would stand still:
-    `Optim` refuses beta2 above 0.99.
+    The update is then torch's, too, in fp32, a parameter at a time on a widened copy of its moments, which are rounded to
+    nearest afterwards. bfloat16 steps are 0.4 to 0.8 % apart, so a second moment that moves by less at a time would stand
+    still: `Optim` refuses beta2 above 0.99.
     """
+
+    def __init__(self, groups: list[dict], moments: torch.dtype, **options):
+        super().__init__(groups, fused=True, **options)
+        self.moments = moments
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure here
+        if self.moments == torch.float32:
+            super().step()
+            return
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros((), device=parameter.device)
                     for name in MOMENTS:
-                        state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                        state[name] = torch.zeros_like(parameter, dtype=self.moments)
                 first, second = (state[name].float() for name in MOMENTS)
                 adamw(
                     *([parameter], [parameter.grad], [first], [second], [], [state["step"]]),
@@ -43,18 +59,86 @@ class LowMomentAdamW(torch.optim.AdamW):
                     state[name].copy_(wide)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+class Muon(AdamW):
+    """Muon for groups that have a `momentum`, AdamW for the others. It heeds grad_scale and found_inf as torch's AdamW does.
+
+    `rows_of()` tells the rows of each matrix that lies in a parameter, which a growth in width changes.
+    """
+
+    def __init__(self, groups: list[dict], rows_of: Callable[[], dict[Tensor, tuple[int, ...]]], **options):
+        super().__init__(groups, **options)
+        self.rows_of = rows_of
+        on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+        self.orthogonalise_in = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure here
+        everything = self.param_groups
+        self._step_matrices([group for group in everything if "momentum" in group])
+        self.param_groups = [group for group in everything if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = everything
+
+    def _step_matrices(self, groups: list[dict]) -> None:
+        """The update of torch.optim.Muon, with Nesterov's momentum; where found_inf is 1, none."""
+        rows, found = self.rows_of(), []
+        for group in groups:
+            found += [(group, Fused(p, rows[p])) for p in group["params"] if p.grad is not None]
+        if not found:
+            return
+        skipped = getattr(self, "found_inf", torch.zeros((), device=found[0][1].parameter.device))
+
+        def momentum_of(number: int) -> Tensor:
+            return self._momentum(found[number][1].parameter, found[number][0]["momentum"], skipped)
+
+        for number, update in each_update([fused for _, fused in found], momentum_of):
+            group, fused = found[number]
+            rate = group["lr"] * (1 - skipped)
+            local_shard(fused.parameter).mul_(1 - rate * group["weight_decay"]).sub_(update * rate)
+
+    def _momentum(self, parameter: Tensor, momentum: float, skipped: Tensor) -> Tensor:
+        """Move the momentum by the gradient, on this rank. Returns what is to be orthogonalised, in the dtype for that."""
+        state = self.state[parameter]
+        if BUFFER not in state:
+            state[BUFFER] = torch.zeros_like(parameter, dtype=self.moments)
+        assert parameter.grad is not None
+        buffer, wide = (shard := local_shard(state[BUFFER])), shard.float()
+        gradient = local_shard(parameter.grad) / getattr(self, "grad_scale", 1.0)
+        gradient = torch.where(skipped > 0, wide, gradient)  # moves nothing: a factor of 0 would leave nan
+        wide.lerp_(gradient, 1 - momentum)
+        buffer.copy_(wide)
+        return gradient.lerp(wide, momentum).to(self.orthogonalise_in)
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """torch's fused AdamW. Weight decay on matrices only: norm gains have no reason to shrink."""
+def make_optimizer(model: Llama, optim: Optim) -> AdamW:
+    """The optimizer that `optim` names. Weight decay on matrices only: norm gains have no reason to shrink."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = model.matrices() if optim.name == "muon" else {}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2 and p not in matrices], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    kind = torch.optim.AdamW if optim.moments == "float32" else LowMomentAdamW
-    return kind(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+    options = {"moments": getattr(torch, optim.moments), "lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    if optim.name == "adamw":
+        return AdamW(groups, **options)
+    momentum = {"weight_decay": optim.weight_decay, "momentum": optim.momentum}
+    groups.append({"params": [p for p in parameters if p in matrices], **momentum})
+    return Muon(groups, model.matrices, **options)
+
+
+def name_of(state: Mapping[Any, Mapping[str, Tensor]]) -> OptimizerName | None:
+    """The optimizer whose state {parameter: {key: tensor}} this is, by its name in `Optim`; None of an empty one."""
+    keys = {key for values in state.values() for key in values}
+    return "muon" if BUFFER in keys else "adamw" if keys else None
+
+
+def state_numbers(config: LlamaConfig, name: str | None) -> int:
+    """How many numbers the optimizer keeps for a model: two moments of a parameter, or Muon's momentum of a matrix."""
+    if name is None:
+        return 0
+    return 2 * n_params(config) - (n_matrices(config) if name == "muon" else 0)
 
 
 def set_rate_of(optimizer: torch.optim.Optimizer, which: set[Tensor], rate: float) -> None:
@@ -75,7 +159,7 @@ def set_rate_of(optimizer: torch.optim.Optimizer, which: set[Tensor], rate: floa
 
 @torch.no_grad()
 def guarded_step(
-    optimizer: torch.optim.AdamW, loss: Tensor, lr: float, grad_clip: float, set_to_none: bool = True
+    optimizer: AdamW, loss: Tensor, lr: float, grad_clip: float, set_to_none: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Clip by global norm and step; where loss or norm is not finite, leave weights, moments and step counts as they are.
 

@@ -11,6 +11,7 @@ from nanostack.device import check_room, free_bytes
 from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.memory import check_batch
+from nanostack.optimizer import state_numbers
 from nanostack.parallel import Placement, micro_steps, on_rank_0
 from nanostack.text.dataset import verify
 from nanostack.text.manifest import load_manifest, manifest_sha256
@@ -76,10 +77,11 @@ def with_vocabulary(config: Train) -> Train:
 def check_memory(config: Train, placement: Placement, backend: str) -> None:
     """Raise `UserError` where the largest stage, a checkpoint or a micro-batch does not fit."""
     largest = config.shapes()[-1]
-    state_bytes = 16 * n_params(largest) / placement.shards
+    kept = state_numbers(largest, config.optim.name) * getattr(torch, config.optim.moments).itemsize
+    state_bytes = (8 * n_params(largest) + kept) / placement.shards
     check_room(placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
     if placement.device.type == "cuda":
-        saved = (4 + 2 * getattr(torch, config.optim.moments).itemsize) * n_params(largest)
+        saved = 4 * n_params(largest) + kept
         what = "the copy of weights and moments that becomes a checkpoint"
         on_rank_0(check_room, torch.device("cpu"), saved, what)
     # The C kernels take less memory than what is traced. For several devices there is an estimate only.

@@ -16,7 +16,7 @@ from nanostack.flops import flops_exact_per_token, flops_per_token, n_params
 from nanostack.growth import Growth, Receipt, width
 from nanostack.growth.ramp import is_ramping
 from nanostack.model import Llama, LlamaConfig
-from nanostack.optimizer import make_optimizer, set_rate_of
+from nanostack.optimizer import AdamW, make_optimizer, name_of, set_rate_of, state_numbers
 from nanostack.parallel import Placement, initialise, reshard
 from nanostack.schedule import rewarming
 from nanostack.shards import assign, local_shard, whole
@@ -44,7 +44,7 @@ class Cursor:
 @dataclass
 class State:
     model: Llama
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     placement: Placement
     cursor: Cursor = field(default_factory=Cursor)
     growth: list[Receipt] = field(default_factory=list)
@@ -95,8 +95,10 @@ class State:
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)  # whatever was frozen so far
         more = n_params(plan.config) - n_params(self.model.config)
-        copies = 1 if plan.moments.new == "zero" else 3  # of the weights, and of both moments
-        check_room(self.placement.device, 4 * copies * more / self.placement.shards, "growing")
+        if plan.moments.new != "zero":
+            name = name_of(self.optimizer.state)
+            more += state_numbers(plan.config, name) - state_numbers(self.model.config, name)
+        check_room(self.placement.device, 4 * more / self.placement.shards, "growing")
         before = None if probe is None else self._logits(probe)
         reshard(self.model)
         receipt = growth.grow(

@@ -11,11 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from nanostack import checkpoint, parallel
+from nanostack import checkpoint, muon, parallel
 from nanostack.config import Growth, Optim, Parallel, Stage
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
+from nanostack.shards import local_shard
 from nanostack.state import State
 
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
@@ -40,10 +41,34 @@ def roots(state: State) -> list[str]:
     return [name for name, module in named if module._get_fsdp_state()._is_root]
 
 
-def main(out: str, placement: parallel.Placement, how: Growth) -> None:
+def skip(state: State) -> None:
+    """A step whose gradient is not finite on one rank changes nothing on any."""
+    held = {name: value.clone() for name, value in everything(state)}
+
+    def spoil(norm, arguments) -> None:
+        arguments[0].register_hook(lambda gradient: gradient * (torch.nan if parallel.rank() == 1 else 1.0))
+
+    hook = state.model.norm.register_forward_pre_hook(spoil)
+    loss = gradients(state)
+    hook.remove()
+    assert loss.isfinite()
+    _, skipped = guarded_step(state.optimizer, loss, 1e-2, 1.0)
+    assert skipped == 1 and all(torch.equal(value, held[name]) for name, value in everything(state))
+
+
+def everything(state: State):
+    """(name, this rank's part) of every weight and of what the optimizer keeps."""
+    for name, p in state.model.named_parameters():
+        yield name, p.to_local()
+        for key, value in state.optimizer.state[p].items():
+            yield f"{name}.{key}", local_shard(value)
+
+
+def main(out: str, placement: parallel.Placement, how: Growth, optim: Optim) -> None:
     shard = placement.shards
-    state = State.create(CONFIG, Optim(), placement, seed=3)
+    state = State.create(CONFIG, optim, placement, seed=3)
     train(state, 2)
+    skip(state)
     checkpoint.save(state, f"{out} base.pt")
     held = {name: p.to_local().data_ptr() for name, p in state.model.named_parameters()}
     with pytest.raises(UserError, match="a sharded model does not grow in width"):
@@ -103,7 +128,8 @@ def accumulate(state: State) -> None:
 if __name__ == "__main__":
     folder, cases = sys.argv[1], json.loads(sys.argv[2])
     first = parallel.start(Parallel(dp_shard=2), "float32", compile=False)
-    for name, (shard, how) in cases.items():
+    muon.PIECE = 2000  # so that a model so small goes in several pieces
+    for name, (shard, how, optim) in cases.items():
         mesh = init_device_mesh("cpu", parallel.mesh_shape(Parallel(dp_shard=shard), 2), mesh_dim_names=("replicate", "shard"))
-        main(f"{folder}/{name}", replace(first, mesh=mesh), Growth(**how))
+        main(f"{folder}/{name}", replace(first, mesh=mesh), Growth(**how), Optim(optim))
     parallel.leave()

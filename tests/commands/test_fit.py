@@ -27,22 +27,22 @@ CONFIG = Train(Data(), SHAPE, (Stage(1024, 1e-3),), batch_tokens=4096, micro_bat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "how", "moments"),
+    ("dtype", "how", "optim"),
     [
-        (torch.float32, "none", "float32"),
-        (torch.float32, "selective", "float32"),
-        (torch.float32, "full", "bfloat16"),
-        (torch.bfloat16, "none", "float32"),
-        (torch.bfloat16, "full", "float32"),
+        (torch.float32, "none", Optim()),
+        (torch.float32, "selective", Optim("muon")),
+        (torch.float32, "full", Optim(moments="bfloat16")),
+        (torch.bfloat16, "none", Optim("muon", moments="bfloat16")),
+        (torch.bfloat16, "full", Optim()),
     ],
 )
-def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, how, moments, monkeypatch):
+def test_predicted_peak_is_what_two_steps_allocate_within_five_per_cent(dtype, how, optim, monkeypatch):
     """Every allocation of two steps of two micro-batches, by the profiler; the second step has moments.
 
     On the torch kernels, which are what is traced without Triton; those in C leave out temporaries.
     """
     monkeypatch.setattr(dispatch, "_backend", "torch")
-    config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how), optim=Optim(moments=moments))
+    config = replace(CONFIG, parallel=Parallel(activation_checkpointing=how), optim=optim)
     tokens = torch.randint(SHAPE.vocab_size, (config.micro_batch, SHAPE.seq_len + 1))
 
     def steps():
@@ -84,9 +84,13 @@ def test_predicted_peak_is_what_a_gpu_allocates_within_five_per_cent(how):
 
 def test_states_of_a_config_are_counted_to_the_byte():
     found = estimate(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
-    n = n_params(SHAPE)
-    assert found.fixed["moments, float32"] == 8 * n and found.fixed["gradients, fp32"] == 4 * n
+    n, steps = n_params(SHAPE), 4 * (3 + 6 * SHAPE.n_layer)  # a count for each parameter
+    assert found.fixed["moments, float32"] == 8 * n + steps and found.fixed["gradients, fp32"] == 4 * n
     assert found.fixed["weights, fp32"] == 4 * (n + SHAPE.seq_len * SHAPE.d_head)  # and the tables of rotary
+    muon = replace(CONFIG, optim=Optim("muon"))
+    matrices = SHAPE.n_layer * SHAPE.d_model * (2 * SHAPE.d_model + 2 * 96 + 3 * SHAPE.d_ff)
+    steps = 4 * (3 + 2 * SHAPE.n_layer)
+    assert estimate(muon, SHAPE, torch.bfloat16, on_triton=True).fixed["moments, float32"] == 8 * n - 4 * matrices + steps
 
 
 def test_the_most_sequences_are_the_most_that_fit():

@@ -20,9 +20,9 @@ from nanostack.optimizer import guarded_step, make_optimizer, set_rate_of
 CONFIG = LlamaConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
 
 
-def trained(steps: int = 2, config: LlamaConfig = CONFIG, device: str = "cpu"):
+def trained(steps: int = 2, config: LlamaConfig = CONFIG, device: str = "cpu", optim: Optim = Optim()):  # noqa: B008
     model = Llama(config, seed=1).to(device)
-    optimizer = make_optimizer(model, Optim())
+    optimizer = make_optimizer(model, optim)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(steps):
         loss = model(tokens, tokens.roll(-1, 1))
@@ -266,14 +266,15 @@ def test_noise_has_the_papers_share_and_spread():
         assert abs(torch.corrcoef(torch.stack((eps.flatten(), w.flatten())))[0, 1]) < 0.05, name
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("old", ["keep", "zero", "scale"])
 @pytest.mark.parametrize("new", ["copy", "zero", "scale"])
-def test_moments_are_those_computed_by_hand(old, new):
-    model, optimizer, _ = trained(steps=3)
+def test_moments_are_those_computed_by_hand(old, new, optim):
+    model, optimizer, tokens = trained(steps=3, optim=Optim(optim))
     before = {p: {key: value.clone() for key, value in s.items()} for p, s in optimizer.state.items()}
     base = [dict(block.named_parameters()) for block in model.blocks]
     growth.grow(model, optimizer, g=2, moments=Moments(old, new, 0.5))
-    power = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2}
+    power = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}
     for i, block in enumerate(model.blocks):
         for name, parameter in block.named_parameters():
             how, state = (old if i < 3 else new), optimizer.state.get(parameter, {})
@@ -282,6 +283,9 @@ def test_moments_are_those_computed_by_hand(old, new):
                 continue
             for key, value in before[base[i % 3][name]].items():
                 assert torch.equal(state[key], value * (0.5 ** power[key] if how == "scale" else 1)), (i, name, key)
+    backward(model(tokens, tokens.roll(-1, 1)))
+    optimizer.step()
+    assert optimizer.state.keys() == set(model.parameters()), "it goes on"
 
 
 def test_new_parameters_or_all_get_a_rate_of_their_own_and_give_it_back():

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, records
-from sharded_growth import gradients
+from sharded_growth import CONFIG, gradients, train
 
 from nanostack import checkpoint
 from nanostack.config import Growth, Optim, Parallel
@@ -48,13 +48,15 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
     assert [r["loss"] for r in records(out)] == expected
 
 
-SHARDED = {  # how many shards, and how it grows
-    "stack": (2, {"g": 2, "optimizer": "copy"}),
-    "noise": (1, {"g": 2, "optimizer": "reset", "noise": 0.2}),
-    "zero": (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}),
-    "random": (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}),
-    "insert and freeze": (2, {"op": "insert", "optimizer": "copy"}),
-    "learn": (2, {"op": "learn", "g": 2, "learn_steps": 3}),
+SHARDED = {  # how many shards, how it grows, and by which optimizer it is trained
+    "stack": (2, {"g": 2, "optimizer": "copy"}, "adamw"),
+    "muon stack": (2, {"g": 2, "optimizer": "copy"}, "muon"),
+    "noise": (1, {"g": 2, "optimizer": "reset", "noise": 0.2}, "adamw"),
+    "muon noise": (1, {"op": "interleave", "g": 2, "moments_old": "keep", "noise": 0.2}, "muon"),
+    "zero": (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}, "adamw"),
+    "random": (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}, "adamw"),
+    "insert and freeze": (2, {"op": "insert", "optimizer": "copy"}, "adamw"),
+    "learn": (2, {"op": "learn", "g": 2, "learn_steps": 3}, "adamw"),
 }
 
 
@@ -76,9 +78,9 @@ def sharded(tmp_path_factory):
 def test_sharded_growth_equals_growth_in_one_process(sharded, name):
     """Bit for bit, from the same base, but for what is learned: there sums are taken in another order. Also, inside the
     worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
-    _, how = SHARDED[name]
+    _, how, optim = SHARDED[name]
     base, grown = (checkpoint.load(sharded / f"{name} {stage}.pt") for stage in ("base", "grown"))
-    state = State.restore(base, Optim(), Placement(torch.device("cpu")))
+    state = State.restore(base, Optim(optim), Placement(torch.device("cpu")))
     receipt = state.grow(Growth(**how), gradients=lambda: gradients(state))
     model, optimizer = state.whole_tensors(lambda name, value: value)
     assert model.keys() == grown["model"].keys() and optimizer.keys() == grown["optimizer"].keys()
@@ -91,6 +93,22 @@ def test_sharded_growth_equals_growth_in_one_process(sharded, name):
     assert all(torch.equal(value, grown["model"][name]) for name, value in model.items())
     for name, moments in optimizer.items():
         assert all(torch.equal(value, grown["optimizer"][name][key]) for key, value in moments.items()), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_optimizer_makes_the_steps_of_one_process(sharded, name):
+    """Two steps, from the same first values, in which no gradient is so small that rounding decides about its sign."""
+    saved = checkpoint.load(sharded / f"{name} base.pt")
+    state = State.create(CONFIG, Optim(SHARDED[name][2]), Placement(torch.device("cpu")), seed=3)
+    train(state, 2)
+    model, optimizer = state.whole_tensors(lambda name, value: value)
+    for name, value in model.items():
+        torch.testing.assert_close(saved["model"][name], value, rtol=1e-4, atol=1e-5)
+        assert optimizer[name].keys() == saved["optimizer"][name].keys()
+        for key, moment in optimizer[name].items():
+            torch.testing.assert_close(saved["optimizer"][name][key], moment, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.distributed

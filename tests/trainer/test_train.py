@@ -117,16 +117,17 @@ CONTINUES = ("--stages.1.continues", "--stages.1.lr", "0", "--stages.1.min_lr", 
 
 
 WIDER = ("--stages.1.growth.d_model", "96", "--stages.1.growth.n_kv_head", "3")
+MUON = ("--optim.name", "muon", "--optim.moments", "bfloat16")
 NO_DEPTH = ("--stages.1.growth.op", "None", "--stages.1.growth.g", "None")
 OPERATORS = {
     "random": ("--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.optimizer", "copy"),
-    "zero": ("--stages.1.growth.moments_old", "keep"),
+    "zero": ("--stages.1.growth.moments_old", "keep", *MUON),
     "insert": ("--stages.1.growth.g", "None", "--stages.1.freeze"),
     "interleave": ("--stages.1.growth.noise", "0.2"),
     "stack": ("--stages.1.rewarm_tokens", "1024"),
     "middle": ("--stages.1.growth.g", "None", "--stages.1.growth.k", "2", *CONTINUES),
     "learn": ("--stages.1.growth.learn_steps", "4"),
-    "width split": (*NO_DEPTH, *WIDER, "--stages.1.growth.alpha", "0.7", "--stages.1.growth.optimizer", "copy"),
+    "width split": (*NO_DEPTH, *WIDER, "--stages.1.growth.alpha", "0.7", "--stages.1.growth.optimizer", "copy", *MUON),
     "width random": (*WIDER, "--stages.1.growth.ramp_tokens", "2048", "--stages.1.growth.op", "zero"),
     "width learn": (*NO_DEPTH, *WIDER, "--stages.1.growth.learn_steps", "4"),
 }

@@ -113,55 +113,6 @@ H200 = Machine("H200", peak_by_name("H200") or 0.0, 4.8e12, products=0.72, atten
 
 
 def estimated(model: LlamaConfig, rows: int, parts: int, optim: Optim, gpu: Machine = H200) -> dict[str, float]:
-    """{kind: milliseconds of a step}; what the device idles, or Python takes on a CPU, is in `all else`."""
-    cuda, count, bounds = torch.cuda.is_available(), 0, []
-    trace = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
-
-    def mark():
-        nonlocal count
-        count += 1
-        if count in (steps, 2 * steps):
-            if cuda:
-                torch.cuda.synchronize()
-            trace.start() if count == steps else trace.stop()
-
-    ours(config, mark)
-    found = defaultdict(float)
-    for event in trace.events():
-        took = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        bounds += [event.time_range.start, event.time_range.end]
-        found[kind(event.name)] += took / 1e3 / steps
-    if not bounds:
-        raise UserError("the profiler saw no kernel on the device: is CUPTI installed, and allowed to this user?")
-    whole = (max(bounds) - min(bounds)) / 1e3 / steps
-    found[REST] += max(0.0, whole - sum(found.values()))
-    return dict(found)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A data sheet, and what share of it is assumed to be reached."""
-
-    name: str
-    flops: float  # dense bf16 per second
-    bytes: float  # per second
-    products: float  # shares: of flops by matrix products, by attention; of bytes
-    attention: float
-    bandwidth: float
-
-
-H200 = Machine("H200", peak_by_name("H200") or 0.0, 4.8e12, products=0.72, attention=0.55, bandwidth=0.85)
-
-
-def estimated(
-    model: LlamaConfig,
-    rows: int,
-    parts: int,
-    optim: Optim = Optim(),
-    gpu: Machine = H200,
-) -> dict[str, float]:
     """{kind: milliseconds of a step} of `parts` micro-batches of `rows` tokens, in bf16 over fp32 masters, nothing recomputed.
 
     Bytes are those of docs/kernels.md: every operation reads and writes what it must once.

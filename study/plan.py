@@ -13,9 +13,9 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from nanostack.config import Data, Growth, Stage, Train
+from nanostack.config import Data, Growth, Optim, OptimizerName, Stage, Train
 from nanostack.errors import UserError
 from nanostack.flops import flops_per_token
 from nanostack.model import LlamaConfig
@@ -33,9 +33,15 @@ class Jump:
     growth: Growth
     restart: bool = True  # warm up again from 0; else the rate goes on
     rewarm: bool = False  # where the rate goes on: warm up that of the new layers alone
+    optim: OptimizerName | None = None  # from here on; None: the same as before
 
     def __post_init__(self):
-        _check("a Jump", at=_number(self.at) and 0 < self.at < 1, growth=isinstance(self.growth, Growth))
+        _check(
+            "a Jump",
+            at=_number(self.at) and 0 < self.at < 1,
+            growth=isinstance(self.growth, Growth),
+            optim=self.optim in (None, *get_args(OptimizerName)),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,12 @@ class Arm:
     label: str
     n_layer: int  # to begin with
     jumps: tuple[Jump, ...] = ()
+    optim: OptimizerName = "adamw"  # to begin with
 
     def __post_init__(self):
         _check(
             f"arm {self.label!r}",
+            optim=self.optim in get_args(OptimizerName),
             label=isinstance(self.label, str),
             n_layer=_count(self.n_layer),
             jumps=_tuple(self.jumps, lambda jump: isinstance(jump, Jump)),
@@ -168,6 +176,7 @@ class Place:
     """A point on a trunk."""
 
     model: LlamaConfig
+    optim: OptimizerName  # that goes on from here
     job: Job | None = None  # that ends here
     samples: int = 0
     flops: float = 0.0
@@ -195,7 +204,10 @@ class Plan:
                     f"study {study.name}: arm {name} grows to {ends.n_layer} layers × {ends.d_model}, scratch differs"
                 )
             if arm.jumps and self.base_of(arm) is None:
-                raise UserError(f"study {study.name}: arm {name} begins with {arm.n_layer} layers, which no arm keeps for good")
+                raise UserError(
+                    f"study {study.name}: arm {name} begins with {arm.n_layer} layers and {arm.optim}, which no arm keeps "
+                    "for good"
+                )
             if not self.budgets(name):
                 raise UserError(f"study {study.name}: arm {name} has no room to train between its last growth and any budget")
 
@@ -207,7 +219,8 @@ class Plan:
 
     def base_of(self, arm: Arm) -> str | None:
         """Name of the arm that never grows and begins as this one."""
-        return next((n for n, a in self.study.arms.items() if not a.jumps and a.n_layer == arm.n_layer), None)
+        same = (arm.n_layer, arm.optim)
+        return next((n for n, a in self.study.arms.items() if not a.jumps and (a.n_layer, a.optim) == same), None)
 
     def budgets(self, name: str) -> tuple[float, ...]:
         """Those at which an arm has time to learn how to grow and to warm up before it decays."""
@@ -223,13 +236,14 @@ class Plan:
         """The runs of an arm to one of its budgets, each behind the one it needs: the trunk, which is cut where the decay of
         any budget begins, and the branch that decays."""
         arm, size = self.study.arms[name], self.size
-        place, jobs = Place(replace(self.model, n_layer=arm.n_layer)), []
+        place, jobs = Place(replace(self.model, n_layer=arm.n_layer), arm.optim), []
         for number, jump in enumerate((None, *arm.jumps)):
             last = number == len(arm.jumps)
             rate = lr if last else base_lr
             more = {"warmup_tokens": size.warmup_tokens if jump is None or jump.restart else 0}
             if jump is not None:
                 more |= {"growth": jump.growth, "rewarm_tokens": size.warmup_tokens if jump.rewarm else 0}
+                place = replace(place, optim=jump.optim or place.optim)
             cuts = [(1 - size.decay) * b for b in self.budgets(name) if b <= budget]
             for i, end in enumerate(cuts if last else [arm.jumps[number].at * size.budgets[-1]]):
                 place = self.segment(place, seed, end, rate, more if i == 0 else {})
@@ -262,6 +276,7 @@ class Plan:
             micro_batch=size.micro_batch,
             out=str(self.out),
             dtype=size.dtype,
+            optim=Optim(start.optim),
             seed=seed,
             init_from=str(Path(start.job.config.out) / f"ckpt-{start.samples}.pt") if start.job else None,
             log_interval=max(1, stage.tokens // 10),
@@ -271,13 +286,14 @@ class Plan:
         shaping = {k: v for k, v in config.shaping().items() if k not in ("log_interval", "eval_interval")}
         about = said(former_config(shaping) | {"init_from": needs, "text": self.manifest, "numerics": NUMERICS})
         about = json.dumps(about, sort_keys=True)
-        name = f"{model.n_layer}-layers-lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
+        by = "" if start.optim == "adamw" else f"{start.optim}-"
+        name = f"{model.n_layer}-layers-{by}lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
         name += hashlib.sha256(about.encode()).hexdigest()[:8]
         config = replace(config, out=str(self.out / name))
         tokens = learned + stage.tokens
         flops = float(tokens * flops_per_token(model))
         job = Job(name, config, needs, start.samples * model.seq_len, flops, budget)
-        return Place(model, job, start.samples + tokens // model.seq_len, start.flops + flops)
+        return Place(model, start.optim, job, start.samples + tokens // model.seq_len, start.flops + flops)
 
     def tokens(self, flops: float, model: LlamaConfig) -> int:
         return max(1, round(flops / flops_per_token(model) / self.size.batch_tokens)) * self.size.batch_tokens

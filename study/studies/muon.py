@@ -1,0 +1,31 @@
+"""Do the savings of Muon and of growth add up? 20 tokens for each of the target's parameters, every rate tuned.
+
+The recipe of growth is what serves AdamW: stack after a tenth of the FLOPs, old moments kept and zero for new layers, the rate
+goes on.
+"""
+
+from dataclasses import replace
+
+from nanostack.config import Growth
+from study.plan import CPU, GPU, Arm, Jump, Study
+
+STACK = Jump(0.1, Growth("stack", 4, moments_old="keep", moments_new="zero"), restart=False)
+
+study = Study(
+    name="muon",
+    question="Does growth pay beside Muon, and do the two savings add up?",
+    arms={
+        "scratch": Arm("8 layers from scratch, Muon", 8, optim="muon"),
+        "base": Arm("2 layers, never grown, Muon", 2, optim="muon"),
+        "base4": Arm("4 layers, never grown, Muon", 4, optim="muon"),
+        "stacked": Arm("2 → 8 layers, Muon", 2, (STACK,), "muon"),
+        "adamw": Arm("8 layers from scratch, AdamW", 8),
+        "adamw base": Arm("2 layers, never grown, AdamW", 2),
+        "adamw stacked": Arm("2 → 8 layers, AdamW", 2, (STACK,)),
+        "into muon": Arm("2 layers by AdamW → 8 by Muon", 2, (replace(STACK, optim="muon"),)),
+    },
+    sizes={
+        "cpu": (replace(CPU, budgets=(4.5e12, 9e12), lrs=(2e-3, 4e-3, 8e-3), text="site-packages"),),
+        "gpu": (replace(GPU, budgets=(1.5e14, 3e14), lrs=(2e-3, 4e-3, 8e-3)),),
+    },
+)

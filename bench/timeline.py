@@ -25,7 +25,7 @@ from bench.throughput import default_config, ours, timed
 from nanostack.config import Optim, Train, load
 from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
-from nanostack.flops import MFU, mfu, n_matrices, n_params, newton_schulz_flops, peak_by_name
+from nanostack.flops import MFU, mfu, n_matmul, n_matrices, n_params, newton_schulz_flops, peak_by_name
 from nanostack.kernels.linear_cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import state_numbers
@@ -127,20 +127,20 @@ def estimated(model: LlamaConfig, rows: int, parts: int, optim: Optim, gpu: Mach
         "SwiGLU": s * n * f * (3 + 5),
         "other elementwise": s * n * d * (3 + 3),  # the second addition to the residual stream, the sum of its gradients
     }
-    moved = {name: model.n_layer * size for name, size in layer.items()}
+    moved = {name: model.depth * size for name, size in layer.items()}
     # logits and their gradients; of the head: the bf16 copy, and its gradient zeroed, added to by every chunk, scaled, added
     chunks = -(-n // max(CHUNK_ROWS, CHUNK_BYTES // (4 * v)))
     moved["cross entropy"] = (8 + 3 * s) * n * v + (6 + 4 + 8 * chunks + 8 + 12) * v * d
     moved["other elementwise"] += (4 + 12) * v * d  # the embedding's gradient: zeroed, added
-    moved["copies, fills"] = s * n * heads * model.d_head * 2 * model.n_layer  # gradients of q, k, v put side by side
+    moved["copies, fills"] = s * n * heads * model.d_head * 2 * model.depth  # gradients of q, k, v put side by side
     flops = {
-        "matrix products": 6 * n * (in_blocks + v * d),
-        "attention": 3.5 * 2 * n * model.seq_len * model.n_head * model.d_head * model.n_layer,  # causal; backward 2.5 times
+        "matrix products": 6 * n * n_matmul(model),
+        "attention": 3.5 * 2 * n * model.seq_len * model.n_head * model.d_head * model.depth,  # causal; backward 2.5 times
     }
     share = {"matrix products": gpu.products, "attention": gpu.attention}
     found = {name: parts * amount / (gpu.flops * share[name]) * 1e3 for name, amount in flops.items()}
     # fp32 gradients are added to in place: read and written beside each product
-    found["matrix products"] += parts * 8 * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
+    found["matrix products"] += parts * 8 * model.loops * in_blocks / (gpu.bytes * gpu.bandwidth) * 1e3
     found |= {name: parts * size / (gpu.bytes * gpu.bandwidth) * 1e3 for name, size in moved.items()}
     # once a step: weight, gradient and state read, weight and state written; the norm; gradients zeroed; bf16 copies made
     kept = 2 * getattr(torch, optim.moments).itemsize * state_numbers(model, optim.name)

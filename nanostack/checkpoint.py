@@ -24,6 +24,7 @@ from nanostack import files
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
+from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement, is_main_rank, on_rank_0
 from nanostack.state import State
@@ -176,10 +177,8 @@ def check_fits(saved: dict, source: str | Path, config: Train, resuming_on: str 
                 f"--optim.name {kept}, or begin another run from it (--init_from)"
             )
         model = config.shapes()[stage]
-    wanted = dataclasses.asdict(model)
-    differ = [
-        f"model.{k} is {saved['config'].get(k)} there, {v} here" for k, v in wanted.items() if saved["config"].get(k) != v
-    ]
+    there, wanted = dataclasses.asdict(LlamaConfig(**saved["config"])), dataclasses.asdict(model)
+    differ = [f"model.{k} is {there[k]} there, {v} here" for k, v in wanted.items() if there[k] != v]
     if differ:
         raise UserError(f"checkpoint {source} does not fit the config: {'; '.join(differ)}")
 

@@ -2,9 +2,10 @@
 
 Two counts per trained token, forward and backward together:
   paper   6·N_total                                           (every parameter, no attention; arXiv 2405.15319 eq. 48)
-  exact   6·N_matmul + 6·n_layer·d_model·(seq_len + 1)        (matrix products and causal attention as computed)
+  exact   6·N_matmul + 6·depth·d_model·(seq_len + 1)          (matrix products and causal attention as computed)
 N_matmul is every parameter but the embedding look-up and the norm gains. A causal query sees (seq_len + 1)/2 keys on average;
-per key and layer, scores and values cost 4·d_model forward and twice that backward.
+per key and layer, scores and values cost 4·d_model forward and twice that backward. Layers that are run in loops count, in
+both, once for each loop.
 """
 
 import torch
@@ -24,25 +25,24 @@ def n_matrices(config: LlamaConfig) -> int:
 
 
 def n_matmul(config: LlamaConfig) -> int:
-    """Parameters that take part in matrix products; a tied head counts once, as it computes once."""
-    return n_matrices(config) + config.vocab_size * config.d_model
+    """Parameters that take part in matrix products, as often as they do; a tied head computes once."""
+    return config.loops * n_matrices(config) + config.vocab_size * config.d_model
 
 
 def n_params(config: LlamaConfig) -> int:
     """All parameters of `Llama(config)`."""
     norms = (2 * config.n_layer + 1) * config.d_model
-    embed = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return n_matmul(config) + norms + embed
+    return n_matrices(config) + norms + (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
 
 
 def flops_per_token(config: LlamaConfig) -> int:
-    """The paper's count: 6·N_total."""
-    return 6 * n_params(config)
+    """The paper's count: 6·N_total, of the model without loops that computes the same."""
+    return 6 * n_params(config.unrolled())
 
 
 def flops_exact_per_token(config: LlamaConfig) -> int:
     """Matrix products and causal attention, forward and backward."""
-    return 6 * n_matmul(config) + 6 * config.n_layer * config.d_model * (config.seq_len + 1)
+    return 6 * n_matmul(config) + 6 * config.depth * config.d_model * (config.seq_len + 1)
 
 
 def orthogonalising_flops(rows: int, columns: int) -> int:
@@ -72,7 +72,7 @@ def peak_by_name(name: str) -> float | None:
 
 
 MFU = (
-    "MFU = (6·N_matmul + a·n_layer·d_model·seq_len) · tokens/s / peak, N_matmul all parameters but the embedding look-up and "
+    "MFU = (6·N_matmul + a·depth·d_model·seq_len) · tokens/s / peak, N_matmul all parameters but the embedding look-up and "
     "the norm gains, peak the device's dense bf16 FLOP/s; full: a = 12, causal: a = 6"
 )
 
@@ -84,5 +84,5 @@ def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None, causal: bo
     """
     if peak is None:
         return None
-    attention = (6 if causal else 12) * config.n_layer * config.d_model * config.seq_len
+    attention = (6 if causal else 12) * config.depth * config.d_model * config.seq_len
     return (6 * n_matmul(config) + attention) * tokens_per_s / peak

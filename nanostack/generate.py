@@ -94,7 +94,7 @@ def continue_rows(
     """
     seq_len, capacity = model.config.seq_len, min(model.config.seq_len, tokens_BT.shape[1] + how.tokens)
     cached = cached and model.end_of_text is None
-    cache = [KVCache(capacity) for _ in model.blocks] if cached else None
+    cache = [KVCache(capacity) for _ in range(model.config.depth)] if cached else None
     for _ in range(how.tokens):
         unseen_BT = tokens_BT[:, cache[0].length :] if cache else tokens_BT
         next_B = draw(model(unseen_BT, cache=cache)[:, -1, :n_vocab].float(), how, generators)
@@ -104,7 +104,7 @@ def continue_rows(
         tokens_BT = torch.cat([tokens_BT, next_B[:, None]], dim=1)
         if tokens_BT.shape[1] > seq_len:
             tokens_BT = tokens_BT[:, -max(1, seq_len // 2) :]
-            cache = [KVCache(capacity) for _ in model.blocks] if cached else None
+            cache = [KVCache(capacity) for _ in range(model.config.depth)] if cached else None
 
 
 def write(model: Llama, samples: list[Sample], how: Sampling, text: Tokenizer, cached: bool = True) -> Iterator[None]:

@@ -168,7 +168,7 @@ def check_batch(
     A trace takes seconds: it is made only where a bound from above, which costs nothing, does not fit into half of them.
     """
     room = slack * free
-    per_token = 4 * (model.n_layer * (16 * model.d_model + 8 * model.d_ff) + 2 * model.vocab_size)
+    per_token = 4 * (model.depth * (16 * model.d_model + 8 * model.d_ff) + 2 * model.vocab_size)
     states = 18 * n_params(model)  # of several devices not divided: a bound
     if states + config.micro_batch * model.seq_len * per_token < room / 2:
         return

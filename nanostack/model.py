@@ -11,7 +11,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -57,6 +57,11 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     rope_scaling: RopeScaling | None = None
+    loops: int = 1
+    """Times that the layers are run in turn: 2 layers and 2 loops make a depth of 4, 0 1 0 1."""
+    residual_scale: float | None = None
+    """Residual branches are multiplied by residual_scale / depth, so that rates travel with depth (CompleteP, arXiv
+    2505.01618); None: they are added as they are."""
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, dict):  # from a checkpoint
@@ -65,6 +70,10 @@ class LlamaConfig:
         for name in sizes + (("vocab_size",) if self.vocab_size is not None else ()):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} must be positive, not {getattr(self, name)}")
+        if not isinstance(self.loops, int) or self.loops < 1:
+            raise UserError(f"model.loops must be a whole number of 1 or more, not {self.loops}")
+        if self.residual_scale is not None and not 0 < self.residual_scale < math.inf:
+            raise UserError(f"model.residual_scale must be positive, not {self.residual_scale}")
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"model.n_head {self.n_head} is not divisible by model.n_kv_head {self.n_kv_head}: every key/value head "
@@ -76,6 +85,20 @@ class LlamaConfig:
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_head
+
+    @property
+    def depth(self) -> int:
+        """How many layers a token goes through."""
+        return self.n_layer * self.loops
+
+    @property
+    def branch_scale(self) -> float:
+        """What residual branches are multiplied by."""
+        return 1.0 if self.residual_scale is None else self.residual_scale / self.depth
+
+    def unrolled(self) -> "LlamaConfig":
+        """The shape of the model that computes the same without loops."""
+        return replace(self, n_layer=self.depth, loops=1)
 
 
 class Linear(nn.Module):
@@ -179,6 +202,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
+        self.scale = config.branch_scale
 
     def forward(
         self,
@@ -189,15 +213,15 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         attended = self.attn(self.attn_norm(x_BTD), cos, sin, documents, cache)
-        normed, x_BTD = self.mlp_norm.add(attended, x_BTD)
-        return x_BTD + self.mlp(normed)
+        normed, x_BTD = self.mlp_norm.add(attended if self.scale == 1 else attended * self.scale, x_BTD)
+        return torch.add(x_BTD, self.mlp(normed), alpha=self.scale)
 
 
 class Llama(nn.Module):
     """`model(tokens_BT)` gives logits_BTV; `model(tokens_BT, targets_BT)` gives the mean loss in nats per target.
 
-    With a `cache`, one KVCache for each block, the tokens go on behind those that it holds: any number of them the first time,
-    then one at a time. It is for documents by themselves: ValueError with end_of_text set.
+    With a `cache`, one KVCache for each layer of its depth, the tokens go on behind those that it holds: any number of them the
+    first time, then one at a time. It is for documents by themselves: ValueError with end_of_text set.
 
     Parameters are fp32 masters. `compute_dtype` is what the embedding's output is cast to, and everything after follows
     it. With `end_of_text` set to a token id, attention stays within the documents that this token ends. Built under
@@ -243,8 +267,8 @@ class Llama(nn.Module):
         if self.end_of_text is not None:  # translated here once for all blocks
             cu_seqlens = document_starts(tokens_BT, self.end_of_text)
             documents = kernels.documents(cu_seqlens, tokens_BT.numel(), x_BTD, self.config.d_head)
-        caches: list[KVCache] | list[None] = cache or [None] * len(self.blocks)
-        for block, kept in zip(self.blocks, caches, strict=True):
+        caches: list[KVCache] | list[None] = cache or [None] * self.config.depth
+        for block, kept in zip([*self.blocks] * self.config.loops, caches, strict=True):
             x_BTD = block(x_BTD, self.cos[start:end], self.sin[start:end], documents, kept)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
@@ -313,15 +337,19 @@ def rope_angles(config: LlamaConfig, device: torch.device) -> Tensor:
 def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int, device: torch.device) -> Tensor:
     """The fp32 value of one whole parameter before training, a function of (name, shape, config, seed) alone.
 
-    Norm gains are 1. Matrices are N(0, 2/(5·fan_in)), the two that write to the residual stream N(0, 1/(fan_in·n_layer²))
-    ("Stacking Your Transformers", arXiv 2405.15319, released code). An embedding's fan-in is d_model.
+    Norm gains are 1. Matrices are N(0, 2/(5·fan_in)), the two that write to the residual stream N(0, 1/(fan_in·depth²))
+    ("Stacking Your Transformers", arXiv 2405.15319, released code). An embedding's fan-in is d_model. With a residual_scale,
+    which divides what is written by the depth itself, those two are N(0, 1/fan_in), and an embedding that is not the head too
+    is N(0, 1): beside a smaller one the branches would still count for less in a deeper model (study/coordinates.py).
     A generator per name makes the values independent of the order of creation and of the number of devices.
     """
     if len(shape) == 1:
         return torch.ones(shape, device=device)
-    fan_in = shape[1]
-    writes_to_residual = name.endswith(RESIDUAL_OUTPUTS)
-    std = 1 / (math.sqrt(fan_in) * config.n_layer) if writes_to_residual else math.sqrt(2 / (5 * fan_in))
+    fan_in, scaled = shape[1], config.residual_scale is not None
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std = 1 / (math.sqrt(fan_in) * (1 if scaled else config.depth))
+    else:
+        std = 1.0 if scaled and name == "embed.weight" and not config.tie_embeddings else math.sqrt(2 / (5 * fan_in))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, device=device).normal_(0, std, generator=generator)

@@ -13,7 +13,10 @@ RENAMED = {
     "parallel.replicate": "parallel.dp_replicate",
     "parallel.shard": "parallel.dp_shard",
 }
-ADDED = {"optim": {"name": "adamw", "momentum": 0.95}}  # later, and what every run did before
+ADDED: dict[str, dict[str, Any]] = {
+    "optim": {"name": "adamw", "momentum": 0.95},
+    "model": {"loops": 1, "residual_scale": None},
+}  # later, and what every run did before
 Class = TypeVar("Class", bound=type)
 _said: set[str] = set()
 

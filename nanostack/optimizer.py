@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 from nanostack.config import Optim, OptimizerName
 from nanostack.flops import n_matrices, n_params
+from nanostack.growth.moments import EPS_FOLLOWS_DEPTH
 from nanostack.model import Llama, LlamaConfig
 from nanostack.muon import Fused, each_update
 from nanostack.shards import local_shard, whole
@@ -113,18 +114,29 @@ class Muon(AdamW):
 
 
 def make_optimizer(model: Llama, optim: Optim) -> AdamW:
-    """The optimizer that `optim` names. Weight decay on matrices only: norm gains have no reason to shrink."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """The optimizer that `optim` names. Weight decay on matrices only: norm gains have no reason to shrink.
+
+    With a residual_scale the gradients of the blocks are divided by the depth, and so is their eps (CompleteP, arXiv
+    2505.01618).
+    """
     matrices = model.matrices() if optim.name == "muon" else {}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    scaled = set(model.blocks.parameters()) if model.config.residual_scale is not None else set()
+    kinds: list[tuple[dict, list[Tensor]]] = [({}, [p for p in rest if p not in scaled])]
+    if scaled:
+        about = {"eps": optim.eps * model.config.branch_scale, EPS_FOLLOWS_DEPTH: True}
+        kinds.append((about, [p for p in rest if p in scaled]))
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2 and p not in matrices], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if (p.ndim >= 2) == is_matrix], "weight_decay": optim.weight_decay if is_matrix else 0.0}
+        | about
+        for about, params in kinds
+        for is_matrix in (True, False)
     ]
     options = {"moments": getattr(torch, optim.moments), "lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return AdamW(groups, **options)
     momentum = {"weight_decay": optim.weight_decay, "momentum": optim.momentum}
-    groups.append({"params": [p for p in parameters if p in matrices], **momentum})
+    groups.append({"params": [p for p in matrices if p.requires_grad], **momentum})
     return Muon(groups, model.matrices, **options)
 
 

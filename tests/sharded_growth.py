@@ -64,9 +64,9 @@ def everything(state: State):
             yield f"{name}.{key}", local_shard(value)
 
 
-def main(out: str, placement: parallel.Placement, how: Growth, optim: Optim) -> None:
+def main(out: str, placement: parallel.Placement, how: Growth, optim: Optim, shape: LlamaConfig) -> None:
     shard = placement.shards
-    state = State.create(CONFIG, optim, placement, seed=3)
+    state = State.create(shape, optim, placement, seed=3)
     train(state, 2)
     skip(state)
     checkpoint.save(state, f"{out} base.pt")
@@ -129,7 +129,7 @@ if __name__ == "__main__":
     folder, cases = sys.argv[1], json.loads(sys.argv[2])
     first = parallel.start(Parallel(dp_shard=2), "float32", compile=False)
     muon.PIECE = 2000  # so that a model so small goes in several pieces
-    for name, (shard, how, optim) in cases.items():
+    for name, (shard, how, optim, shape) in cases.items():
         mesh = init_device_mesh("cpu", parallel.mesh_shape(Parallel(dp_shard=shard), 2), mesh_dim_names=("replicate", "shard"))
-        main(f"{folder}/{name}", replace(first, mesh=mesh), Growth(**how), Optim(optim))
+        main(f"{folder}/{name}", replace(first, mesh=mesh), Growth(**how), Optim(optim), replace(CONFIG, **shape))
     parallel.leave()

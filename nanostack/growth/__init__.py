@@ -22,7 +22,7 @@ from nanostack.errors import UserError
 from nanostack.growth import learn, width
 from nanostack.growth.config import Growth, GrowthPlan
 from nanostack.growth.depth import TAKES_G, Layer
-from nanostack.growth.moments import POWER, Moments
+from nanostack.growth.moments import EPS_FOLLOWS_DEPTH, POWER, Moments
 from nanostack.growth.ramp import attach_ramp, is_ramping, set_ramp
 from nanostack.growth.receipt import Receipt, ramp_left
 from nanostack.growth.traffic import HostTraffic
@@ -105,6 +105,7 @@ def grow(
             depth_moments = moments if plan.width is None else moments._replace(old="keep")
             moved += _deepen(model, optimizer, plan, depth_moments, seed, hooks)
             hooks.rejoin(model)
+            _enlarge(model, optimizer, plan)
         if receipt.width is not None and optimizer is not None:
             _settle_width(model, optimizer, receipt, moments)
         if receipt.ramps:
@@ -164,6 +165,7 @@ def _receipt(how: Growth, plan: GrowthPlan, base: LlamaConfig, with_moments: boo
         width=None if plan.width is None else vars(plan.width) | {"from": sizes(base), "to": sizes(plan.config)},
         moments=plan.moments._asdict() if with_moments else None,
         noise=how.noise,
+        residual=None if base.residual_scale is None else how.residual,
     )
 
 
@@ -203,6 +205,11 @@ def _deepen(model: Llama, optimizer, plan: GrowthPlan, moments: Moments, seed: i
         block.train(like.training)
         blocks.append(block)
     model.blocks = nn.ModuleList(blocks)
+    for block in model.blocks:
+        block.scale = plan.config.branch_scale
+    for group in optimizer.param_groups if optimizer is not None else ():
+        if EPS_FOLLOWS_DEPTH in group:
+            group["eps"] *= plan.config.branch_scale / model.config.branch_scale
     model.config = plan.config
     if optimizer is not None:
         copied = _grow_optimizer(optimizer, model, base[0], source_of, moments)
@@ -221,6 +228,18 @@ def _fill(new: Tensor, old: Tensor, layer: Layer, name: str, config: LlamaConfig
         return 0
     local_shard(new).copy_(local_shard(old))
     return local_shard(new).nbytes
+
+
+@torch.no_grad()
+def _enlarge(model: Llama, optimizer, plan: GrowthPlan) -> None:
+    """Multiply what old layers write to the residual stream, and divide the moments of what writes it, as its gradient is."""
+    if plan.enlarge == 1:
+        return
+    for block, layer in zip(model.blocks, plan.layers, strict=True):
+        for weight in (block.attn.out.weight, block.mlp.down.weight) if layer.rule == "kept" else ():
+            local_shard(weight).mul_(plan.enlarge)
+            for key, value in (optimizer.state.get(weight, {}) if optimizer is not None else {}).items():
+                local_shard(value).mul_(plan.enlarge ** -POWER[key])
 
 
 def _settle_width(model: Llama, optimizer, receipt: Receipt, moments: Moments) -> None:

@@ -29,6 +29,7 @@ class GrowthPlan(NamedTuple):
     preserves: bool  # whether the grown model computes what the base did, but for noise
     width: Width | None  # how its width grows
     moments: Moments  # what becomes of the optimizer's state
+    enlarge: float = 1.0  # what old layers' projections to the residual stream are multiplied by, so that it is preserved
 
     @property
     def learns(self) -> bool:
@@ -55,7 +56,8 @@ class Growth:
     op: DepthOperator | None = None
     """How its depth grows. None: stack, or not at all where only its width does."""
     g: int | None = None
-    """How many times deeper: stack, interleave, zero, random and learn. 4 where nothing is given."""
+    """How many times deeper: stack, interleave, zero, random and learn, 4 where nothing is given; untie, as many times as the
+    layers are run."""
     layers: str | None = None
     """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
     optimizer: Literal["reset", "copy"] = "reset"
@@ -67,6 +69,8 @@ class Growth:
     moments_new: Literal["copy", "zero", "scale"] | None = None
     """Moments of new layers: their source's, none, or their source's times moments_factor (squared for the second)."""
     moments_factor: float = 1.0
+    residual: Literal["rescale", "keep"] = "rescale"
+    """In a model with a residual_scale: divide it by the new depth (CompleteP), or let branches count for what they did."""
     noise: float = 0.0
     """Share of fresh noise mixed into every matrix; the paper finds 0.2 slightly better than 0."""
     ramp_tokens: int | None = None
@@ -124,11 +128,17 @@ def _plan(how: Growth, base: LlamaConfig) -> GrowthPlan:
     if op is None:
         layers = [Layer(i, "kept") for i in range(base.n_layer)]
     else:
-        layers = depth.plan(base.n_layer, op, how.g, how.layers, how.k)
+        layers = depth.plan(base.n_layer, op, how.g, how.layers, how.k, base.loops)
     kept = [layer.source for layer in layers if layer.rule == "kept" and layer.source is not None]
     same = kept == sorted(kept) and all(layer.rule in ("kept", "zeroed", "random") for layer in layers)
-    preserves = same and (width is None or width.preserves(base))
-    plan = GrowthPlan(layers, replace(wide, n_layer=len(layers)), op, preserves, width, how.moments())
+    preserves = (same or op == "untie") and (width is None or width.preserves(base))
+    loops = base.loops * base.n_layer // len(layers) if op == "untie" else base.loops
+    grown = replace(wide, n_layer=len(layers), loops=loops)
+    if how.residual == "keep" and grown.residual_scale is not None:
+        grown = replace(grown, residual_scale=grown.residual_scale * grown.depth / base.depth)
+    # Branches that count for less, in a model that is to compute what it did: what they write is made larger.
+    enlarge = base.branch_scale / grown.branch_scale if preserves else 1.0
+    plan = GrowthPlan(layers, grown, op, preserves, width, how.moments(), enlarge)
     _check(how, plan)
     return plan
 
@@ -136,6 +146,10 @@ def _plan(how: Growth, base: LlamaConfig) -> GrowthPlan:
 def _check(how: Growth, plan: GrowthPlan) -> None:
     """Raise `UserError` for options that cannot be together, whatever the model."""
     plan.moments.check()
+    if how.residual not in ("rescale", "keep"):
+        raise UserError(f"residual is rescale or keep, not {how.residual!r}")
+    if how.residual == "keep" and plan.config.residual_scale is None:
+        raise UserError("residual keep is for a model with a residual_scale, and this one has none")
     if not 0 <= how.noise < 1:
         raise UserError(f"noise is a share of the weights, from 0 up to 1, not {how.noise}")
     if plan.learns:

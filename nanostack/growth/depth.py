@@ -10,6 +10,7 @@ The operators on a base of l layers, written as `layers` writes them (l = 4):
     solar       0-2,1-3             all but the last k, then all but the first k (SOLAR, arXiv 2312.15166), k = l/4
     insert      0-1,1,2-3,3         after every k layers a copy of the last with output zero (LLaMA-Pro, arXiv 2401.02415)
     learn       as stack; then the mixture that each layer is of base layers is trained (LiGO, arXiv 2303.00980)
+    untie       0-3*g           of a model that runs its layers in loops: each pass gets its own, and it computes what it did
     layers      any list: `0-1,2-5*5,4-5` is what the G_stack paper writes 12-3456×5-56
 
 Adding an operator takes one function in OPERATORS.
@@ -88,7 +89,9 @@ def _factor(g: int | None, k: int | None) -> int:
 
 def _number_of_layers(n_layer: int, g: int | None, k: int | None, default: int, most: int) -> int:
     if g is not None:
-        raise UserError("g belongs to stack, interleave, zero, random and learn; this operator takes k, a number of layers")
+        raise UserError(
+            "g belongs to stack, interleave, zero, random, learn and untie; this operator takes k, a number of layers"
+        )
     k = default if k is None else k
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
         raise UserError(f"k must be a whole number from 1 to {most} for a model of {n_layer} layers, not {k!r}")
@@ -104,16 +107,22 @@ OPERATORS: dict[str, tuple[Callable[[int, int | None, int | None], list], str]] 
     "solar": (_solar, "copied"),
     "insert": (_insert, "zeroed"),
     "learn": (_repeat, "learned"),
+    "untie": (_repeat, "copied"),
 }
-TAKES_G = ("stack", "interleave", "zero", "random", "learn")
+TAKES_G = ("stack", "interleave", "zero", "random", "learn", "untie")
 
 
 def plan(
-    n_layer: int, op: str = "stack", g: int | None = None, layers: str | list[int] | None = None, k: int | None = None
+    n_layer: int,
+    op: str = "stack",
+    g: int | None = None,
+    layers: str | list[int] | None = None,
+    k: int | None = None,
+    loops: int = 1,
 ) -> list[Layer]:
-    """The map of a growth of a model of `n_layer` layers. Raises `UserError` for a map that is none.
+    """The map of a growth of a model of `n_layer` layers, run `loops` times. Raises `UserError` for a map that is none.
 
-    g is the factor (4 where nothing is given), k the number of layers that middle, solar and insert need to know.
+    g is the factor (4 where nothing is given; all loops for untie), k the number of layers that middle, solar and insert need.
     """
     if op not in OPERATORS:
         raise UserError(f"there is no growth operator {op!r}; there are {', '.join(OPERATORS)}")
@@ -123,8 +132,15 @@ def plan(
             given = "g" if g is not None else "k"
             raise UserError(f"{given} and layers exclude each other: {given} says how many, layers says exactly which")
         sources = _checked(parse_layers(layers) if isinstance(layers, str) else list(layers), n_layer)
-        if rule in ("random", "learned"):
+        if rule in ("random", "learned") or op == "untie":
             raise UserError(f"{op} makes layers of its own and takes g; a layer list says what stack, zero and others copy")
+    elif op == "untie":
+        if loops == 1:
+            raise UserError("untie gives the passes of a loop layers of their own, and this model runs its layers once")
+        g = loops if g is None else g
+        if _factor(g, k) > loops or loops % g:
+            raise UserError(f"untie takes a g that divides the model's {loops} loops, not {g}")
+        sources = sources_of(n_layer, g, k)
     else:
         sources = sources_of(n_layer, 4 if g is None and k is None and op in TAKES_G else g, k)
     met: set[int] = set()

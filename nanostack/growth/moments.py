@@ -43,3 +43,4 @@ class Moments(NamedTuple):
 RESET = Moments()
 COPY = Moments("keep", "copy")
 POWER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum_buffer": 1}  # of the gradient; another optimizer adds its own
+EPS_FOLLOWS_DEPTH = "eps_follows_depth"  # marks a group of parameters whose gradients are divided by the depth, and so is eps

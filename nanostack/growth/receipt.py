@@ -25,6 +25,8 @@ class Receipt(Mapping[str, Any]):
     """How the width grew: the fields of Width, and the sizes `from` and `to`."""
     moments: dict[str, Any] | None
     noise: float
+    residual: str | None = None
+    """In a model with a residual_scale, whether it was rescaled or kept."""
     learned: list[dict[str, Any]] | None = None
     bytes_allocated: int = 0
     bytes_copied_on_device: int = 0

@@ -1,5 +1,8 @@
 """A state as a Hugging Face folder, from which `AutoModelForCausalLM.from_pretrained` gives the same logits.
 
+A Llama of theirs has neither loops nor a residual scale: each pass of a loop gets layers of its own, and the scale is
+multiplied into the projections that write to the residual stream. Both compute the same.
+
 `save` writes config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
 """
 
@@ -19,6 +22,7 @@ from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.hf import weights as hf
 from nanostack.hf.config import to_config
+from nanostack.model import RESIDUAL_OUTPUTS
 from nanostack.state import State
 from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 
@@ -79,7 +83,7 @@ def save(
         _write_weights(state, partial, dtype, shard_bytes)
         receipts = [receipt.as_dict() for receipt in state.growth]
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
-        about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config).fingerprint()}
+        about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config.unrolled()).fingerprint()}
         generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
         special, base = {}, None
         if isinstance(tokenizer, Path):
@@ -88,7 +92,7 @@ def save(
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
             base = tokenizer.resolve().name if manifest_sha256 is None else None
-        _write_json(partial / "config.json", to_config(config, eot, dtype) | special | {"nanostack": about})
+        _write_json(partial / "config.json", to_config(config.unrolled(), eot, dtype) | special | {"nanostack": about})
         _write_json(partial / "generation_config.json", generation)
         if isinstance(tokenizer, Tokenizer):
             _write_tokenizer(tokenizer, partial, config.seq_len)
@@ -128,7 +132,8 @@ def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: 
     """safetensors, each of at most shard_bytes unless a tensor alone is larger; only a shard at a time is held."""
     from safetensors.torch import save_file
 
-    parameters, config = dict(state.model.named_parameters()), state.model.config
+    parameters, scale = dict(state.model.named_parameters()), state.model.config.branch_scale
+    config, n_layer = state.model.config.unrolled(), state.model.config.n_layer
     shards: list[list[tuple[str, int]]] = [[]]  # (our name, which of its parts)
     total = filled = 0
     for name in hf.names_of(config):
@@ -144,7 +149,9 @@ def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: 
         file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name, part in parts:
-            whole = parameters[name].detach()
+            whole = parameters[hf.in_loop(name, n_layer)].detach()
+            if name.endswith(RESIDUAL_OUTPUTS) and scale != 1:
+                whole = whole * scale
             rows = hf.rows_of(name, config)
             tensor = whole.split(rows)[part] if len(rows) > 1 else whole
             tensors[hf.theirs(name)[part]] = tensor.to("cpu", dtype, copy=True).contiguous()

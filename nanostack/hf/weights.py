@@ -63,6 +63,14 @@ def theirs(name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{number}.{part}" for part in BLOCK[rest])
 
 
+def in_loop(name: str, n_layer: int) -> str:
+    """The parameter of a model of so many layers, run in loops, that stands for this one of the model without."""
+    if name in ENDS:
+        return name
+    blocks, number, rest = name.split(".", 2)
+    return f"{blocks}.{int(number) % n_layer}.{rest}"
+
+
 def rows_of(name: str, config: LlamaConfig) -> list[int]:
     """How many rows each of `theirs(name)` has."""
     heads, kv = config.n_head * config.d_head, config.n_kv_head * config.d_head

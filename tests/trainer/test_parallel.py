@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,15 +49,16 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
     assert [r["loss"] for r in records(out)] == expected
 
 
-SHARDED = {  # how many shards, how it grows, and by which optimizer it is trained
-    "stack": (2, {"g": 2, "optimizer": "copy"}, "adamw"),
-    "muon stack": (2, {"g": 2, "optimizer": "copy"}, "muon"),
-    "noise": (1, {"g": 2, "optimizer": "reset", "noise": 0.2}, "adamw"),
-    "muon noise": (1, {"op": "interleave", "g": 2, "moments_old": "keep", "noise": 0.2}, "muon"),
-    "zero": (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}, "adamw"),
-    "random": (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}, "adamw"),
-    "insert and freeze": (2, {"op": "insert", "optimizer": "copy"}, "adamw"),
-    "learn": (2, {"op": "learn", "g": 2, "learn_steps": 3}, "adamw"),
+SHARDED = {  # how many shards, how it grows, by which optimizer it is trained, and its shape
+    "stack": (2, {"g": 2, "optimizer": "copy"}, "adamw", {}),
+    "muon stack": (2, {"g": 2, "optimizer": "copy"}, "muon", {}),
+    "noise": (1, {"g": 2, "optimizer": "reset", "noise": 0.2}, "adamw", {}),
+    "muon noise": (1, {"op": "interleave", "g": 2, "moments_old": "keep", "noise": 0.2}, "muon", {}),
+    "zero": (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}, "adamw", {}),
+    "random": (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}, "adamw", {}),
+    "insert and freeze": (2, {"op": "insert", "optimizer": "copy"}, "adamw", {}),
+    "learn": (2, {"op": "learn", "g": 2, "learn_steps": 3}, "adamw", {}),
+    "untie": (2, {"op": "untie", "optimizer": "copy"}, "muon", {"loops": 2, "residual_scale": 1.0}),
 }
 
 
@@ -78,7 +80,7 @@ def sharded(tmp_path_factory):
 def test_sharded_growth_equals_growth_in_one_process(sharded, name):
     """Bit for bit, from the same base, but for what is learned: there sums are taken in another order. Also, inside the
     worker: base shards stay, no collective, one FSDP root, new blocks reshard."""
-    _, how, optim = SHARDED[name]
+    _, how, optim, _ = SHARDED[name]
     base, grown = (checkpoint.load(sharded / f"{name} {stage}.pt") for stage in ("base", "grown"))
     state = State.restore(base, Optim(optim), Placement(torch.device("cpu")))
     receipt = state.grow(Growth(**how), gradients=lambda: gradients(state))
@@ -101,7 +103,8 @@ def test_sharded_growth_equals_growth_in_one_process(sharded, name):
 def test_sharded_optimizer_makes_the_steps_of_one_process(sharded, name):
     """Two steps, from the same first values, in which no gradient is so small that rounding decides about its sign."""
     saved = checkpoint.load(sharded / f"{name} base.pt")
-    state = State.create(CONFIG, Optim(SHARDED[name][2]), Placement(torch.device("cpu")), seed=3)
+    _, _, optim, shape = SHARDED[name]
+    state = State.create(replace(CONFIG, **shape), Optim(optim), Placement(torch.device("cpu")), seed=3)
     train(state, 2)
     model, optimizer = state.whole_tensors(lambda name, value: value)
     for name, value in model.items():

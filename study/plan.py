@@ -11,9 +11,10 @@ the sweep of learning rates, for every budget and for every study that asks for 
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nanostack.config import Data, Growth, Optim, OptimizerName, Stage, Train
 from nanostack.errors import UserError
@@ -52,15 +53,23 @@ class Arm:
     n_layer: int  # to begin with
     jumps: tuple[Jump, ...] = ()
     optim: OptimizerName = "adamw"  # to begin with
+    model: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what differs from the study's, to begin with: loops, residual_scale
 
     def __post_init__(self):
         _check(
             f"arm {self.label!r}",
+            model=isinstance(self.model, Mapping) and {"loops", "residual_scale"} >= set(self.model),
             optim=self.optim in get_args(OptimizerName),
             label=isinstance(self.label, str),
             n_layer=_count(self.n_layer),
             jumps=_tuple(self.jumps, lambda jump: isinstance(jump, Jump)),
         )
+
+    def begins(self, model: LlamaConfig) -> LlamaConfig:
+        """The shape with which it begins, in a study of this model."""
+        return replace(model, n_layer=self.n_layer, **self.model)
 
 
 @dataclass(frozen=True)
@@ -194,12 +203,12 @@ class Plan:
             raise UserError(f"study {study.name} needs an arm `scratch` that never grows")
         if not (size.lrs and size.seeds and size.budgets) or list(size.budgets) != sorted(set(size.budgets)):
             raise UserError(f"study {study.name} needs learning rates, seeds, and budgets that rise, not {size.budgets}")
-        target = replace(self.model, n_layer=study.arms["scratch"].n_layer)
+        target = study.arms["scratch"].begins(self.model)
         for name, arm in study.arms.items():
-            ends = replace(self.model, n_layer=arm.n_layer)
+            ends = arm.begins(self.model)
             for jump in arm.jumps:
                 ends = jump.growth.plan(ends).config
-            if arm.jumps and ends != target:
+            if arm.jumps and replace(ends, residual_scale=target.residual_scale) != target:
                 raise UserError(
                     f"study {study.name}: arm {name} grows to {ends.n_layer} layers × {ends.d_model}, scratch differs"
                 )
@@ -212,20 +221,20 @@ class Plan:
                 raise UserError(f"study {study.name}: arm {name} has no room to train between its last growth and any budget")
 
     def epochs(self) -> float:
-        """How often the shallowest arm reads the text at the largest budget."""
-        shallowest = replace(self.model, n_layer=min(arm.n_layer for arm in self.study.arms.values()))
-        read = self.size.budgets[-1] / flops_per_token(shallowest)
+        """How often the arm with the cheapest tokens reads the text at the largest budget."""
+        cheapest = min(flops_per_token(arm.begins(self.model)) for arm in self.study.arms.values())
+        read = self.size.budgets[-1] / cheapest
         return read / load_manifest(self.data)["splits"]["train"]["tokens"]
 
     def base_of(self, arm: Arm) -> str | None:
         """Name of the arm that never grows and begins as this one."""
-        same = (arm.n_layer, arm.optim)
-        return next((n for n, a in self.study.arms.items() if not a.jumps and (a.n_layer, a.optim) == same), None)
+        begun = replace(arm, label="", jumps=())
+        return next((n for n, a in self.study.arms.items() if replace(a, label="") == begun), None)
 
     def budgets(self, name: str) -> tuple[float, ...]:
         """Those at which an arm has time to learn how to grow and to warm up before it decays."""
         arm, warmup = self.study.arms[name], self.size.warmup_tokens
-        model, spent = replace(self.model, n_layer=arm.n_layer), 0.0
+        model, spent = arm.begins(self.model), 0.0
         for jump in arm.jumps:
             spent = jump.at * self.size.budgets[-1]
             model = jump.growth.plan(model).config
@@ -236,7 +245,7 @@ class Plan:
         """The runs of an arm to one of its budgets, each behind the one it needs: the trunk, which is cut where the decay of
         any budget begins, and the branch that decays."""
         arm, size = self.study.arms[name], self.size
-        place, jobs = Place(replace(self.model, n_layer=arm.n_layer), arm.optim), []
+        place, jobs = Place(arm.begins(self.model), arm.optim), []
         for number, jump in enumerate((None, *arm.jumps)):
             last = number == len(arm.jumps)
             rate = lr if last else base_lr
@@ -287,6 +296,7 @@ class Plan:
         about = said(former_config(shaping) | {"init_from": needs, "text": self.manifest, "numerics": NUMERICS})
         about = json.dumps(about, sort_keys=True)
         by = "" if start.optim == "adamw" else f"{start.optim}-"
+        by += f"{model.loops}-loops-" if model.loops > 1 else ""
         name = f"{model.n_layer}-layers-{by}lr{stage.lr:g}-s{seed}-" + (f"b{budget:.3g}-" if budget else "")
         name += hashlib.sha256(about.encode()).hexdigest()[:8]
         config = replace(config, out=str(self.out / name))

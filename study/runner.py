@@ -269,6 +269,7 @@ def run_target(plan: Plan, runner: Runner) -> None:
     for name in order:
         arm = study.arms[name]
         arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
+        arms[name] |= {"model": {"n_layer": arm.n_layer, **arm.model}} if arm.model else {}
         told = {b: losses(sweep[name, b], runner) for b in plan.budgets(name)}
         arms[name]["sweep"] = {
             f"{b:g}": {f"{lr:g}": [None if math.isinf(x) else x for x in found[lr]] for lr in sorted(found)}

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT, python
 from rich.console import Console
 
+from nanostack.config import Growth
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
-from study.plan import Arm, Plan, Size, Study
+from study.plan import Arm, Jump, Plan, Size, Study
 from study.results import path_of, read_results, summarise
 from study.runner import Runner, execute, tune
 
@@ -114,6 +115,34 @@ TARGET = LlamaConfig(4, 2, 2, 32, 48, None, 32)
 FLAT = Study(
     "flat", "?", {"scratch": Arm("4 layers", 4)}, {"cpu": (Size(TARGET, (2e9,), 256, 8, 512, "float32", val_tokens=512),)}
 )
+
+
+def test_arms_say_how_they_begin_and_what_trains_them(corpus, tmp_path, capsys):
+    """2 layers run twice, by AdamW, become 4 that Muon trains: the chain of its runs, run."""
+    looped = {"loops": 2}
+    arms = {
+        "scratch": Arm("4 layers", 4, optim="muon"),
+        "shallow": Arm("2 layers", 2),
+        "looped": Arm("2 layers, twice", 2, model=looped),
+        "untied": Arm("2 layers, twice → 4", 2, (Jump(0.3, Growth("untie"), restart=False, optim="muon"),), model=looped),
+    }
+    plan = Plan(replace(FLAT, arms=arms), FLAT.sizes["cpu"][0], corpus, tmp_path)
+    assert plan.base_of(arms["untied"]) == "looped" and plan.base_of(arms["scratch"]) == "scratch"
+    jobs = plan.jobs("untied", 0, 4e-3, 8e-3, 2e9)
+    told = [(job.config.optim.name, job.config.model.n_layer, job.config.model.loops, bool(job.needs)) for job in jobs]
+    assert told == [("adamw", 2, 2, False), ("muon", 2, 2, True), ("muon", 4, 1, True)]
+    assert ["2-loops" in job.name for job in jobs] == [True, False, False] and ["muon" in j.name for j in jobs[1:]] == [
+        True
+    ] * 2
+    results = [execute(job.config) for job in jobs]
+    assert results[1]["growth"]["op"] == "untie" and [bool(r["growth"]) for r in results] == [False, True, False]
+    assert "the state of adamw; muon begins anew" in (Path(jobs[1].config.out) / "log.txt").read_text()
+    last = results[-1]["evaluations"][-1]
+    assert last["val_loss"] < results[0]["evaluations"][-1]["val_loss"]
+    with pytest.raises(UserError, match="arm 'wide' has no valid model"):
+        Arm("wide", 2, model={"d_model": 64})
+    with pytest.raises(UserError, match="arm 'sgd' has no valid optim"):
+        Arm("sgd", 2, optim="sgd")
 
 
 @pytest.mark.slow

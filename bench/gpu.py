@@ -89,7 +89,7 @@ EXTRA = 600  # seconds a part of a rehearsal may take
 
 
 def name_of_gpu() -> str | None:
-    """As nvidia-smi tells it: torch would take seconds to."""
+    """The name that nvidia-smi tells; torch would take seconds to tell it. None without a GPU."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]

@@ -45,7 +45,7 @@ def picture(out: Path) -> Path | None:
 
 @functools.cache
 def commit() -> str | None:
-    """As it is before the first result is written, which makes the tree differ from it."""
+    """The commit before the first result is written, which makes the tree differ from it."""
     return git_commit()
 
 

@@ -169,15 +169,16 @@ def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
 
 
 def in_turn(todo: list[Case]) -> list[Case]:
-    """The call of each row with most code, and a third of its others: among any three rows each of them is compiled once."""
+    """The call of each row with most code, and a third of its others: three rows of a kernel and dtype together have all."""
     rows: dict[tuple, dict[int, list[Case]]] = {}
     for case in todo:
         rows.setdefault((case.kernel, case.arch, case.dtype), {}).setdefault(case.size, []).append(case)
     chosen = []
     for (kernel, *_), by_size in rows.items():
+        share = min(3, len(by_size))
         for number, (fullest, *others) in enumerate(by_size.values()):
-            turn = (list(TABLE).index(kernel) + number) % 3  # goes through kernels of one size, and through sizes of one kernel
-            chosen += [fullest, *(others[turn::3] if len(by_size) > 1 else others)]
+            turn = (list(TABLE).index(kernel) + number) % share  # goes through kernels of one size, and sizes of one kernel
+            chosen += [fullest, *others[turn::share]]
     return chosen
 
 
@@ -360,7 +361,7 @@ def show(reports: list[Report], console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m nanostack.kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHITECTURES)
     parser.add_argument("--in-turn", action="store_true", help="a third of the calls, others at each row: for CI")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)

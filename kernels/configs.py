@@ -149,13 +149,13 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
 
 
 def architecture(device: torch.device, dtype: torch.dtype) -> int:
-    """Whose rows serve tensors of this dtype there."""
+    """The architecture whose rows serve tensors of this dtype on this device."""
     found = capability(device)
     return FP32 if found is None or dtype == torch.float32 else rows_of(found[0])
 
 
 def rows_of(major: int) -> int:
-    """Whose rows serve a GPU of this major compute capability."""
+    """The architecture whose rows serve a GPU of this major compute capability."""
     return 90 if major in (9, 10) else 80
 
 

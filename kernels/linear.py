@@ -2,7 +2,7 @@
 
     y = x · copyᵀ      dx = dy · copy      dweight = dyᵀ · x, in fp32
 
-The products are the vendor library's. What is saved is around them: the copy is made once a step instead of once a
+The products are the vendor library's. The savings lie around them: the copy is made once a step instead of once a
 micro-batch, and dweight leaves the matrix units in fp32 and is added to the gradient there (beta = 1), where autograd would
 round it to bf16, cast it and add it in passes of their own: 18 bytes per weight and micro-batch. In bf16 on the CPU the
 product is rounded first, as torch has no fp32 output for it there.

@@ -38,7 +38,7 @@ WHOLE_BACKWARD = ("attention_dq", "attention_dk_dv")  # whose call launches the 
 
 
 def candidates(kernel: str, arch: int) -> list[Config]:
-    """What is worth trying for a kernel."""
+    """The rows that are worth trying for a kernel."""
     if kernel.startswith("attention"):
         tma = (False, True) if arch >= 90 else (False,)
         tiles = product((64, 128), (32, 64, 128), (4, 8), (2, 3), tma)
@@ -331,7 +331,7 @@ def machine(device: torch.device) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m kernels.tune", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m nanostack.kernels.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
     parser.add_argument("--size", type=int, nargs="+", help="only these sizes")
     parser.add_argument("--samples", type=int, default=20)
@@ -339,7 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reason = unavailable_reason("cuda")
     if reason:
-        print(f"error: nothing to measure: {reason} python -m kernels.aot checks rows without a GPU.", file=sys.stderr)
+        print(
+            f"error: nothing to measure: {reason} python -m nanostack.kernels.aot checks rows without a GPU.", file=sys.stderr
+        )
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     served_by = rows_of(machine(device) // 10)

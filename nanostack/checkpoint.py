@@ -67,7 +67,7 @@ class Saver:
             self._writing = self._pool.submit(self._write, contents, copied)
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises `UserError` on every rank where it could not be written."""
+        """Wait until what was saved is on disk. Raises `UserError` on every rank where it could not be written."""
         on_rank_0(self._result)
 
     def __enter__(self) -> "Saver":

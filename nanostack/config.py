@@ -295,12 +295,12 @@ def load(path: str, overrides: list[str]) -> Train:
         raise UserError(f"{path} has no variable `config` of type nanostack.config.Train")
     if not overrides:
         return config
-    message = io.StringIO()
+    words, message = current(overrides), io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 Train,
-                args=current(overrides),
+                args=words,
                 default=config,
                 prog=f"train.py {path}",
                 use_underscores=True,
@@ -313,9 +313,9 @@ def load(path: str, overrides: list[str]) -> Train:
 
 
 def _plain(box: str) -> str:
-    """The text of tyro's message box as one line, without its title and its pointers to the help."""
+    """The text of tyro's message box as one line, without its title, its rules and its pointers to the help."""
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰", "├"))]
-    text = " ".join(" ".join(lines).replace("│", " ").replace("─", " ").split())
+    text = " ".join(re.sub(r"-{4,}", " ", " ".join(lines).replace("│", " ").replace("─", " ")).split())
     return re.sub(r"( in train\.py( \S+)? --help)| For full helptext.*", "", text)
 
 

@@ -121,6 +121,8 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; auto is the GPU where there is one. UserError where there is none of that name."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"the device is auto, cpu, cuda or cuda:1 and the like, not {name!r}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -31,7 +31,9 @@ def renamed(**now: str) -> Callable[[Class], Class]:
         def build_by_any_name(self, *values, **named):
             for name in (one for one in now if one in named):
                 if now[name] in named:
-                    raise TypeError(f"{cls.__name__} is given {name} and {now[name]}, which are one")
+                    raise TypeError(
+                        f"{cls.__name__} is given {name} and {now[name]}, which are one (dataclasses.replace gives the second)"
+                    )
                 _say(f"{cls.__name__}({name}=...)", now[name])
                 named[now[name]] = named.pop(name)
             build(self, *values, **named)

@@ -71,6 +71,9 @@ def grow(
     `loss_before` and `loss_after` of the receipt, whose `as_dict()` is plain values. Raises `UserError` before anything is
     touched, and where learning diverges; `TypeError` for arguments that do not fit together.
     """
+    _check_types(how=(how, Growth, str), layers=(layers, str, list))
+    if not isinstance(hooks, Hooks | int | float | str | None):
+        raise TypeError(f"hooks are Hooks, not {hooks!r}")
     if not isinstance(how, Growth):
         places = {"op": how, "g": None if isinstance(hooks, Hooks) else hooks, "layers": layers}
         how, hooks = _growth_of(places, fields), hooks if isinstance(hooks, Hooks) else None
@@ -123,14 +126,22 @@ def grow(
     return receipt
 
 
+def _check_types(**arguments: tuple) -> None:
+    """TypeError for an argument that is neither None nor of any of its types; each is (value, *types)."""
+    for name, (value, *types) in arguments.items():
+        if value is not None and not isinstance(value, tuple(types)):
+            raise TypeError(f"{name} is a {' or '.join(one.__name__ for one in types)}, not {value!r}")
+
+
 def _growth_of(places: dict[str, Any], fields: dict[str, Any]) -> Growth:
     """The config of op, g and layers by their places, and of fields by their names."""
     for name, value in places.items():
         if value is not None and name in fields:
-            raise TypeError(f"{name} is given twice")
+            raise TypeError(f"{name} is given twice, by its place and by its name")
         fields |= {} if value is None else {name: value}
     if hooks := fields.keys() & {one.name for one in dataclasses.fields(Hooks)}:
         raise TypeError(f"{', '.join(sorted(hooks))} belongs to hooks=Hooks(...)")
+    _check_types(wider=(fields.get("wider"), width.Width), moments=(fields.get("moments"), Moments))
     if (wider := fields.pop("wider", None)) is not None:
         fields |= {"width": wider.op} | {name: value for name, value in vars(wider).items() if name != "op"}
     if (moments := fields.pop("moments", None)) is not None:

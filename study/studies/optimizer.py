@@ -35,8 +35,8 @@ It matters little. At the smaller budget it is decided: going on at the rate tha
 the four ways to treat the moments and with every seed, by 0.010 to 0.020 nats in the mean; re-warming the new layers alone lies
 between. At the larger budget it is ahead by 0.006 to 0.008 nats in the mean, with every seed for copy only: where the rate
 restarts, a higher one is best (0.008; a tie for reset), which makes up for most. At the same rate, 0.004, it is ahead with
-every seed there too. Of the moments, beside `continue`, keeping the old ones with zero for the new layers is best and copying
-them worst, 0.017 ± 0.012 nats apart at the smaller budget, 0.009 ± 0.011 at the larger; beside the others reset is as good. The
+every seed there too. Beside `continue`, keeping the old moments with zero for the new layers is best, and copying them is
+worst, 0.017 ± 0.012 nats apart at the smaller budget, 0.009 ± 0.011 at the larger; beside the others reset is as good. The
 best of all (keep old, zero new; continue) ends 0.020 ± 0.007 and 0.011 ± 0.024 nats (paired over seeds) below the paper's way
 (reset; restart).
 

@@ -21,6 +21,10 @@ CONFIG = LlamaConfig(n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=8, vocab_
         ((Growth(g=2),), {"g": 3}, TypeError, "g would change: dataclasses.replace does"),
         (("stack",), {"op": "zero"}, TypeError, "op is given twice"),
         ((None, 2), {"g": 2}, TypeError, "g is given twice"),
+        ((), {"op": "stack", "g": 4, "hooks": {}}, TypeError, "hooks are Hooks, not {}"),
+        (({"op": "stack"},), {}, TypeError, "how is a Growth or str, not {'op': 'stack'}"),
+        (("stack",), {"moments": "reset"}, TypeError, "moments is a Moments, not 'reset'"),
+        ((), {"wider": "split"}, TypeError, "wider is a Width, not 'split'"),
         ((), {"write": torch.Tensor.copy_}, TypeError, r"write belongs to hooks=Hooks\(...\)"),
     ],
 )

@@ -387,7 +387,7 @@ def test_nothing_passes_through_the_host_and_memory_grows_by_the_new_layers():
 
 @pytest.mark.gpu
 def test_growth_leaves_no_memory_that_nothing_can_use():
-    """Of what the allocator holds after growth and a step, all but its segments' ends is in use or free for the next step."""
+    """After growth and a step, all that the allocator holds is in use or free for the next step, but for its segments' ends."""
     config = LlamaConfig(n_layer=4, n_head=8, n_kv_head=8, d_model=1024, d_ff=2816, vocab_size=1024, seq_len=128)
     model, optimizer, tokens = trained(config=config, device="cuda")
     for _ in range(2):

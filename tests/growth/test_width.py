@@ -313,7 +313,7 @@ def test_models_in_float64_stay_in_float64(options):
 
 
 def test_old_parameters_are_freed_one_by_one():
-    """What is held at once is never more than the wide state and one tensor of it beside what is still narrow."""
+    """No more is held at once than the wide state and one tensor of it beside what is still narrow."""
     model, optimizer = trained(replace(MHA, n_layer=6))
     held = []
 

@@ -125,7 +125,7 @@ def test_attention_of_any_scale(scale, causal, target):
 
 
 def attention_inputs_of(score, last, target):
-    """Of which all scores are `score`, but for those of the last key: `last` times as large."""
+    """Inputs whose scores are all `score`, but for those of the last key, which are `last` times as large."""
     root = abs(score) ** 0.5
     q, k, v = torch.zeros(1, 21, 1, 16), torch.zeros(1, 21, 1, 16), torch.linspace(-1, 1, 336).view(1, 21, 1, 16)
     q[..., 0], k[..., 0] = root, score / root

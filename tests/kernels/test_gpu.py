@@ -38,7 +38,7 @@ def check(kernel, plain, reference, inputs, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def give_memory_back():
-    """To the tests that run beside this one in processes of their own."""
+    """Leave the memory to the tests that run beside this one in processes of their own."""
     yield
     torch.cuda.empty_cache()
 

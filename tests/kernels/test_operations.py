@@ -226,7 +226,7 @@ LAYOUTS["sign to be turned"] = lambda x: torch._neg_view(-x)
 
 @in_turn(layout=list(LAYOUTS))
 def test_memory_layout_does_not_matter(layout, target):
-    """Of any input, integers too, and of the gradients that come back."""
+    """The layout of any input, integers too, and of the gradients that come back makes no difference."""
     for name, (function, inputs) in all_operations(target, batch=2, seq=7).items():
         runs = []
         for view in (LAYOUTS[layout], lambda x: LAYOUTS[layout](x).clone(memory_format=torch.contiguous_format).resolve_neg()):

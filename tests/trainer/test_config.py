@@ -138,6 +138,21 @@ def test_former_name_of_a_field_is_read_and_one_rank_says_so_once(rank, monkeypa
         Optim(decay=0.3, weight_decay=0.3)
 
 
+@pytest.mark.parametrize(("old", "new"), old_fields.RENAMED.items())
+def test_former_name_is_read_in_overrides_and_headers_and_the_new_one_is_said(old, new, monkeypatch, capsys):
+    monkeypatch.setattr(old_fields, "_said", set())
+    part, _, field = new.partition(".")
+    config = load(TINY, [f"--{old}", "1", f"--{old}=2"] if part == "parallel" else [f"--{old}", "0.25"])
+    assert getattr(getattr(config, part), field) == (2 if part == "parallel" else 0.25)
+    assert capsys.readouterr().err == f"note: --{old} is now called --{new}\n"
+    with pytest.raises(ValueError, match=rf"{TINY}: .*Error parsing --{new}: "):
+        load(TINY, [f"--{old}", "many"])
+    header = {part: {old.partition(".")[2]: 3}, "seed": 1}
+    assert old_fields.current_config(header, "metrics.jsonl") == {part: {field: 3}, "seed": 1}
+    assert old_fields.former_config({part: {field: 3}, "seed": 1}) == header
+    assert capsys.readouterr().err == f"note: {old} in metrics.jsonl is now called {new}\n"
+
+
 def test_ramp_must_end_before_the_next_growth_begins():
     config = load(TINY, [])
     first, later = grow("random", 2, tokens=100, lr=1.0, ramp_tokens=250), grow("stack", 2, tokens=100, lr=1.0)

@@ -1,4 +1,4 @@
-"""What is checked before a run: the kernels that can serve, and options that exclude each other."""
+"""The checks before a run: the kernels that can serve, and options that exclude each other."""
 
 import dataclasses
 
@@ -24,6 +24,7 @@ def backend():
 def test_kernels_that_were_chosen_are_those_that_run(name, monkeypatch):
     best = "torch" if kernels.cpu.unavailable_reason() else "c"
     assert preflight.choose_kernels(name, CPU) == (best if name == "auto" else name)
+    assert kernels.dispatch._backend == name, "operations follow it"
     monkeypatch.setattr(kernels.cpu, "unavailable_reason", lambda: "no C compiler was found.")
     if name == "c":
         with pytest.raises(ValueError, match=r"--kernels c: no C compiler was found\."):
@@ -34,7 +35,7 @@ def test_kernels_that_were_chosen_are_those_that_run(name, monkeypatch):
 
 def test_gpu_that_triton_does_not_serve_runs_torch_or_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "unavailable_reason", lambda device: "the kernels need compute capability 8.0 or newer.")
-    assert preflight.choose_kernels("auto", CUDA) == "torch"
+    assert preflight.choose_kernels("auto", CUDA) == kernels.dispatch._backend == "torch"
     with pytest.raises(ValueError, match=r"--kernels triton: the kernels need compute capability 8\.0"):
         preflight.choose_kernels("triton", CUDA)
     with pytest.raises(ValueError, match="--kernels c: the C kernels run on the CPU only"):
@@ -43,7 +44,8 @@ def test_gpu_that_triton_does_not_serve_runs_torch_or_is_refused(monkeypatch):
 
 def test_gpu_without_a_c_compiler_runs_torch(monkeypatch):
     monkeypatch.setattr(kernels, "unavailable_reason", lambda device: None)
-    assert preflight.choose_kernels("auto", CUDA) == "triton"
+    assert preflight.choose_kernels("auto", CUDA) == preflight.choose_kernels("triton", CUDA) == "triton"
+    assert kernels.dispatch._backend == "triton"
     monkeypatch.setattr(kernels.dispatch, "launcher_compiler", lambda: None)
     with pytest.raises(ValueError, match="--kernels triton: Triton needs a C compiler"):
         preflight.choose_kernels("triton", CUDA)

@@ -212,7 +212,7 @@ def test_a_ramp_as_long_as_its_stage_is_over_when_the_next_growth_comes():
 
 
 def test_checkpoint_in_a_ramp_is_refused_by_a_run_that_grows_before_its_end(corpus, tmp_path):
-    """Before anything is deleted or trained. So is a freeze on a checkpoint that never grew."""
+    """The run is refused before anything is deleted or trained, and so is one that freezes a checkpoint which never grew."""
     growing = ("--stages.1.growth.op", "random", "--stages.1.tokens", "1024", "--stages.1.growth.ramp_tokens", "4096")
     run_in_process(corpus, tmp_path / "base", *growing, "--stages.0.tokens", "1024", "--keep", "9")
     ckpt = tmp_path / "base/ckpt.pt"
@@ -400,7 +400,7 @@ def test_init_from_carries_weights_cursor_and_ledger(trainer, finished):
 
 
 def test_profile_writes_a_trace(trainer):
-    """Of as many steps as there are, where there are fewer than asked for."""
+    """The trace has as many steps as the run, which has fewer than were asked for."""
     out = trainer.good("run", "--profile", "20", "--stages.0.tokens", "2048", "--stages.1.tokens", "512")
     assert any("linear" in event.get("name", "") for event in json.loads((out / "trace.json").read_text())["traceEvents"])
 

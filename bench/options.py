@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import ROOT, ids
 from bench.results import place, write_result
-from nanostack.config import Data, Stage, Train, grow
+from nanostack.config import Data, Optim, Stage, Train, grow
 from nanostack.errors import UserError, command_line
 from nanostack.model import LlamaConfig
 from nanostack.provenance import device_name
@@ -60,6 +60,8 @@ OPTIONS = {  # what is worth most first; the slowest last
     "recomputed": Option("torch", {"recompute": "selective"}),
     "all recomputed": Option("torch", {"recompute": "full"}),
     "bf16 moments": Option("torch", {"moments": "bfloat16"}),
+    "torch muon": Option(None, {"kernels": "torch", "optimizer": "muon"}),
+    "muon": Option("torch muon", {"optimizer": "muon"}),
     "compile": Option("torch", {"compile": True}),
     "all, compiled": Option(
         "torch documents",
@@ -101,7 +103,7 @@ def changed(config: Train, changes: dict) -> Train:
     """The config under an option."""
     changes = dict(changes)
     parallel = replace(config.parallel, activation_checkpointing=changes.pop("recompute", "none"))
-    optim = replace(config.optim, moments=changes.pop("moments", "float32"))
+    optim = Optim(changes.pop("optimizer", "adamw"), moments=changes.pop("moments", "float32"))
     data = replace(config.data, document_mask=changes.pop("data", config.data).document_mask)
     return replace(config, parallel=parallel, optim=optim, data=data, **changes)
 

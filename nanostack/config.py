@@ -316,7 +316,11 @@ def _plain(box: str) -> str:
     """The text of tyro's message box as one line, without its title, its rules and its pointers to the help."""
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰", "├"))]
     text = " ".join(re.sub(r"-{4,}", " ", " ".join(lines).replace("│", " ").replace("─", " ")).split())
-    return re.sub(r"( in train\.py( \S+)? --help)| For full helptext.*", "", text)
+    text = re.sub(r"( in train\.py( \S+)? --help)| For full helptext.*", "", text)
+    if wrong := re.match(r"invalid choice '(.*?)'.*Expected one of \((.*?)\)", text):
+        near = difflib.get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1)
+        text += f" Perhaps you meant: {near[0]}" if near else ""
+    return text
 
 
 def describe_tokens(tokens: float) -> str:

@@ -71,6 +71,7 @@ def test_overrides_reach_every_level():
         ("--stages.1.growth.g 100000000", "no model is made of a thousand times its layers"),
         ("--stages.0.freeze", "stages.0: to freeze all but new layers, or to re-warm new ones, a growth must make some"),
         ("--dtype float16", "invalid choice 'float16'"),
+        ("--optim.name moun", "invalid choice 'moun' for argument '--optim.name'.*Perhaps you meant: muon"),
         ("stray", "stray"),
         ("--optim.betas 2 3", "betas in"),
         ("--optim.grad_clip 0", "grad_clip > 0"),

@@ -18,7 +18,8 @@ from nanostack.model import Llama, LlamaConfig
 
 BASE = 4
 COLOURS = ("#264653", "#2a9d8f", "#e9c46a", "#e76f51")
-EXAMPLES = [(op, {"g": 2} if op in TAKES_G else {}) for op in OPERATORS] + [("stack", {"layers": "0,1-2*3,3"})]
+EXAMPLES = [(op, {"g": 2} if op in TAKES_G else {}) for op in OPERATORS if op != "untie"]  # which makes the layers of stack
+EXAMPLES += [("stack", {"layers": "0,1-2*3,3"})]
 HATCH = {"kept": None, "copied": "//", "zeroed": "xx", "random": "..", "learned": "||"}
 SAID = {
     "kept": "base layer, in its own storage",

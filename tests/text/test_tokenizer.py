@@ -106,9 +106,9 @@ def test_a_million_equal_characters_are_encoded_and_trained_on(text):
 
 def test_cutting_a_long_text_does_not_change_its_tokens(monkeypatch):
     whole = BPE.encode(TEXT)
-    monkeypatch.setattr(tokenizer, "MAX_CHARS", 5000)
+    monkeypatch.setattr(tokenizer, "MAX_CHARS", 12_000)
     first, *rest = tokenizer._parts(TEXT)
-    assert len(rest) > 15 and all(part.startswith(" ") for part in rest), "each seam is before a word"
+    assert len(rest) > 7 and all(part.startswith(" ") for part in rest), "each seam is before a word"
     assert first + "".join(rest) == TEXT and BPE.encode(TEXT) == whole
 
 

@@ -36,6 +36,7 @@ def packages() -> list[str]:
 WITHOUT = """
 import runpy
 import sys
+sys.modules.pop("sitecustomize", None)  # Debian's Python has one, which the fork's parent has imported
 import sitecustomize
 
 assert not [name for name in sys.modules if name.partition(".")[0] in {packages}]

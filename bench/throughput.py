@@ -2,6 +2,7 @@
 
     python bench/throughput.py                                   config/1b.py on a GPU, config/quickstart.py without
     python bench/throughput.py config/3b.py --against compile,hf
+    python bench/throughput.py --optim.name muon --against adamw  ours by either optimizer
 
 Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
 The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
@@ -47,7 +48,7 @@ from study import training_run
 
 OURS = "nanostack"
 STARTED = "NANOSTACK_BENCH_STARTED"  # in the environment: when the process of a way was started
-PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face"}
+PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face", "adamw": "nanostack, AdamW"}
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,9 @@ def work(command: Command, config: Train) -> dict:
             first.append(time.time() - began)
 
     first: list[float] = []
-    kernels = ours(config, mark) if command.worker == OURS else theirs(command.worker, config, mark)
+    if command.worker == "adamw":
+        config = replace(config, optim=replace(config.optim, name="adamw"))
+    kernels = ours(config, mark) if command.worker in (OURS, "adamw") else theirs(command.worker, config, mark)
     if cuda:
         torch.cuda.synchronize()
         seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]

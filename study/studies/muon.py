@@ -25,7 +25,7 @@ study = Study(
         "into muon": Arm("2 layers by AdamW → 8 by Muon", 2, (replace(STACK, optim="muon"),)),
     },
     sizes={
-        "cpu": (replace(CPU, budgets=(4.5e12, 9e12), lrs=(2e-3, 4e-3, 8e-3), text="site-packages"),),
-        "gpu": (replace(GPU, budgets=(1.5e14, 3e14), lrs=(2e-3, 4e-3, 8e-3)),),
+        size: (replace(one, budgets=budgets, lrs=(2e-3, 4e-3, 8e-3), text="site-packages"),)
+        for size, one, budgets in (("cpu", CPU, (4.5e12, 9e12)), ("gpu", GPU, (1.5e14, 3e14)))
     },
 )

@@ -84,10 +84,12 @@ def test_the_gate_fails_with_a_message(monkeypatch, capsys):
     assert ended.value.code == 2
 
 
-def test_the_gate_does_not_take_interpreted_kernels():
-    command, environment = [sys.executable, "-m", "kernels.aot"], os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1"), done.stderr
+@pytest.mark.parametrize(
+    ("what", "value", "said"), [("INTERPRETED", True, "TRITON_INTERPRET=1"), ("HAS_TRITON", False, "Triton")]
+)
+def test_the_gate_does_not_take_interpreted_kernels_and_needs_triton(what, value, said, monkeypatch, capsys):
+    monkeypatch.setattr(aot, what, value)
+    assert aot.main([]) == 2 and capsys.readouterr().err.startswith(f"error: {said} is ")
 
 
 def test_listings_of_several_kernels_are_each_the_one_of_the_whole_file(tmp_path):
@@ -151,9 +153,9 @@ def test_tune_calls_the_operator_of_every_row_with_shapes_that_fit_together():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_tune_says_that_there_is_nothing_to_measure():
-    done = subprocess.run([sys.executable, "-m", "kernels.tune"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: nothing to measure: no CUDA device"), done.stderr
+def test_tune_says_that_there_is_nothing_to_measure(capsys):
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing to measure: no CUDA device")
 
 
 @pytest.mark.gpu

@@ -21,8 +21,3 @@ def test_triton_run_gives_the_losses_of_the_torch_run(mask, trainer):
     for name in ("loss", "val_loss", "grad_norm"):
         expected = [r[name] and pytest.approx(r[name], rel=2e-5) for r in torch_run]
         assert [r[name] for r in triton_run] == expected, name
-
-
-def test_interpreter_refuses_bfloat16_in_which_it_is_silently_wrong(trainer):
-    message = trainer.refused("x", "--kernels", "triton", "--dtype", "bfloat16", env={"TRITON_INTERPRET": "1"})
-    assert "add --dtype float32" in message

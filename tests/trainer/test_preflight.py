@@ -33,6 +33,15 @@ def test_kernels_that_were_chosen_are_those_that_run(name, monkeypatch):
         assert preflight.choose_kernels(name, CPU) == "torch"
 
 
+def test_interpreter_refuses_bfloat16_in_which_it_is_silently_wrong(monkeypatch):
+    monkeypatch.setattr(kernels.dispatch, "INTERPRETED", True)
+    assert preflight.choose_kernels("triton", CPU) == "triton"
+    with pytest.raises(
+        ValueError, match="--kernels triton: Triton's interpreter is right in float32 only; add --dtype float32"
+    ):
+        preflight.choose_kernels("triton", dataclasses.replace(CPU, dtype=torch.bfloat16))
+
+
 def test_gpu_that_triton_does_not_serve_runs_torch_or_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "unavailable_reason", lambda device: "the kernels need compute capability 8.0 or newer.")
     assert preflight.choose_kernels("auto", CUDA) == kernels.dispatch._backend == "torch"

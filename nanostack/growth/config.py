@@ -61,7 +61,7 @@ class Growth:
     layers: str | None = None
     """Instead of g: which base layer each new layer copies, e.g. 0-1,2-5*5,4-5."""
     optimizer: Literal["reset", "copy"] = "reset"
-    """Adam's moments and steps after growth: all zero (the paper), or copied with the layers."""
+    """The optimizer's moments and steps after growth: all zero (the paper), or copied with the layers."""
     k: int | None = None
     """Layers that middle repeats, solar drops at the seam, insert lets stand between two new ones."""
     moments_old: Literal["keep", "zero", "scale"] | None = None

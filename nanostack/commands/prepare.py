@@ -14,8 +14,9 @@ A source is a folder, a file, a dataset of Hugging Face's, or one of two words (
 .gz and .zst are unpacked on the way. Then, in one pass and in the order of the paths:
 
 1. Hidden, binary, empty and repeated documents, and what is no UTF-8, are left out and counted.
-2. A document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below --val_fraction: a text
-   is always on the same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
+2. With --val SOURCE..., all documents of these sources are for validation, and are left out of the others. Else a document is
+   for validation if the leading 64 bits of the BLAKE2b hash of its text are below --val_fraction: a text is always on the
+   same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
 3. Documents, each followed by end-of-text, are encoded by all cores, about a megabyte at a time.
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
    leaves OUT as it was, and the next one clears away what it left.

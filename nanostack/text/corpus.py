@@ -3,7 +3,8 @@
 `prepare(CorpusConfig(...))` reads the sources (nanostack.text.sources) once, in the order of their paths:
 
 1. Hidden, binary, empty and repeated documents, and what is no UTF-8, are left out and counted.
-2. A document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below val_fraction: a text is
+2. With sources of its own for validation (`val`), all of their documents are for validation, and are left out of the others.
+   Else a document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below val_fraction: a text is
    always on the same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
 3. Documents, each followed by end-of-text, are encoded by all cores, about a megabyte at a time.
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
@@ -23,7 +24,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,7 @@ from nanostack.text.manifest import FORMAT, MANIFEST, SPLITS
 from nanostack.text.sources import File, Reader, list_files, name_of
 from nanostack.text.tokenizer import JSON_FILE, RANKS_FILE, Tokenizer, check_size, get, train
 
+ALL = 1 << 64  # above every document's place between training and validation
 BATCH = 1 << 20  # bytes of text that a worker gets at a time
 SAMPLE = 1 << 26  # bytes of text that bpe:N is trained on at most
 LIMITS = ("max_documents", "max_bytes")
@@ -52,14 +54,17 @@ class CorpusConfig:
     """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet; hf:OWNER/NAME,name=...,split=..."""
     out: Path
     """folder for the tokens; must not exist yet"""
+    val: tuple[str, ...] = ()
+    """sources of the validation text, as those of the rest: a benchmark's split, say; documents that stand on both sides are
+    for validation alone"""
     tokenizer: str = "bpe:1024"
     """gpt2, cl100k_base, o200k_base, bytes, bpe:N (N entries, trained on the sources), a file of ranks, a tokenizer.json or
     a folder that has one, OWNER/NAME on Hugging Face's Hub, or a folder of prepared data; bpe:1024 suits 10 MB of text, more
     deserves a larger one"""
     field: str = "text"
     """the field of .jsonl and column of .parquet that holds the text"""
-    val_fraction: float = 0.05
-    """share of the documents kept for validation; 0.001 is plenty for many GB"""
+    val_fraction: float | None = None
+    """share of the documents kept for validation where --val names none; 0.05 unless told, 0.001 is plenty for many GB"""
     max_documents: int | None = None
     """stop after so many documents, repeated ones not counted"""
     max_bytes: int | None = None
@@ -82,19 +87,24 @@ def prepare(config: CorpusConfig) -> dict:
         skipped: Counter = Counter()
         listed = [list_files(source, skipped) for source in config.sources]
         files = list(itertools.chain.from_iterable(listed))
+        listed_val = [list_files(source, skipped) for source in config.val]
+        val_files = list(itertools.chain.from_iterable(listed_val))
         limits = {name: most for name in LIMITS if (most := getattr(config, name)) is not None}
-        bound = int(config.val_fraction * 2**64)
-        encoder, trained = _tokenizer(config, files, bound)
-        splits, dropped, lowest = _write_shards(config, files, encoder, folder, bound)
-        if splits["train"]["documents"] > 1 and not splits["val"]["documents"]:
+        bound = 0 if config.val else int(_fraction(config) * 2**64)
+        held_out: set[bytes] = set()
+        for _ in Split(Reader(val_files, config.field), ALL, held_out):  # which puts their hashes there
+            pass
+        encoder, trained = _tokenizer(config, files, bound, held_out)
+        splits, dropped, lowest = _write_shards(config, files, val_files, encoder, folder, bound, held_out)
+        if not config.val and splits["train"]["documents"] > 1 and not splits["val"]["documents"]:
             _clear(folder)
-            splits, dropped, _ = _write_shards(config, files, encoder, folder, lowest + 1)
+            splits, dropped, _ = _write_shards(config, files, val_files, encoder, folder, lowest + 1, held_out)
         left_out = dict(sorted((skipped + dropped).items()))
         _check_documents(config, splits, left_out)
         manifest = {
             "format": FORMAT,
             "sources": [name_of(source, found) for source, found in zip(config.sources, listed, strict=True)],
-            "val_fraction": config.val_fraction,
+            **_named_split(config, listed_val),
             **limits,
             "tokenizer": encoder.save(folder) | trained,
             "dtype": encoder.dtype.str,
@@ -105,8 +115,23 @@ def prepare(config: CorpusConfig) -> dict:
     return manifest
 
 
+def _fraction(config: CorpusConfig) -> float:
+    return 0.05 if config.val_fraction is None else config.val_fraction
+
+
+def _named_split(config: CorpusConfig, listed_val: list[list[File]]) -> dict:
+    """What the manifest says of the split."""
+    if not config.val:
+        return {"val_fraction": _fraction(config)}
+    return {"val": [name_of(source, found) for source, found in zip(config.val, listed_val, strict=True)]}
+
+
 def _check_options(config: CorpusConfig):
-    if not 0 < config.val_fraction < 1:
+    if config.val and config.val_fraction is not None:
+        raise UserError(
+            "--val_fraction keeps documents of the sources for validation, and --val names others: give one of them"
+        )
+    if not 0 < _fraction(config) < 1:
         raise UserError(f"--val_fraction is a share of the documents between 0 and 1, not {config.val_fraction}")
     if min(config.shard_tokens, config.workers) < 1:
         raise UserError("--shard_tokens and --workers must be at least 1")
@@ -125,6 +150,13 @@ def _check_options(config: CorpusConfig):
 def _check_documents(config: CorpusConfig, splits: dict, dropped: dict):
     left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing"
     left_out += "".join(f"; all above --{name} {getattr(config, name)}" for name in LIMITS if getattr(config, name))
+    if config.val and not splits["val"]["documents"]:
+        raise UserError(f"there is no text in --val {' '.join(config.val)} (left out: {left_out})")
+    if config.val and not splits["train"]["documents"]:
+        raise UserError(
+            f"{' '.join(config.sources)} has no text that --val {' '.join(config.val)} has not (left out: {left_out}): "
+            "nothing is left to train on"
+        )
     documents = sum(entry["documents"] for entry in splits.values())
     if documents == 0:
         raise UserError(f"there is no text in {' '.join(config.sources)} (left out: {left_out})")
@@ -183,7 +215,7 @@ def _clear(folder: Path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _tokenizer(config: CorpusConfig, files: list[File], bound: int) -> tuple[Tokenizer, dict]:
+def _tokenizer(config: CorpusConfig, files: list[File], bound: int, held_out: set[bytes]) -> tuple[Tokenizer, dict]:
     """The tokenizer, with what to say of it in the manifest: bpe:N is trained on SAMPLE bytes at most, a share per file.
 
     Under a limit it is trained on the first SAMPLE bytes within, so that no other file of a dataset is fetched.
@@ -200,7 +232,7 @@ def _tokenizer(config: CorpusConfig, files: list[File], bound: int) -> tuple[Tok
     def sample() -> Iterator[str]:
         for group in groups:
             end = min(count["bytes"] + share, SAMPLE)
-            for split, text, size in Split(Reader(group, config.field), bound, seen, *limits):
+            for split, text, size in Split(Reader(group, config.field), bound, seen, held_out, *limits):
                 if count["bytes"] + size > end:
                     break
                 if split == "train":
@@ -217,13 +249,20 @@ def _tokenizer(config: CorpusConfig, files: list[File], bound: int) -> tuple[Tok
 
 
 def _write_shards(
-    config: CorpusConfig, files: list[File], encoder: Tokenizer, folder: Path, bound: int
+    config: CorpusConfig,
+    files: list[File],
+    val_files: list[File],
+    encoder: Tokenizer,
+    folder: Path,
+    bound: int,
+    held_out: set[bytes],
 ) -> tuple[dict, Counter, int]:
     """Encode and write every document; returns (entry per split, what was dropped, the lowest hash of a document)."""
-    reader = Reader(files, config.field, config.keep_downloads)
-    documents = Split(reader, bound, set(), *(getattr(config, name) for name in LIMITS))
+    reader, val_reader = (Reader(of, config.field, config.keep_downloads) for of in (files, val_files))
+    documents = Split(reader, bound, set(), held_out, *(getattr(config, name) for name in LIMITS))
+    val = Split(val_reader, ALL, set())
     shards = {split: Shards(folder, split, config.shard_tokens) for split in SPLITS}
-    encoded = encode(_batches(documents), encoder, config.workers)
+    encoded = encode(_batches(itertools.chain(val, documents)), encoder, config.workers)
     with contextlib.closing(encoded), _progress(reader, sum(file.size for file in files)) as show:
         for split, tokens in encoded:
             shards[split].write(tokens)
@@ -232,21 +271,30 @@ def _write_shards(
     for split, writer in shards.items():
         writer.close()
         tokens = sum(shard["tokens"] for shard in writer.entries)
-        count = {"documents": documents.documents[split], "tokens": tokens, "bytes": documents.bytes[split]}
-        splits[split] = count | {"shards": writer.entries}  # bytes of text here, bytes of the file in each shard
-    return splits, reader.dropped, documents.lowest
+        count = {"documents": documents.documents[split] + val.documents[split], "tokens": tokens}
+        count["bytes"] = documents.bytes[split] + val.bytes[split]  # of text; each shard has those of its file
+        splits[split] = count | {"shards": writer.entries}
+    dropped_val = Counter({f"val_{reason}": count for reason, count in val_reader.dropped.items()})
+    return splits, reader.dropped + dropped_val, documents.lowest
 
 
 class Split:
-    """Reads documents once, leaves out the empty and the repeated, and says on which side of the split each one is.
+    """Reads documents once, leaves out the empty, the repeated and those held out, and says on which side of the split each is.
 
-    Ends after max_documents of both sides together, and before the one with which they would have more than max_bytes.
+    A document is for validation if its hash is below `bound`; the hashes of all go into `seen`. Ends after max_documents of
+    both sides together, and before the one with which they would have more than max_bytes.
     """
 
     def __init__(
-        self, reader: Reader, bound: int, seen: set[bytes], max_documents: int | None = None, max_bytes: int | None = None
+        self,
+        reader: Reader,
+        bound: int,
+        seen: set[bytes],
+        held_out: Collection[bytes] = (),
+        max_documents: int | None = None,
+        max_bytes: int | None = None,
     ):
-        self.reader, self.bound, self.seen, self.lowest = reader, bound, seen, 1 << 64
+        self.reader, self.bound, self.seen, self.held_out, self.lowest = reader, bound, seen, held_out, ALL
         self.max_documents, self.max_bytes = max_documents or float("inf"), max_bytes or float("inf")
         self.documents: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -261,6 +309,8 @@ class Split:
             digest = hashlib.blake2b(data, digest_size=16).digest()
             if not data.strip():
                 self.reader.dropped["empty"] += 1
+            elif digest in self.held_out:
+                self.reader.dropped["in_val"] += 1
             elif digest in self.seen:
                 self.reader.dropped["duplicate"] += 1
             elif self.bytes.total() + len(data) > self.max_bytes:

@@ -35,7 +35,7 @@ def texts(tmp_path) -> Path:
 
 
 def run(out: Path, *sources: Path | str, **options) -> dict:
-    options = {"tokenizer": "bytes", "workers": 1, "val_fraction": 0.2} | options
+    options = {"tokenizer": "bytes", "workers": 1} | ({} if "val" in options else {"val_fraction": 0.2}) | options
     return prepare(CorpusConfig(sources=[str(source) for source in sources], out=out, **options))
 
 
@@ -291,3 +291,52 @@ def test_what_others_keep_beside_the_folder_stays(tmp_path, texts):
     for _ in range(2):
         run(tmp_path / "out2", texts, overwrite=True)
     assert (tmp_path / "out.old/mine/manifest.json").is_file()
+
+
+def test_validation_text_of_its_own_is_the_same_whatever_comes_with_it_and_stays_out_of_training(texts, tmp_path):
+    """It lies inside one of the sources, and a copy under another name in the other."""
+    shutil.copy(next((texts / "sub1").iterdir()), texts / "sub2" / "copy.py")
+    judged, val = {}, (str(texts / "sub1"),)
+    for name, sources in (("all", [texts]), ("one", [texts / "sub0"]), ("two", [texts / "sub2", texts / "sub0"])):
+        manifest = run(tmp_path / name, *sources, val=val, max_documents=1000)
+        found = documents(tmp_path / name)
+        judged[name] = [(shard["tokens"], shard["sha256"]) for shard in manifest["splits"]["val"]["shards"]]
+        assert sorted(found["val"]) == sorted(path.read_text("utf-8") for path in (texts / "sub1").iterdir())
+        assert not set(found["val"]) & set(found["train"]) and found["train"]
+        overlap = {"all": len(found["val"]) + 1, "one": 0, "two": 1}[name]
+        assert manifest["dropped"].get("in_val", 0) == overlap
+        assert manifest["val"] == ["sub1"] and "val_fraction" not in manifest
+    assert judged["all"] == judged["one"] == judged["two"]
+    trained = [run(tmp_path / f"bpe{i}", texts, val=val, tokenizer="bpe:260")["tokenizer"]["trained_on"] for i in (0, 1)]
+    size = sum(len(text.encode()) for text in documents(tmp_path / "bpe0")["train"])
+    assert trained[0] == trained[1] and trained[0]["bytes"] == size, "the tokenizer has not seen it either"
+
+
+def test_repeated_documents_of_the_validation_text_are_counted_apart_and_limits_are_for_training(texts, tmp_path):
+    (tmp_path / "val").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / "val" / name).write_text("" if name == "c.txt" else "judge by this")
+    manifest = run(tmp_path / "out", texts, val=(str(tmp_path / "val"),), max_documents=5)
+    assert {split: entry["documents"] for split, entry in manifest["splits"].items()} == {"train": 5, "val": 1}
+    assert manifest["dropped"] == {"val_duplicate": 1, "val_empty": 1}
+
+
+@pytest.mark.parametrize(
+    ("val", "options", "message"),
+    [
+        ("nowhere", {}, "there is no source"),
+        ("blank", {}, r"there is no text in --val .*blank \(left out: 1 val_empty\)"),
+        ("texts", {}, r"has no text that --val .*texts has not \(left out: \d+ in_val\): nothing is left to train on"),
+        (
+            "texts",
+            {"val_fraction": 0.1},
+            "--val_fraction keeps documents of the sources for validation, and --val names others",
+        ),
+    ],
+)
+def test_validation_text_that_cannot_be_is_refused_and_nothing_written(texts, tmp_path, val, options, message):
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank/a.txt").write_text("\n")
+    with pytest.raises(UserError, match=message) as error:
+        run(tmp_path / "out", texts, val=(str(tmp_path / val),), **options)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))

@@ -23,10 +23,10 @@ from nanostack.flops import n_params
 from nanostack.growth import Growth, GrowthPlan, ramp_left
 from nanostack.growth.moments import RESET
 from nanostack.hf import export
-from nanostack.memory import growth_bytes
+from nanostack.memory import grown_state, growth_bytes
 from nanostack.micro_step import MicroStep
 from nanostack.model import LlamaConfig
-from nanostack.optimizer import name_of, state_numbers
+from nanostack.optimizer import name_of
 from nanostack.parallel import Placement
 from nanostack.state import State
 from nanostack.text.dataset import Prefetcher, Tokens
@@ -164,14 +164,11 @@ def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[]
 def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
     """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
     base = LlamaConfig(**saved["config"])
-    optimizer = name_of(saved["optimizer"])
-    old, new = n_params(base), n_params(plan.config)
-    written = saved.get("dtype", torch.float32).itemsize * (new + state_numbers(plan.config, optimizer))
-    needed = growth_bytes(base, how, optimizer)
-    size = {"n_params_before": old, "n_params": new, "bytes_needed": needed, "bytes_written": written}
-    return (
-        {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config), "preserves": plan.preserves and not how.noise} | size
-    )
+    optimizer, new = name_of(saved["optimizer"]), n_params(plan.config)
+    written = saved.get("dtype", torch.float32).itemsize * (new + grown_state(base, how, optimizer))
+    size = {"n_params_before": n_params(base), "n_params": new, "bytes_needed": growth_bytes(base, how, optimizer)}
+    size |= {"bytes_written": written, "preserves": plan.preserves and not how.noise}
+    return {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config)} | size
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class Run:
         steps, dtype = config.steps_left(cursor), str(placement.dtype).removeprefix("torch.")
         amount, epoch = describe_tokens(steps * config.batch_tokens), describe_tokens(self.tokens.n_tokens)
         return (
-            f"{config.out}: {model.n_layer} layers × {model.d_model}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
+            f"{config.out}: {model.outline()}, {n_params(model) / 1e6:.2f}M parameters, {start}\n"
             f"{steps} steps of {config.batch_tokens} tokens ({amount}) of {config.data.path} ({epoch} an epoch), "
             f"{flops_per_token(model) / 1e6:.1f} MFLOPs a token to begin with\n"
             f"{parallel.world_size()} × {placement.device.type}, {dtype}, {self.kernels} kernels, "

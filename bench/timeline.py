@@ -33,7 +33,7 @@ from nanostack.provenance import device_name
 
 KINDS = {  # the first whose pattern is found in the name of a kernel or, on a CPU, an operation
     "attention": r"attention|flash|fmha|cudnn.*sdpa",
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(add)?mm|aten::bmm",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(b?addb?)?mm|aten::bmm",  # Newton–Schulz's too
     "RMSNorm": r"rms_?norm",
     "rotary": r"rotary",
     "SwiGLU": r"swiglu",

@@ -198,12 +198,19 @@ def capacity(gpu: str) -> float:
     raise UserError(f"gpu is one of {names}, or a number of GiB, not {gpu!r}")
 
 
+def grown_state(base: LlamaConfig, how: Growth, optimizer: str | None) -> int:
+    """Numbers that the state of `optimizer` holds after a growth: new layers whose moments are zero have none yet."""
+    plan = how.plan(base)
+    if (plan.moments.old, plan.moments.new) == ("zero", "zero"):
+        return 0
+    return state_numbers(base if plan.moments.new == "zero" and not how.width else plan.config, optimizer)
+
+
 def growth_bytes(base: LlamaConfig, how: Growth, optimizer: str | None) -> int:
     """Bytes of weights and of the state of `optimizer` (None: it has none) on one device while a model grows."""
     plan = how.plan(base)
     old, whole = n_params(base), n_params(plan.config)
-    state, whole_state = state_numbers(base, optimizer), state_numbers(plan.config, optimizer)
-    numbers = whole + (state if plan.moments.new == "zero" and not how.width else whole_state)
+    numbers = whole + max(grown_state(base, how, optimizer), state_numbers(base, optimizer))
     if how.width or how.noise:  # the largest tensor is there twice
         numbers += max(plan.config.vocab_size, 2 * plan.config.d_ff) * plan.config.d_model
     if plan.learns:  # the old weights, and gradients of the new ones

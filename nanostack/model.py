@@ -96,6 +96,10 @@ class LlamaConfig:
         """What residual branches are multiplied by."""
         return 1.0 if self.residual_scale is None else self.residual_scale / self.depth
 
+    def outline(self) -> str:
+        """The size in a few words: 24 layers × 2048, or 2 layers run 4 times × 2048."""
+        return f"{self.n_layer} layers{f' run {self.loops} times' if self.loops > 1 else ''} × {self.d_model}"
+
     def unrolled(self) -> "LlamaConfig":
         """The shape of the model that computes the same without loops."""
         return replace(self, n_layer=self.depth, loops=1)

@@ -4,12 +4,14 @@ Runs of one recipe, whatever their seed and length, are one arm; so are runs who
 budget to budget. "scratch" never grew and has the shape of the grown models.
 """
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 
 from nanostack import checkpoint
 from nanostack.errors import UserError
+from nanostack.model import LlamaConfig
 from nanostack.runs import read_run
 
 LENGTHS = ("tokens", "warmup_tokens", "decay_tokens")  # of a stage: not of the recipe
@@ -139,10 +141,16 @@ def described(folder: Path, header: dict, records: list[dict]) -> dict:
 
 
 def _grown(model: dict, receipts: list[dict]) -> dict:
-    """The shape of a model after its growths."""
+    """The shape of a model after its growths, with fields that it may not have had yet when it was trained."""
+    model = dataclasses.asdict(LlamaConfig(**model))
     for receipt in receipts:
         wider = (receipt["width"] or {}).get("to", {})
-        model = model | {"n_layer": len(receipt["rules"])} | {k: v for k, v in wider.items() if k in model}
+        times = len(receipt["rules"]) / model["n_layer"]
+        if receipt["op"] == "untie":
+            model["loops"] = round(model["loops"] / times)
+        elif receipt.get("residual") == "keep":
+            model["residual_scale"] *= times
+        model |= {"n_layer": len(receipt["rules"])} | {k: v for k, v in wider.items() if k in model}
     return model
 
 
@@ -200,9 +208,10 @@ def _ordered(arms: dict, runs: dict) -> dict:
     if not flat or not grown:
         there = "only runs that grow" if grown else "no run that grows"
         raise UserError(f"there is {there}: give the target from scratch and at least one grown run")
-    target = max((arms[name]["model"] for name in grown), key=lambda model: model["n_layer"])
-    flat.sort(key=lambda name: (arms[name]["model"] != target, end(arms[name])))
-    if arms[flat[0]]["model"] != target:
+    sizes = {name: arm["model"] | {"residual_scale": None} for name, arm in arms.items()}  # which makes no other size
+    target = max((sizes[name] for name in grown), key=lambda model: model["n_layer"])
+    flat.sort(key=lambda name: (sizes[name] != target, end(arms[name])))
+    if sizes[flat[0]] != target:
         raise UserError(f"there is no run of the target ({target['n_layer']} layers × {target['d_model']}) from scratch")
     wanted = set(arms[flat[0]]["seeds"])
     for name in flat + grown:

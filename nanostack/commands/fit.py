@@ -48,7 +48,7 @@ def main(command: Command) -> dict:
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     console = Console(stderr=command.json, highlight=False)
     answer: dict = {"gpu": command.gpu, "count": command.count, "room": room, "vocab_size": model.vocab_size, "options": []}
-    table = Table(title=f"{command.config} on {command.count} × {command.gpu}: {model.n_layer} layers × {model.d_model}")
+    table = Table(title=f"{command.config} on {command.count} × {command.gpu}: {model.outline()}")
     for name in ("checkpointing", "moments", "micro_batch", "tokens", "stays, GiB", "per sequence, GiB"):
         table.add_column(name, justify="right")
     for how, moments in itertools.product(CHECKPOINTING, MOMENTS):

@@ -57,7 +57,7 @@ def main(command: Command) -> dict:
     checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), command.out)
     config = state.model.config
     if not command.json:
-        print(f"wrote {command.out}: {config.n_layer} layers × {config.d_model}, {n_params(config) / 1e6:.1f}M parameters")
+        print(f"wrote {command.out}: {config.outline()}, {n_params(config) / 1e6:.1f}M parameters")
     return {"out": str(command.out), "config": dataclasses.asdict(config), "n_params": n_params(config)}
 
 

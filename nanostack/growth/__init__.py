@@ -108,7 +108,7 @@ def grow(
             depth_moments = moments if plan.width is None else moments._replace(old="keep")
             moved += _deepen(model, optimizer, plan, depth_moments, seed, hooks)
             hooks.rejoin(model)
-            _enlarge(model, optimizer, plan)
+            _follow_scale(model, optimizer, plan, base)
         if receipt.width is not None and optimizer is not None:
             _settle_width(model, optimizer, receipt, moments)
         if receipt.ramps:
@@ -242,15 +242,20 @@ def _fill(new: Tensor, old: Tensor, layer: Layer, name: str, config: LlamaConfig
 
 
 @torch.no_grad()
-def _enlarge(model: Llama, optimizer, plan: GrowthPlan) -> None:
-    """Multiply what old layers write to the residual stream, and divide the moments of what writes it, as its gradient is."""
-    if plan.enlarge == 1:
+def _follow_scale(model: Llama, optimizer, plan: GrowthPlan, base: LlamaConfig) -> None:
+    """Where branches count for another share than in the base: a model that is to compute what it did writes as much less or
+    more to the residual stream, and moments are multiplied as the gradients are that they tell of."""
+    share = plan.config.branch_scale / base.branch_scale
+    if share == 1:
         return
     for block, layer in zip(model.blocks, plan.layers, strict=True):
-        for weight in (block.attn.out.weight, block.mlp.down.weight) if layer.rule == "kept" else ():
-            local_shard(weight).mul_(plan.enlarge)
-            for key, value in (optimizer.state.get(weight, {}) if optimizer is not None else {}).items():
-                local_shard(value).mul_(plan.enlarge ** -POWER[key])
+        for name, weight in block.named_parameters():
+            writes = name.endswith(RESIDUAL_OUTPUTS)
+            if plan.preserves and writes and layer.rule == "kept":
+                local_shard(weight).div_(share)
+            state = optimizer.state.get(weight, {}) if optimizer is not None and (writes or not plan.preserves) else {}
+            for key, value in state.items():
+                local_shard(value).mul_(share ** POWER[key])
 
 
 def _settle_width(model: Llama, optimizer, receipt: Receipt, moments: Moments) -> None:

@@ -29,7 +29,6 @@ class GrowthPlan(NamedTuple):
     preserves: bool  # whether the grown model computes what the base did, but for noise
     width: Width | None  # how its width grows
     moments: Moments  # what becomes of the optimizer's state
-    enlarge: float = 1.0  # what old layers' projections to the residual stream are multiplied by, so that it is preserved
 
     @property
     def learns(self) -> bool:
@@ -136,9 +135,7 @@ def _plan(how: Growth, base: LlamaConfig) -> GrowthPlan:
     grown = replace(wide, n_layer=len(layers), loops=loops)
     if how.residual == "keep" and grown.residual_scale is not None:
         grown = replace(grown, residual_scale=grown.residual_scale * grown.depth / base.depth)
-    # Branches that count for less, in a model that is to compute what it did: what they write is made larger.
-    enlarge = base.branch_scale / grown.branch_scale if preserves else 1.0
-    plan = GrowthPlan(layers, grown, op, preserves, width, how.moments(), enlarge)
+    plan = GrowthPlan(layers, grown, op, preserves, width, how.moments())
     _check(how, plan)
     return plan
 

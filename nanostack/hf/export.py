@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -82,6 +83,9 @@ def save(
         partial.mkdir(parents=True)
         _write_weights(state, partial, dtype, shard_bytes)
         receipts = [receipt.as_dict() for receipt in state.growth]
+        if config.loops > 1 and receipts:
+            print(f"note: {folder} has a layer for each pass of a loop; how the looped ones grew is left out", file=sys.stderr)
+            receipts = []
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
         about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config.unrolled()).fingerprint()}
         generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
@@ -173,13 +177,13 @@ def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
 
 def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:
     """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve. base: the model of others that was grown."""
-    config, cursor = state.model.config, state.cursor
+    config, cursor = state.model.config.unrolled(), state.cursor
     heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
     lines += [
         f"# {name}",
         "",
-        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.n_layer} layers × {config.d_model},",
+        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.outline()},",
     ]
     made = f"Made of {base} with nanostack, and not trained since" if base else "Trained with nanostack"
     lines += [f"{heads}, context {config.seq_len}. {made}.", ""]

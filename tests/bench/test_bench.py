@@ -11,15 +11,16 @@ import pytest
 import torch
 from conftest import ROOT, TINY, python, take_weights
 
-from bench import anchors
+from bench import anchors, timeline
 from bench.ids import fed
 from bench.throughput import timed
-from nanostack.config import load
-from nanostack.flops import n_params
+from nanostack.config import Optim, load
+from nanostack.flops import n_matrices, n_params, newton_schulz_flops
 from nanostack.text.dataset import Tokens, verify
 from nanostack.text.manifest import load_manifest
 
 GPU = torch.cuda.is_available()
+MUON = Optim("muon")
 
 
 def bench(name, *arguments):
@@ -121,7 +122,7 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("throughput", ("--against", "jax"), "--against takes eager, compile, hf, not jax"),
+        ("throughput", ("--against", "jax"), "--against takes eager, compile, hf, adamw, not jax"),
         ("throughput", ("--rounds", "0"), "must be at least 1"),
         ("throughput", ("config/none.py",), "there is no config file config/none.py"),
         ("throughput", (TINY, "--data.pth", "x"), "--data.pth"),
@@ -143,6 +144,17 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
 def test_mistakes_are_told_in_one_line(name, arguments, message, corpus):
     done = bench(name, *(argument.format(data=corpus) for argument in arguments))
     assert done.returncode == 2 and message in done.stderr.splitlines()[0] and "Traceback" not in done.stderr, done.stderr
+
+
+def test_estimate_has_newton_schulz_as_its_flops_and_bytes_say_whatever_the_batch():
+    model = replace(load("config/1b.py", []).shapes()[-1], vocab_size=32000)
+    adamw, muon, many = (timeline.estimated(model, 32768, n, optim) for n, optim in ((1, Optim()), (1, MUON), (64, MUON)))
+    seconds = newton_schulz_flops(model) / (timeline.H200.flops * timeline.H200.products)
+    seconds += 30 * n_matrices(model) / (timeline.H200.bytes * timeline.H200.bandwidth)
+    assert muon["Newton–Schulz"] == many["Newton–Schulz"] == pytest.approx(1e3 * seconds)
+    assert {name for name in muon if muon[name] != adamw.get(name)} == {"Newton–Schulz"}, (
+        "the state saves what the update costs"
+    )
 
 
 @pytest.mark.slow

@@ -71,14 +71,24 @@ def test_preserving_operators_are_exact_either_way(how, optim, residual):
         times = more if residual == "rescale" and name.endswith(RESIDUAL_OUTPUTS) else 1
         assert torch.equal(p, times * before[name])
         assert all(torch.equal(optimizer.state[p][k], v * times ** -POWER[k]) for k, v in kept[name].items())
+    for (number, block), source in zip(enumerate(model.blocks), receipt.layers, strict=True):
+        for name, p in block.named_parameters() if source is not None else ():
+            times = more if residual == "rescale" and name.endswith(RESIDUAL_OUTPUTS) else 1
+            for k, v in kept[f"blocks.{source}.{name}"].items():
+                assert torch.equal(optimizer.state[p][k], v * times ** -POWER[k]), (number, name, k)
 
 
 @pytest.mark.parametrize("residual", ["rescale", "keep"])
 def test_stacked_branches_count_for_a_share_of_what_they_did_or_for_as_much(residual):
     model, optimizer = trained()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in model.named_parameters()}
     eps = [group["eps"] for group in optimizer.param_groups]
-    growth.grow(model, optimizer, Growth("stack", 4, residual=residual))
+    growth.grow(model, optimizer, Growth("stack", 4, residual=residual, optimizer="copy"))
+    for name, p in model.named_parameters():
+        source = name if "blocks" not in name else f"blocks.{int(name.split('.')[1]) % 2}.{name.split('.', 2)[2]}"
+        share = 1 / 4 if residual == "rescale" and "blocks" in name else 1  # of its gradient
+        assert all(torch.equal(optimizer.state[p][k], v * share ** POWER[k]) for k, v in kept[source].items()), name
     assert {block.scale for block in model.blocks} == {1 / 8 if residual == "rescale" else 1 / 2}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     grown = [group["eps"] for group in optimizer.param_groups]

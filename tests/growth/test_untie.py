@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanostack import growth
+from nanostack import growth, models
 from nanostack.config import Growth, Optim
 from nanostack.flops import flops_exact_per_token, flops_per_token, mfu, n_params
 from nanostack.generate import Sampling, continue_rows
@@ -91,14 +91,18 @@ def test_untied_model_and_its_gradient_are_the_looped_ones_to_the_bit(g, optim):
     assert optimizer.state.keys() == set(model.parameters())
 
 
-def test_folder_of_a_looped_model_gives_transformers_the_same_logits(tmp_path):
+def test_folder_of_a_looped_model_gives_transformers_the_same_logits(tmp_path, capsys):
+    """It has a layer for each pass, which the receipt of a growth of looped layers does not tell of: it stays out."""
     transformers = pytest.importorskip("transformers")
     state = State.create(replace(LOOPED, residual_scale=2.0), Optim(), Placement(torch.device("cpu")), 0)
-    for _ in range(2):
+    for how in (Growth("untie", 2), Growth("insert", k=2)):
+        state.grow(how)
         guarded_step(state.optimizer, backward(state.model), 1e-2, 1.0)
     export.save(state, tmp_path / "hf", None)
+    assert "how the looped ones grew is left out" in capsys.readouterr().err
+    assert models.read(tmp_path / "hf")["growth"] == [] and "12 layers × 32" in (tmp_path / "hf/README.md").read_text()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert theirs.config.num_hidden_layers == 8
+    assert theirs.config.num_hidden_layers == 12 == state.model.config.depth
     torch.testing.assert_close(theirs(TOKENS).logits, state.model(TOKENS), rtol=1e-5, atol=1e-5)
 
 

@@ -1,16 +1,17 @@
 """bench/speedup.py on finished run folders: what is compared, and what is refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import TINY, Trainer, python
 
 import train
 from nanostack.config import Stage, load
+from nanostack.model import LlamaConfig
 from nanostack.runs import read_run
 from study.results import curve, speedup
-from study.runs import collect
+from study.runs import _grown, collect
 
 
 @pytest.mark.slow
@@ -96,3 +97,13 @@ def test_run_grown_on_disk_is_told_with_its_base(corpus, tmp_path):
     assert run["evaluations"][: len(of_base)] == of_base and len(run["evaluations"]) > len(of_base)
     assert run["evaluations"][-1]["seconds"] == own[-1]["seconds"] + of_base[-1]["seconds"]
     assert run["growth"]["tokens"] == of_base[-1]["tokens"] == 12 * 256
+
+
+def test_shape_after_growths_has_their_loops_and_scale():
+    """Also of a run from before there were any."""
+    old = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "d_model": 8, "d_ff": 8, "vocab_size": 8, "seq_len": 8}
+    stacked = {"op": "stack", "rules": ["kept"] * 2 + ["copied"] * 2, "width": None}
+    assert _grown(old, [stacked]) == asdict(LlamaConfig(**old | {"n_layer": 4}))
+    looped = _grown(old | {"loops": 4, "residual_scale": 1.0}, [stacked | {"op": "untie", "residual": "rescale"}])
+    assert (looped["n_layer"], looped["loops"], looped["residual_scale"]) == (4, 2, 1.0)
+    assert _grown(old | {"residual_scale": 1.0}, [stacked | {"residual": "keep"}])["residual_scale"] == 2.0

@@ -290,8 +290,9 @@ class Llama(nn.Module):
         found: dict[Tensor, tuple[int, ...]] = {}
         for block in self.blocks:
             found[block.attn.qkv.weight] = tuple(heads * self.config.d_head for heads in block.attn.heads)
-            found[block.attn.out.weight] = found[block.mlp.down.weight] = (self.config.d_model,)
+            found[block.attn.out.weight] = (self.config.d_model,)
             found[block.mlp.gate_up.weight] = (self.config.d_ff, self.config.d_ff)
+            found[block.mlp.down.weight] = (self.config.d_model,)
         return found
 
     def init_rope(self) -> None:

@@ -13,10 +13,11 @@ RENAMED = {
     "parallel.replicate": "parallel.dp_replicate",
     "parallel.shard": "parallel.dp_shard",
 }
-ADDED: dict[str, dict[str, Any]] = {
+ADDED: dict[str, dict[str, Any]] = {  # later, and what every run did before
     "optim": {"name": "adamw", "momentum": 0.95},
     "model": {"loops": 1, "residual_scale": None},
-}  # later, and what every run did before
+    "growth": {"residual": "rescale"},
+}
 Class = TypeVar("Class", bound=type)
 _said: set[str] = set()
 
@@ -68,12 +69,17 @@ def former_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config under the names that it had at first, without what was added since and is at its default: what was hashed then
     has the same hash."""
     config = _translated(config, {new: old for old, new in RENAMED.items()}, lambda *_: None)
-    return {part: _without(value, ADDED.get(part, {})) for part, value in config.items()}
+    return {part: _without(part, value) for part, value in config.items()}
 
 
-def _without(value: Any, defaults: dict[str, Any]) -> Any:
-    """A part of a config but for fields that have these values."""
-    return {k: v for k, v in value.items() if k not in defaults or v != defaults[k]} if defaults else value
+def _without(part: str, value: Any) -> Any:
+    """A part of a config, but for fields of ADDED that have the values which stand there."""
+    if isinstance(value, list | tuple):
+        return [_without(part, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    added = ADDED.get(part, {})
+    return {name: _without(name, one) for name, one in value.items() if name not in added or one != added[name]}
 
 
 def _translated(config: dict, names: dict[str, str], say: Callable[[str, str], None]) -> dict:

@@ -116,8 +116,8 @@ class Muon(AdamW):
 def make_optimizer(model: Llama, optim: Optim) -> AdamW:
     """The optimizer that `optim` names. Weight decay on matrices only: norm gains have no reason to shrink.
 
-    With a residual_scale the gradients of the blocks are divided by the depth, and so is their eps (CompleteP, arXiv
-    2505.01618).
+    Each group has the model's order, as after a growth: norms are sums in it. With a residual_scale the gradients of the blocks
+    are divided by the depth, and so is their eps (CompleteP, arXiv 2505.01618).
     """
     matrices = model.matrices() if optim.name == "muon" else {}
     rest = [p for p in model.parameters() if p.requires_grad and p not in matrices]
@@ -136,7 +136,7 @@ def make_optimizer(model: Llama, optim: Optim) -> AdamW:
     if optim.name == "adamw":
         return AdamW(groups, **options)
     momentum = {"weight_decay": optim.weight_decay, "momentum": optim.momentum}
-    groups.append({"params": [p for p in matrices if p.requires_grad], **momentum})
+    groups.append({"params": [p for p in model.parameters() if p.requires_grad and p in matrices], **momentum})
     return Muon(groups, model.matrices, **options)
 
 

@@ -36,6 +36,7 @@ from nanostack.config import Stage, Train
 from nanostack.device import choose_device
 from nanostack.errors import UserError
 from nanostack.files import replacing
+from nanostack.model import LlamaConfig
 from nanostack.provenance import device_name, git_commit, versions
 from nanostack.recorder import Diverged
 from nanostack.runs import read_run
@@ -102,7 +103,9 @@ class Runner:
         differ = [k for k, v in about.items() if k in self.results and self.results[k] != v and k != "question"]
         if differ:
             raise UserError(f"{path} has results of another study, size or text ({', '.join(differ)} differ): move it away")
-        about |= {"model": asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
+        before = self.results.get("model")  # which may have fewer fields
+        same = before is not None and LlamaConfig(**before) == plan.model
+        about |= {"model": before if same else asdict(plan.model), "budgets": list(plan.size.budgets), "decay": plan.size.decay}
         about["batch_tokens"] = plan.size.batch_tokens
         if any(self.results.get(k) != v for k, v in about.items() if k != "question"):
             self.results.pop("arms", None)  # an edited study is not finished any more

@@ -71,7 +71,7 @@ class Optim:
 
     name: OptimizerName = "adamw"
     momentum: float = 0.95
-    """Muon's, of Nesterov's kind."""
+    """The share of its momentum that Muon keeps from step to step; it looks ahead as Nesterov's method does."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1

@@ -54,15 +54,15 @@ class CorpusConfig:
     """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet; hf:OWNER/NAME,name=...,split=..."""
     out: Path
     """folder for the tokens; must not exist yet"""
-    val: tuple[str, ...] = ()
-    """sources of the validation text, as those of the rest: a benchmark's split, say; documents that stand on both sides are
-    for validation alone"""
     tokenizer: str = "bpe:1024"
     """gpt2, cl100k_base, o200k_base, bytes, bpe:N (N entries, trained on the sources), a file of ranks, a tokenizer.json or
     a folder that has one, OWNER/NAME on Hugging Face's Hub, or a folder of prepared data; bpe:1024 suits 10 MB of text, more
     deserves a larger one"""
     field: str = "text"
     """the field of .jsonl and column of .parquet that holds the text"""
+    val: tuple[str, ...] = ()
+    """sources of the validation text, as those of the rest: a benchmark's split, say; documents that stand on both sides are
+    for validation alone"""
     val_fraction: float | None = None
     """share of the documents kept for validation where --val names none; 0.05 unless told, 0.001 is plenty for many GB"""
     max_documents: int | None = None

@@ -89,14 +89,17 @@ class Muon(AdamW):
             found += [(group, Fused(p, rows[p])) for p in group["params"] if p.grad is not None]
         if not found:
             return
-        skipped = getattr(self, "found_inf", torch.zeros((), device=found[0][1].parameter.device))
+        skipped = getattr(self, "found_inf", None)
+        if skipped is None:
+            skipped = torch.zeros((), device=found[0][1].parameter.device)
+        rates = {lr: lr * (1 - skipped) for lr in {group["lr"] for group in groups}}
 
         def momentum_of(number: int) -> Tensor:
             return self._momentum(found[number][1].parameter, found[number][0]["momentum"], skipped)
 
         for number, update in each_update([fused for _, fused in found], momentum_of):
             group, fused = found[number]
-            rate = group["lr"] * (1 - skipped)
+            rate = rates[group["lr"]]
             local_shard(fused.parameter).mul_(1 - rate * group["weight_decay"]).sub_(update * rate)
 
     def _momentum(self, parameter: Tensor, momentum: float, skipped: Tensor) -> Tensor:

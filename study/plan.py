@@ -150,6 +150,11 @@ CONTROLS = {  # what every study compares with
 }
 
 
+def controls(optim: OptimizerName) -> dict[str, Arm]:
+    """The same, trained by another optimizer."""
+    return {name: replace(arm, optim=optim) for name, arm in CONTROLS.items()}
+
+
 @dataclass(frozen=True)
 class Study:
     name: str

@@ -102,7 +102,7 @@ FAULTS = (
     fault("exact_flops", "test_flops", "config.d_model * (config.seq_len + 1)", "config.d_model * config.seq_len"),
     fault("muon_rows", "test_muon", "rows, found = self.rows_of(), []",
           "rows, found = {p: (len(p),) for p in self.rows_of()}, []"),
-    fault("muon_skips", "test_muon", 'rate = group["lr"] * (1 - skipped)', 'rate = group["lr"]'),
+    fault("muon_skips", "test_muon", 'lr: lr * (1 - skipped) for lr', 'lr: lr + 0 * skipped for lr'),
     fault("muon_of_another_size", "test_muon", "(0.2 * shape[-1] ** 0.5)", "(0.2 * shape[0] ** 0.5)"),
     fault("muon_shard_of_an_owner", "test_parallel:sharded", "[by_shard[rank % self.shards] for by_shard in rows]",
           "[by_shard[0] for by_shard in rows]"),

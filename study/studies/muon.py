@@ -7,7 +7,7 @@ goes on.
 from dataclasses import replace
 
 from nanostack.config import Growth
-from study.plan import CPU, GPU, Arm, Jump, Study
+from study.plan import CPU, GPU, Arm, Jump, Study, controls
 
 STACK = Jump(0.1, Growth("stack", 4, moments_old="keep", moments_new="zero"), restart=False)
 
@@ -15,9 +15,7 @@ study = Study(
     name="muon",
     question="Does growth pay beside Muon, and do the two savings add up?",
     arms={
-        "scratch": Arm("8 layers from scratch, Muon", 8, optim="muon"),
-        "base": Arm("2 layers, never grown, Muon", 2, optim="muon"),
-        "base4": Arm("4 layers, never grown, Muon", 4, optim="muon"),
+        **controls("muon"),
         "stacked": Arm("2 → 8 layers, Muon", 2, (STACK,), "muon"),
         "adamw": Arm("8 layers from scratch, AdamW", 8),
         "adamw base": Arm("2 layers, never grown, AdamW", 2),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanostack.config import Growth
-from study.plan import CPU, GPU, Arm, Jump, Study
+from study.plan import CPU, GPU, Arm, Jump, Study, controls
 
 SCALED = {"residual_scale": 2.0}  # 1 in the base of 2 layers
 KEEP: dict[str, Any] = {"moments_old": "keep", "moments_new": "zero"}
@@ -26,9 +26,7 @@ study = Study(
     name="muon_growth",
     question="What does growth need under Muon?",
     arms={
-        "scratch": Arm("8 layers from scratch", 8, optim="muon"),
-        "base": Arm("2 layers, never grown", 2, optim="muon"),
-        "base4": Arm("4 layers, never grown", 4, optim="muon"),
+        **controls("muon"),
         "adamw base": Arm("2 layers by AdamW, never grown", 2),
         "scaled": Arm("8 layers from scratch, branches 1/4", 8, optim="muon", model=SCALED),
         "scaled base": Arm("2 layers, branches 1", 2, optim="muon", model=SCALED),

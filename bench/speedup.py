@@ -1,7 +1,7 @@
 """How many FLOPs does growth save? What `python -m study` does (study/__main__.py), by the name that the docs use.
 
 python bench/speedup.py study/studies/operators.py                       run a study, or go on with it
-python bench/speedup.py out/quickstart/scratch out/quickstart/grown ...  compare finished runs
+python bench/speedup.py out/1b_scratch out/1b_grown ...                  compare finished runs
 python bench/speedup.py --report                                         write docs/study.md anew from the results
 """
 

@@ -1,7 +1,8 @@
 """How many FLOPs does growth save? `python bench/speedup.py` is another spelling of `python -m study`.
 
 python -m study study/studies/operators.py                       run a study (study/plan.py), or go on with it
-python -m study out/quickstart/scratch out/quickstart/grown ...  compare finished runs
+python -m study study/studies/operators.py --pace                measure how fast its models train, with nothing beside
+python -m study out/1b_scratch out/1b_grown ...                  compare finished runs
 python -m study --report                                         write docs/study.md anew from the results
 """
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from nanostack.errors import UserError, command_line
 from study import ROOT, runner
 from study.draw import draw_curves
+from study.pace import measure
 from study.plan import Study
 from study.report import write_report
 from study.results import at_best_pace, pays, summarise, table
@@ -41,6 +43,8 @@ class Command:
     """Folder of a study's runs."""
     results: Path = Path("bench/results")
     """Folder of result files and pictures."""
+    pace: bool = False
+    """Measure how fast each model of a study trains with nothing beside, into its results."""
     report: bool = False
     """Write study.md in `docs` anew from all studies in `results`."""
     docs: Path = ROOT / "docs"
@@ -106,7 +110,10 @@ def run_study(command: Command, console: Console) -> dict:
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
     data = command.data and command.data.resolve()
-    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console)
+    target = measure if command.pace else None
+    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console, target)
+    if command.pace:
+        return {file.stem: json.loads(file.read_text())["pace"] for file in files}
     summaries = {}
     for file in files:
         console.print(f"results are in {file}", soft_wrap=True)

@@ -1,92 +1,102 @@
-"""Does stacking pay? Three arms at the same FLOPs on the same text, one table, one picture. `make quickstart` runs it.
+"""Does stacking pay? Four arms at the same FLOPs on the same text, one table, one picture. `make quickstart` runs it.
 
-    scratch   the 8-layer model from scratch, its learning rate tuned and fully decayed
-    grown     2 layers, stacked ×4 in place, trained on
-    base      the same 2 layers, never grown: the control that asks whether the target was worth its size at all
+    scratch   the 8-layer model from scratch
+    grown     2 layers, stacked ×4 in place after a tenth of the FLOPs, trained on
+    base4     4 layers, never grown: a control that asks whether a smaller model is not the better buy
+    base      the same 2 layers as those that grow, never grown
 
-Each arm is `train.py config/quickstart*.py`; data order, validation tokens and, for grown and base, initial weights are the
-same. It prints and keeps what it measured, whatever that is. Interrupted, it goes on where it was.
+They are one seed of study/studies/quickstart.py, at the learning rates that its sweep found for each, every point the end of a
+decayed run. The grown arm decays at two smaller budgets, too: where that curve comes down to the last loss of a control, the
+FLOPs are read off. It prints and keeps what it measured, whatever that is. Interrupted, it goes on where it was.
 """
 
 import json
-import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
-from datetime import date
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from nanostack.config import Train, load
 from nanostack.errors import UserError, command_line
-from nanostack.provenance import git_commit
+from nanostack.flops import flops_per_token, n_params
 from nanostack.runs import read_run
-from nanostack.text.manifest import manifest_sha256
+from nanostack.text.manifest import load_manifest
 from study import ROOT
-from study.results import curve, flops_to_reach, speedup
+from study.plan import Job, Plan
+from study.results import difference, ends_of, gain_said, grown_after, over_gains, path_of, read_results, summarise
+from study.runner import Runner, about_now, arms_of, locked
+from study.studies.quickstart import RATES, study
 
-ARMS = {  # config file, colour, line, what the picture says
-    "scratch": ("quickstart_scratch.py", "#555555", "--", "8 layers from scratch"),
-    "grown": ("quickstart.py", "#d1495b", "-", "2 layers, stacked ×4"),
-    "base": ("quickstart_base.py", "#2e86ab", ":", "2 layers, never grown"),
-}
+COMMITTED = ROOT / "bench/results/study-quickstart-cpu.json"
+ARMS = {"scratch": ("#555555", "--"), "grown": ("#d1495b", "-"), "base4": ("#e0a030", "-."), "base": ("#2e86ab", ":")}
+CONTROLS = [arm for arm in ARMS if arm != "grown"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """Train the three arms and compare them."""
+    """Train the four arms and compare them."""
 
     out: Path = ROOT / "out/quickstart"
-    data: Path = ROOT / "data/stdlib"
+    text: str = "packages:constraints.txt"
+    """Source of the text, as `nanostack prepare` takes it."""
+    data: Path | None = None
+    """Folder of the prepared text; one of its own for every text, unless given."""
     seed: int = 0
     scale: float = 1.0
-    """Multiplies every number of tokens; a small one is a fast test."""
-    sweep: tuple[float, ...] = ()
-    """Instead of comparing: run every arm at each of these learning rates and write the table to `out`/sweep.json."""
-    results: tuple[Path, ...] = ()
-    """Instead of running: summarise these summary.json files, one per seed, and draw them together into `out`."""
+    """Multiplies the FLOPs; a small one is a fast test."""
+    jobs: int | None = None
+    """Arms at a time; on a CPU one for each core up to 2, with a thread each; on a GPU all 4."""
+    committed: bool = False
+    """Instead of running: tell and draw the seeds in bench/results, into `out`."""
     json: bool = False
     """Print the summary as one JSON object; everything else goes to standard error."""
 
 
 def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False)
-    if command.results:
-        return combine(command, console)
-    if command.scale <= 0 or any(lr <= 0 for lr in command.sweep):
-        raise UserError("scale and learning rates must be positive")
-    prepare(command, console)
-    if command.sweep:
-        return sweep(command, console)
-    arms = {}
-    for number, arm in enumerate(ARMS, 1):
-        console.rule(f"arm {number} of {len(ARMS)}: {ARMS[arm][3]}")
-        arms[arm] = train(arm, command.out / arm, overrides(arm, command), command)
-    summary = summarise(arms, command)
-    command.out.mkdir(parents=True, exist_ok=True)
-    (command.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw([summary], command.out / "speedup.png")
-    report(summary, command, console)
+    if command.committed:
+        return conclude(read_results(COMMITTED), command, console)
+    if command.scale <= 0:
+        raise UserError(f"scale must be positive, not {command.scale}")
+    if command.jobs is not None and command.jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {command.jobs}")
+    began = time.monotonic()
+    results = train(command, console)
+    summary = conclude(results, command, console)
+    console.print(f"all of it took {timedelta(seconds=round(time.monotonic() - began))} on {results['device']}")
     console.rule("the grown model writes")
-    say(console, [sys.executable, "-m", "nanostack", "sample", command.out / "grown/ckpt.pt", "--data", command.data], command)
+    sample = [sys.executable, "-m", "nanostack", "sample", command.out / "grown/ckpt.pt", "--data", data_of(command)]
+    say(sample, command)
     return summary
 
 
-def prepare(command: Command, console: Console) -> None:
-    if (command.data / "manifest.json").exists():
-        return
-    console.rule("text: the Python standard library of this machine")
-    source = ["stdlib", "--out", command.data, "--tokenizer", "bpe:1024"]
-    say(console, [sys.executable, "-m", "nanostack", "prepare", *source], command)
+def data_of(command: Command) -> Path:
+    size = study.sizes["cpu"][0]
+    return (command.data or ROOT / replace(size, text=command.text).folder).resolve()
 
 
-def say(console: Console, arguments: list, command: Command) -> None:
+def prepare(command: Command, console: Console) -> Path:
+    """The folder of the prepared text, which is made if it is not there."""
+    data = data_of(command)
+    if not (data / "manifest.json").exists():
+        console.rule(f"text: {command.text}")
+        say([sys.executable, "-m", "nanostack", "prepare", command.text, "--out", data, "--tokenizer", "bpe:512"], command)
+    return data
+
+
+def say(arguments: list, command: Command) -> None:
     """Run a command whose output the user should see. Its own message explains a failure, so nothing is added."""
     output = sys.stderr if command.json else None
     process = subprocess.Popen([str(a) for a in arguments], cwd=ROOT, stdout=output)
@@ -99,181 +109,263 @@ def say(console: Console, arguments: list, command: Command) -> None:
         sys.exit(code)
 
 
-def overrides(arm: str, command: Command, lr: float | None = None) -> list[str]:
-    """What of the arm's config this command changes."""
-    config = load(str(ROOT / "config" / ARMS[arm][0]), [])
-    changes = {"data.path": command.data.resolve(), "seed": command.seed}
-    if command.scale != 1:
-        scaled = {name: getattr(config, name) for name in ("log_interval", "eval_interval", "save_interval")}
-        scaled["data.val_tokens"] = config.data.val_tokens
-        for i, stage in enumerate(config.stages):
-            scaled |= {f"stages.{i}.tokens": stage.tokens, f"stages.{i}.warmup_tokens": stage.warmup_tokens}
-        changes |= {name: max(1, round(tokens * command.scale)) for name, tokens in scaled.items()}
-    if lr is not None:
-        for i, stage in enumerate(config.stages):
-            changes |= {f"stages.{i}.lr": lr} | ({f"stages.{i}.min_lr": lr / 20} if stage.min_lr else {})
-    return [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+def train(command: Command, console: Console) -> dict:
+    """Train the arms, or what is left of them. Returns results as a study's, of one seed."""
+    data = prepare(command, console)
+    gpu = torch.cuda.is_available()
+    name, jobs = ("gpu", command.jobs or 4) if gpu else ("cpu", command.jobs or min(2, torch.get_num_threads()))
+    plan, ways = planned(command, name, data)
+    console.print(
+        f"text {data}, manifest {plan.manifest[:12]}: "
+        + ", ".join(f"{plan.study.arms[arm].label} reads {read:.2f} of it" for arm, read in readings(plan, ways).items())
+    )
+    command.out.mkdir(parents=True, exist_ok=True)
+    path = command.out / f"study-quickstart-{name}.json"
+    with locked(command.out):
+        runner = Runner(plan, name, path, jobs, console, lambda runner, waiting, what: Arms(runner, waiting, ways))
+        runner.run([job for of_arm in ways.values() for one in of_arm for job in one], "the four arms")
+        arms = arms_of(plan, {(arm, command.seed): of_arm for arm, of_arm in ways.items()})
+        runner.results |= about_now(jobs) | {"arms": arms, "seed": command.seed, "scale": command.scale}
+        runner.write()
+    for arm, of_arm in ways.items():
+        link = command.out / arm
+        if link.exists() and not link.is_symlink():
+            raise UserError(f"{link} is of an earlier version: move it away, and the same command will tell what came out")
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(of_arm[-1][-1].config.out).relative_to(command.out.resolve()))
+    return runner.results
 
 
-def train(arm: str, out: Path, changes: list[str], command: Command) -> dict:
-    """Train one arm, or what is left of it, and return its result."""
-    path = str(ROOT / "config" / ARMS[arm][0])
-    config = load(path, [*changes, "--out", str(out)])
-    arguments = [sys.executable, "train.py", path, *changes, "--out", out.resolve()]
-    if (out / "metrics.jsonl").exists():
-        arguments.append("--resume" if same_run(out, config) else "--overwrite")
-    planned = sum(-(-stage.tokens // config.batch_tokens) * config.batch_tokens for stage in config.stages)
-    if not finished(out, config, planned):
-        say(Console(), arguments, command)
-    header, records = read_run(out)
-    if not records or records[-1]["tokens"] < planned:
-        raise UserError(f"{out} was interrupted; the same command goes on from there")
-    points = curve(records)
-    growth = next((record["growth"] for record in records if "growth" in record), None)
-    return {
-        "config": ARMS[arm][0],
-        "lr": config.stages[-1].lr,
-        "points": points,
-        "val_loss": points[-1][1],
-        "val_bits_per_byte": next(r["val_bits_per_byte"] for r in reversed(records) if r["val_loss"] is not None),
-        "flops": records[-1]["flops"],
-        "flops_exact": records[-1]["flops_exact"],
-        "tokens": records[-1]["tokens"],
-        "epochs": records[-1]["epoch"],
-        "seconds": records[-1]["seconds"],
-        "growth": growth,
-        "git_commit": header["git_commit"],  # of the code that ran; null outside a repository
-        "grown_at_flops": next((record["flops"] for record in records if "growth" in record), None),
-        "header": header,
+def planned(command: Command, name: str, data: Path) -> tuple[Plan, dict[str, list[list[Job]]]]:
+    """The plan of one seed at this scale, and for each arm the jobs to the end of each of its budgets."""
+    size, scale = study.sizes[name][0], command.scale
+    size = replace(size, text=command.text, seeds=(command.seed,), budgets=tuple(b * scale for b in size.budgets))
+    if scale != 1:
+        size = replace(
+            size, warmup_tokens=round(size.warmup_tokens * scale), val_tokens=max(2048, round(size.val_tokens * min(1, scale)))
+        )
+    plan = Plan(replace(study, arms={arm: study.arms[arm] for arm in ARMS}), size, data, command.out.resolve() / "runs")
+    return plan, {
+        arm: [
+            plan.jobs(arm, command.seed, lr, RATES["base"][0], b) for lr, b in zip(RATES[arm], plan.budgets(arm), strict=True)
+        ]
+        for arm in ARMS
     }
 
 
-def same_run(out: Path, config: Train) -> bool:
+def readings(plan: Plan, ways: dict[str, list[list[Job]]]) -> dict[str, float]:
+    """How often each arm reads the text."""
+    tokens = load_manifest(plan.data)["splits"]["train"]["tokens"]
+    return {arm: (of_arm[-1][-1].begins + of_arm[-1][-1].config.stages[0].tokens) / tokens for arm, of_arm in ways.items()}
+
+
+class Arms:
+    """A live table: for each arm a bar, its last loss and the time that all of it will take. Without a terminal, a line now and
+    then."""
+
+    def __init__(self, runner: Runner, waiting: Sequence[Job], ways: dict[str, list[list[Job]]]):
+        self.runner, self.began, self.said = runner, time.monotonic(), 0
+        self.jobs = {arm: list({job.name: job for one in of_arm for job in one}.values()) for arm, of_arm in ways.items()}
+        self.ahead = {job.name for job in waiting}
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.fields[said]}"))
+        self.progress = Progress(*columns, console=runner.console, disable=not runner.console.is_terminal)
+        self.tasks = {
+            arm: self.progress.add_task(runner.plan.study.arms[arm].label, total=sum(job.flops for job in jobs), said="")
+            for arm, jobs in self.jobs.items()
+        }
+        self.total = self.progress.add_task("all", total=sum(job.flops for jobs in self.jobs.values() for job in jobs), said="")
+        self.at_start = self.done([])
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.stop()
+
+    def ended(self, job: Job) -> None:
+        self.ahead.discard(job.name)
+
+    def done(self, running: list[Job], arm: str | None = None) -> float:
+        """FLOPs spent so far, by an arm or by all."""
+        jobs = self.jobs[arm] if arm else [job for jobs in self.jobs.values() for job in jobs]
+        now = {job.name: latest(job)[0] for job in running}
+        return sum(job.flops * (now.get(job.name, 0.0) if job.name in self.ahead else 1.0) for job in jobs)
+
+    def tick(self, running: list[Job]) -> None:
+        for arm, task in self.tasks.items():
+            mine = [job for job in self.jobs[arm] if job in running]
+            loss = f"loss {said:.3f}" if mine and (said := latest(mine[0])[1]) else ""
+            layers = f"{mine[0].name.partition('-')[0]} layers, " if mine else ""
+            self.progress.update(task, completed=self.done(running, arm), said=layers + loss)
+        done, total = self.done(running), self.progress.tasks[self.total].total or 1.0
+        pace = (done - self.at_start) / (time.monotonic() - self.began + 1e-9)
+        left = f"{timedelta(seconds=round((total - done) / pace))} left" if pace > 0 else ""
+        self.progress.update(self.total, completed=done, said=left)
+        tenth = int(10 * done / total)
+        if self.progress.disable and tenth > self.said:
+            self.said = tenth
+            shares = ", ".join(
+                f"{arm} {self.done(running, arm) / self.progress.tasks[t].total:.0%}" for arm, t in self.tasks.items()
+            )
+            self.runner.console.print(f"{done / total:.0%} ({shares}), {left}", soft_wrap=True)
+
+
+def latest(job: Job) -> tuple[float, float | None]:
+    """What share of a running job is done, and its last training loss."""
     try:
-        return read_run(out)[0]["config_sha256"] == config.sha256()
-    except (ValueError, KeyError):  # cut off while its first line was written
-        return False
+        _, records = read_run(Path(job.config.out))
+        last = records[-1]
+        return (last["tokens"] - job.begins) / job.config.stages[0].tokens, last["loss"]
+    except (UserError, LookupError):
+        return 0.0, None
 
 
-def finished(out: Path, config: Train, planned: int) -> bool:
-    """Whether nothing is left to train: records and checkpoint of this run, on this text, reach its end."""
-    if not same_run(out, config):
-        return False
-    header, records = read_run(out)
-    at_end = bool(records) and records[-1]["tokens"] >= planned and (out / f"ckpt-{records[-1]['samples']}.pt").exists()
-    return at_end and header["manifest_sha256"] == manifest_sha256(config.data.path)
-
-
-def summarise(arms: dict, command: Command) -> dict:
-    scratch, target = arms["scratch"], arms["scratch"]["val_loss"]
-    header = scratch["header"]
-    reached = {arm: flops_to_reach(result["points"], target) for arm, result in arms.items()}
-    return {
-        "speedup": speedup(scratch["points"], arms["grown"]["points"]),
-        "speedup_base": speedup(scratch["points"], arms["base"]["points"]),
-        "loss_target": target,
-        "flops_scratch": scratch["flops"],
-        "flops_grown": reached["grown"],
-        "flops_base": reached["base"],
-        "val_loss": {arm: result["val_loss"] for arm, result in arms.items()},
-        "seconds": round(sum(result["seconds"] for result in arms.values()), 1),  # of training, all arms
-        "seed": command.seed,
-        "scale": command.scale,
-        "device": header["device"],
-        "dtype": header["dtype"],
-        "versions": header["versions"],
-        "git_commit": git_commit(),
-        "date": date.today().isoformat(),
-        "manifest_sha256": header["manifest_sha256"],
-        "arms": {arm: {k: v for k, v in result.items() if k != "header"} for arm, result in arms.items()},
-    }
-
-
-def report(summary: dict, command: Command, console: Console) -> None:
-    table = Table(title=f"the same {summary['flops_scratch']:.3g} FLOPs (6·N per token) for every arm, seed {summary['seed']}")
-    for name in ("arm", "val loss", "FLOPs to scratch's loss", "speedup", "epochs", "seconds"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    needed = {"scratch": summary["flops_scratch"], "grown": summary["flops_grown"], "base": summary["flops_base"]}
-    for arm, result in summary["arms"].items():
-        flops = needed[arm]
-        gain = "" if arm == "scratch" else percent(None if flops is None else summary["flops_scratch"] / flops - 1)
-        cells = f"{result['val_loss']:.4f}", "-" if flops is None else f"{flops:.3g}", gain
-        table.add_row(ARMS[arm][3], *cells, f"{result['epochs']:.2f}", f"{result['seconds']:.0f}")
-    console.print(table)
-    console.print(f"speedup FLOPs(scratch) / FLOPs(grown) − 1 = {percent(summary['speedup'])}, one seed")
-    losses = summary["val_loss"]
-    if losses["base"] <= losses["grown"]:
-        console.print("the never-grown base ends lower than the grown model: at this budget growing does not pay")
+def conclude(results: dict, command: Command, console: Console) -> dict:
+    """Table, picture and summary of results of one seed or several."""
+    summary = summary_of(results, command)
+    command.out.mkdir(parents=True, exist_ok=True)
+    (command.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(results, summary, command.out / "speedup.png")
+    console.print(table(results, summary))
+    console.print(verdict(summary), soft_wrap=True)
     console.print(f"wrote {command.out / 'speedup.png'} and {command.out / 'summary.json'}", soft_wrap=True)
+    return summary
 
 
-def percent(fraction: float | None) -> str:
-    return "not reached" if fraction is None else f"{100 * fraction:+.1f} %"
+def mean(one: dict | None) -> float | None:
+    return None if one is None else one["mean"]
 
 
-def draw(summaries: list[dict], path: Path) -> None:
-    """Validation loss against FLOPs for all arms and seeds, growth marked, the saving as an arrow."""
-    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150)
-    for arm, (_, colour, line, label) in ARMS.items():
-        for number, summary in enumerate(summaries):
-            result = summary["arms"][arm]
-            points = result["points"]
-            axes.plot(*zip(*points, strict=True), line, color=colour, lw=2, label=None if number else label, alpha=0.9)
-            if result["grown_at_flops"] is not None:
-                before, after = result["growth"]["loss_before"], result["growth"]["loss_after"]
-                at = result["grown_at_flops"]
-                axes.plot([at, at], [before, after], "^", color=colour, ms=6, label=None if number else "growth: before, after")
-    targets = [summary["loss_target"] for summary in summaries]
-    needed = [summary["flops_grown"] for summary in summaries]
-    target, full = statistics.mean(targets), statistics.mean(summary["flops_scratch"] for summary in summaries)
-    title = "the grown model did not reach the loss of the model from scratch"
-    if None not in needed:
-        gains = [100 * summary["speedup"] for summary in summaries]
-        spread = "" if len(gains) == 1 else f"\n(FLOPs; mean of {len(gains)} seeds, {min(gains):.1f} to {max(gains):.1f} %)"
-        title = f"stacking reaches the loss of the model from scratch with a speedup of {statistics.mean(gains):.1f} %{spread}"
-        reach = statistics.mean(needed)
-        axes.annotate("", (reach, target), (full, target), arrowprops={"arrowstyle": "->", "lw": 1.5, "color": "black"})
+def summary_of(results: dict, command: Command) -> dict:
+    found = summarise(results)
+    seeds, budget = found["seeds"], results["budgets"][-1]
+    losses = {arm: found["arms"][arm]["losses"][-1] for arm in ARMS}
+    speedups = {
+        arm: dict(zip(("known", "reached"), over_gains(results, "grown", "flops", budget, arm), strict=True))
+        for arm in CONTROLS
+    }
+    speedup = mean(speedups["scratch"]["known"])
+    spent = [path_of(results, ends_of(results, "scratch", seed)[budget][0])[-1] for seed in seeds]
+    flops = sum(end["flops"] for end in spent) / len(spent)
+    runs = {
+        name: run
+        for name, run in results["runs"].items()
+        if any(name in of for a in ARMS for of in results["arms"][a]["seeds"].values())
+    }
+    about = ("device", "versions", "git_commit", "date", "manifest_sha256", "processes")
+    return {
+        "speedup": speedup,
+        "speedups": speedups,
+        "loss_target": mean(losses["scratch"]),
+        "flops_scratch": flops,
+        "flops_grown": None if speedup is None else flops / (1 + speedup),
+        "val_loss": {arm: mean(loss) for arm, loss in losses.items()},
+        "losses": losses,
+        "grown_minus": {arm: difference(results, "grown", arm, budget) for arm in CONTROLS},
+        "seconds": round(sum(run["evaluations"][-1]["seconds"] for run in runs.values()), 1),  # of training, all arms
+        "epochs": {
+            arm: results["runs"][ends_of(results, arm, seeds[0])[budget][0]]["evaluations"][-1]["epoch"] for arm in ARMS
+        },
+        "lrs": {arm: found["arms"][arm]["lrs"][-1] for arm in ARMS},
+        "seeds": [int(seed) for seed in seeds],
+        "seed": command.seed,
+        "scale": results.get("scale", 1.0),
+        "dtype": next(iter(runs.values()))["dtype"],
+        "arms": {arm: results["arms"][arm] for arm in ARMS},
+    } | {key: results[key] for key in about}
+
+
+def table(results: dict, summary: dict) -> Table:
+    model = study.sizes["cpu"][0].model
+    target = replace(model, vocab_size=results["model"]["vocab_size"])
+    tokens = summary["flops_scratch"] / flops_per_token(target)
+    seeds = f"mean of {len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else f"seed {summary['seeds'][0]}"
+    shown = Table(
+        title=f"{summary['flops_scratch']:.3g} FLOPs (6·N per token) for every arm, {tokens / n_params(target):.0f} tokens for "
+        f"each parameter of the 8 layers, {seeds}",
+        caption=OTHER,
+    )
+    for name in ("arm", "lr", "validation loss", "stacking minus it", "speedup of stacking over it", "text read"):
+        shown.add_column(name, justify="left" if name == "arm" else "right")
+    for arm in ARMS:
+        minus, gain = summary["grown_minus"].get(arm), summary["speedups"].get(arm)
+        shown.add_row(
+            results["arms"][arm]["label"],
+            f"{summary['lrs'][arm]:g}",
+            f"{summary['val_loss'][arm]:.3f}",
+            "" if minus is None else f"{minus['mean']:+.3f}" + (f" ± {minus['half_width']:.3f}" if minus["half_width"] else ""),
+            "" if gain is None else gain_said(gain["known"], gain["reached"], len(summary["seeds"])),
+            f"{summary['epochs'][arm]:.2f} times",
+        )
+    return shown
+
+
+OTHER = ""  # what the other optimizer did
+
+
+def verdict(summary: dict) -> str:
+    """In one sentence whether stacking paid."""
+    beaten = [arm for arm in CONTROLS if summary["grown_minus"][arm]["mean"] < 0]
+    by = min(-summary["grown_minus"][arm]["mean"] for arm in CONTROLS)
+    one = ", one seed" if len(summary["seeds"]) == 1 else f", mean of {len(summary['seeds'])} seeds"
+    gain = "not reached" if summary["speedup"] is None else f"{summary['speedup']:+.1%}"
+    begin = f"speedup FLOPs(scratch) / FLOPs(grown) − 1 = {gain}{one}; "
+    if len(beaten) == len(CONTROLS):
+        return begin + f"stacking ends below the model from scratch and below both that never grew, by {by:.3f} nats or more"
+    labels = {"scratch": "the model from scratch", "base4": "4 layers that never grew", "base": "2 layers that never grew"}
+    better = " and ".join(labels[arm] for arm in CONTROLS if arm not in beaten)
+    return begin + f"stacking does not pay here: {better} ended lower"
+
+
+def draw(results: dict, summary: dict, path: Path) -> None:
+    """Validation loss against FLOPs for all arms and seeds: the way to the end of each run, growth marked, decayed ends
+    as dots, and an arrow for what stacking saves."""
+    figure, axes = plt.subplots(figsize=(9, 5.4), dpi=150, layout="constrained")
+    lows, budget = [], results["budgets"][-1]
+    for arm, (colour, line) in ARMS.items():
+        for number, seed in enumerate(results["arms"][arm]["seeds"]):
+            ends = ends_of(results, arm, seed)
+            way = path_of(results, ends[budget][0])
+            label = None if number else results["arms"][arm]["label"]
+            axes.plot(
+                [e["flops"] for e in way], [e["val_loss"] for e in way], line, color=colour, lw=1.6, alpha=0.8, label=label
+            )
+            dots = [(path_of(results, run)[-1]["flops"], end["val_loss"]) for run, end in ends.values()]
+            axes.plot(*zip(*dots, strict=True), "o", color=colour, ms=4, alpha=0.8)
+            lows += [loss for _, loss in dots]
+            if results["arms"][arm]["grows"] and not number:
+                place = grown_after(results, ends[budget][0])
+                at = next(e["flops"] for e in way if e["tokens"] >= place)
+                axes.axvline(at, color=colour, lw=1, ls=":")
+                axes.annotate(
+                    "2 → 8 layers",
+                    (at, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(4, -14),
+                    textcoords="offset points",
+                    color=colour,
+                )
+    target, full, needed = summary["loss_target"], summary["flops_scratch"], summary["flops_grown"]
+    title = "the stacked model did not reach the loss of the model from scratch"
+    if needed is not None:
+        known = summary["speedups"]["scratch"]["known"]
+        spread = (
+            "one seed" if known["half_width"] is None else f"± {100 * known['half_width']:.0f}, {len(known['values'])} seeds"
+        )
+        title = (
+            f"stacking reaches the loss of the model from scratch with {100 * known['mean']:+.0f} % speedup in FLOPs ({spread})"
+        )
+        axes.annotate("", (needed, target), (full, target), arrowprops={"arrowstyle": "->", "lw": 1.5, "color": "black"})
     axes.axhline(target, color="black", lw=0.6, alpha=0.5)
-    lows = [loss for summary in summaries for result in summary["arms"].values() for _, loss in result["points"]]
-    axes.set_ylim(min(lows) - 0.08, min(max(lows), target + 1.3))
-    axes.set(xlabel="FLOPs spent (6·N per token), base included", ylabel="validation loss, nats per token", title=title)
+    low = min(lows)
+    axes.set_ylim(low - 0.06, low + 1.0)
+    axes.set(xlabel="FLOPs spent (6·N per token), base included", ylabel="validation loss, nats per token")
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    axes.legend(frameon=False, title="dots: the end of a decayed run")
     figure.savefig(path)
     plt.close(figure)
-
-
-def sweep(command: Command, console: Console) -> dict:
-    """Every arm at every learning rate; stages of an arm share theirs, the last decays to a twentieth."""
-    losses = {arm: {} for arm in ARMS}
-    for arm in ARMS:
-        for lr in sorted(command.sweep):
-            console.rule(f"sweep: {arm}, learning rate {lr:g}")
-            result = train(arm, command.out / f"sweep-{arm}-{lr:g}", overrides(arm, command, lr), command)
-            losses[arm][f"{lr:g}"] = result["val_loss"]
-    table = Table(title="validation loss at the end of each run")
-    for name in ("arm", *(f"lr {lr:g}" for lr in sorted(command.sweep))):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for arm, row in losses.items():
-        table.add_row(arm, *(f"{loss:.4f}" for loss in row.values()))
-    console.print(table)
-    header = read_run(command.out / f"sweep-scratch-{min(command.sweep):g}")[0]
-    about = {key: header[key] for key in ("device", "dtype", "versions", "manifest_sha256")}
-    answer = {"val_loss": losses, "seed": command.seed, "scale": command.scale, "git_commit": git_commit()} | about
-    answer["date"] = date.today().isoformat()
-    (command.out / "sweep.json").write_text(json.dumps(answer, indent=1) + "\n")
-    return answer
-
-
-def combine(command: Command, console: Console) -> dict:
-    summaries = [json.loads(path.read_text()) for path in command.results]
-    command.out.mkdir(parents=True, exist_ok=True)
-    draw(summaries, command.out / "speedup.png")
-    gains = [summary["speedup"] for summary in summaries]
-    answer = {"seeds": [summary["seed"] for summary in summaries], "speedup": gains}
-    console.print(f"speedups {[percent(gain) for gain in gains]}; wrote {command.out / 'speedup.png'}")
-    return answer
 
 
 if __name__ == "__main__":

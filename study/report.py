@@ -19,36 +19,52 @@ from nanostack.flops import flops_per_token, n_params
 from nanostack.growth.budget import growth_tokens
 from nanostack.model import LlamaConfig
 from study import ROOT
-from study.draw import draw_curves
-from study.results import at_best_pace, markdown, pays, percent, plus_minus, read_results, rows, summarise
+from study.draw import draw_curves, draw_frontier
+from study.results import at_best_pace, by_budget, markdown, pays, percent, plus_minus, read_results, rows, summarise
 
 OURS = ROOT / "bench/results"
-ORDER = ("operators", "timing", "factor", "optimizer", "scale")
-HEAD = """# How many FLOPs does stacking really save?
+ANSWER = ROOT / "study/answer.md"  # what a person in a hurry should know, written when the results were in
+EARLIER = ("operators", "timing", "factor", "optimizer", "scale")  # at 7 tokens per parameter, where nothing is decided
+ORDER = ("quickstart", "overtraining", "timing_20", "scale_20", "prose", "muon", "muon_growth", *EARLIER)
+TITLE = "# How many FLOPs does stacking really save?\n"
+HEAD = """
+## How it was measured
 
 This page is written by `python bench/speedup.py --report` from the result files in bench/results/ and the conclusions in
-study/studies/.
+study/; every learning rate that was tried stands in [study-sweeps.md](study-sweeps.md).
 
 Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
 (warm-up, stable, decay). The learning rate of every arm is tuned at every budget by the same sweep: a grid with the first seed,
 widened where its best is at an edge, then its two best with all seeds, so a rate that the first seed puts third is not tried
-with the others. What was tried is folded away below each table. Rates are chosen by the seeds and validation tokens that are
+with the others. Rates are chosen by the seeds and validation tokens that are
 then reported, for all arms alike. The arms of a seed share the order of the text, the base model and the validation tokens.
 
 FLOPs are those of the base and of all growth, 6·N per token as the paper counts; the column beside it counts matrix products
 and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1 at the loss that the model from scratch has at the
 largest budget, mean and 95 % interval (Student's t) over paired seeds; ≥ means that the arm's first point is below already.
+Where a table has a line for every budget, it is at the loss that the model from scratch has there. Between two decayed points a
+curve is a straight line of loss over log FLOPs, which lies above the true one and tells a speedup too low rather than too high.
 **Minus base** is the loss of an arm at the largest budget minus that of the best base there, the best smaller model that never
 grew. The last row is what decides: the best grown arm against the base that is hardest on it. Growth **pays** where it is below
 every base by more than the interval, and does not where it is above one. Against the target itself growth is judged by the
 speedup. The best of several grown arms is chosen by the seeds that it is judged by, which flatters growth a little.
 
-**Seconds** in the pictures are tokens at the pace of the fastest tenth of the runs of a study with as many FLOPs per token:
-they were made beside other work, and paused for it, over many hours.
+**Seconds** are tokens at the pace at which each model trains with nothing beside (`--pace`), or, in studies where that was not
+measured, at the pace of the fastest tenth of the runs with as many FLOPs per token: studies run beside other work, over hours.
 
-The text of the CPU studies is Python's standard library:
-`nanostack prepare stdlib --out data/stdlib512 --tokenizer bpe:512`. GPU sizes, which have not run yet, take more:
-`nanostack prepare site-packages --out data/site-packages512 --tokenizer bpe:512`.
+Texts, with 512 tokens (`nanostack prepare SOURCE --out data/... --tokenizer bpe:512`): `packages:constraints.txt`, the Python
+source of the packages that this repository pins, the same bytes on every machine; `site-packages` for the studies of Muon, the
+environment of bench/results/site-packages512.txt; `stdlib` for the earlier studies.
+"""
+SWEEPS = """# Every learning rate that was tried
+
+Written by `python bench/speedup.py --report`, as [study.md](study.md) is, which says how rates are chosen.
+"""
+BEFORE = """
+# Earlier studies, at 7 tokens per parameter
+
+The target is far from the 20 tokens per parameter at which models are trained today, and in most of these nothing is decided
+against smaller models that never grow. They compare ways to grow with each other.
 """
 
 
@@ -60,18 +76,24 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     if not finished:
         raise UserError(f"{results} has no finished study: run one, python bench/speedup.py study/studies/NAME.py")
     docs.mkdir(parents=True, exist_ok=True)
-    text, summaries = HEAD, {name: summarise(one) for name, one in finished.items()}
+    ours = results.resolve() == OURS
+    text, summaries = TITLE, {name: summarise(one) for name, one in finished.items()}
+    text += (f"\n{ANSWER.read_text()}" if ours else "") + HEAD
+    sweeps_text = SWEEPS
     for name, summary in summaries.items():
         draw_curves(finished[name], summary, docs / f"study-{name}.png")
+        text += BEFORE if summary["study"] in EARLIER and BEFORE not in text else ""
         text += section(name, summary, finished[name], docs)
+        sweeps_text += f"\n## {name}\n\n{sweeps(finished[name], summary)}\n"
         of_study = {n: s for n, s in summaries.items() if s["study"] == summary["study"]}
         of_size = {n: s for n, s in of_study.items() if s["size"] == summary["size"]}
         text += scaling(of_size) if name == list(of_size)[-1] else ""
-        text += meaning(summary["study"]) if name == list(of_study)[-1] and results.resolve() == OURS else ""
+        text += meaning(summary["study"]) if name == list(of_study)[-1] and ours else ""
     waiting = sorted(set(found) - set(finished))
     if waiting:
         text += f"\nNot finished yet, and not reported: {', '.join(waiting)}.\n"
     (docs / "study.md").write_text(text)
+    (docs / "study-sweeps.md").write_text(sweeps_text)
     console.print(f"wrote {docs / 'study.md'}", soft_wrap=True)
     return summaries
 
@@ -98,18 +120,33 @@ def section(name: str, summary: dict, results: dict, docs: Path) -> str:
 ![decayed loss over FLOPs and over seconds](study-{name}.png)
 
 {pays(summary)}
-{timing(name, summary, results, docs)}
+{more_budgets(results, summary)}{frontier(name, summary, results, docs)}{timing(name, summary, results, docs)}
 Target: {shape}, vocabulary {model["vocab_size"]}, context {model["seq_len"]}; {results["batch_tokens"]} tokens a step;
 {len(summary["seeds"])} seeds; up to {epochs:.1f} epochs of the text; {len(runs)} runs, some of them shared with other studies,
 {hours:.1f} hours of training as they ran;
 {devices}; torch {summary["versions"]["torch"]}; commits {commits}; {results["processes"]} runs side by side.
-
-{sweeps(results, summary)}
 """
 
 
+def more_budgets(results: dict, summary: dict) -> str:
+    """For arms that grow for a budget each: the table by budget."""
+    if not any("budgets" in arm for arm in results["arms"].values()):
+        return ""
+    return f"\n{markdown(*by_budget(results, summary))}\n"
+
+
+def frontier(name: str, summary: dict, results: dict, docs: Path) -> str:
+    """For four sizes that never grow or more: where grown models lie against them."""
+    if sum(not arm["grows"] for arm in results["arms"].values()) < 4 or not any(
+        "budgets" in a for a in results["arms"].values()
+    ):
+        return ""
+    draw_frontier(results, summary, docs / f"study-{name}-frontier.png")
+    return f"\n![grown models against all that never grew](study-{name}-frontier.png)\n"
+
+
 def sweeps(results: dict, summary: dict) -> str:
-    """Every learning rate that was tried, folded away."""
+    """Every learning rate that was tried."""
 
     def shown(loss: float | None) -> str:
         return "diverged" if loss is None else f"{loss:.3f}"
@@ -120,8 +157,7 @@ def sweeps(results: dict, summary: dict) -> str:
         for budget, tried in arm["sweep"].items():
             said = [f"{lr}: {' '.join(map(shown, losses))}" for lr, losses in tried.items()]
             lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), f"{taken[float(budget)]:g}"])
-    table = markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
-    return f"<details><summary>The sweep of learning rates</summary>\n\n{table}\n\n</details>"
+    return markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
 
 
 def timing(name: str, summary: dict, results: dict, docs: Path) -> str:

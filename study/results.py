@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from nanostack.errors import UserError
-from nanostack.flops import n_params
+from nanostack.flops import flops_per_token, n_params
 from nanostack.model import LlamaConfig
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
@@ -110,8 +110,8 @@ def path_of(results: dict, name: str) -> list[dict]:
 
 
 def at_best_pace(results: dict) -> dict:
-    """Results of a study in which a run's seconds are its tokens at the pace of the fastest tenth of all runs with as many
-    FLOPs per token.
+    """Results of a study in which a run's seconds are its tokens at the pace of its kind, the runs with as many FLOPs per token
+    and its optimizer: as it was measured with nothing beside (study/pace.py), or else that of the fastest tenth of them.
 
     A study runs for hours beside other work, and is paused: seconds of a single run say when it ran rather than how fast,
     and the median says how busy the machine was.
@@ -120,9 +120,10 @@ def at_best_pace(results: dict) -> dict:
     for name, run in runs.items():
         flops = next((e["flops"] for e in reversed(path_of(results, name)) if e["tokens"] <= run["begins"]), 0)
         end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
-        kinds[name] = round((end["flops"] - flops) / max(tokens, 1))  # none where a run that it needs has diverged
+        of_token = round((end["flops"] - flops) / max(tokens, 1))  # 0 where a run that it needs has diverged
+        kinds[name] = pace_name(of_token, name)
         paces.setdefault(kinds[name], []).append(end["seconds"] / max(tokens, 1))
-    best = {kind: sorted(found)[len(found) // 10] for kind, found in paces.items()}
+    best = {kind: sorted(found)[len(found) // 10] for kind, found in paces.items()} | results.get("pace", {})
     paced = {
         name: run
         | {"evaluations": [e | {"seconds": (e["tokens"] - run["begins"]) * best[kinds[name]]} for e in run["evaluations"]]}
@@ -130,6 +131,11 @@ def at_best_pace(results: dict) -> dict:
     }
     spent = sum(run["evaluations"][-1]["seconds"] for run in runs.values())
     return results | {"runs": paced, "best_pace": True, "seconds": spent}
+
+
+def pace_name(flops_per_token: float, run: str) -> str:
+    """What runs of one kind share: FLOPs per token, and the optimizer that a run's name tells."""
+    return f"{flops_per_token:.0f}{'-muon' if '-muon-' in run else ''}"
 
 
 def grown_after(results: dict, name: str | None) -> int:
@@ -142,26 +148,45 @@ def grown_after(results: dict, name: str | None) -> int:
     return 0
 
 
-def gain(results: dict, arm: str, seed: str, count: str) -> dict | None:
-    """Speedup of an arm at the last loss of scratch, as a fraction, and whether it may be more; None if it is not reached.
+def gain(results: dict, arm: str, seed: str, count: str, budget: float | None = None, control: str = "scratch") -> dict | None:
+    """Speedup of an arm at the loss of a control at a budget, the control's largest unless given: a fraction, and whether it
+    may be more. None where the arm does not reach it, and where the control has no point there.
 
-    Scratch itself must have come down to that loss, and for good. Where the arm's first decayed point is below already, its
-    undecayed curve after growth gives a bound.
+    `count` is flops, flops_exact or seconds. The control itself must have come down to that loss, and for good. Where the arm's
+    first decayed point is below already, its undecayed curve after growth gives a bound.
     """
 
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(end[count], end["val_loss"]) for _, end in ends_of(results, name, seed).values()]
+    def points(name: str) -> dict[float, tuple[float, float]]:
+        ends = ends_of(results, name, seed)
+        return {b: (path_of(results, run)[-1][count], end["val_loss"]) for b, (run, end) in ends.items()}
 
-    target = points("scratch")[-1][1]
-    own, needed = crossing(points("scratch"), target), crossing(points(arm), target)
-    if own is None or needed is None or (own.at_most and len(points("scratch")) > 1):
+    of_control = points(control)
+    budget = max(of_control, default=None) if budget is None else budget
+    if budget not in of_control:
         return None
-    at_least = needed.at_most and arm != "scratch"
+    before, target = [point for b, point in of_control.items() if b <= budget], of_control[budget][1]
+    own, needed = crossing(before, target), crossing(list(points(arm).values()), target)
+    if own is None or needed is None or (own.at_most and len(before) > 1):
+        return None
+    at_least = needed.at_most and arm != control
     if at_least:
         first = next(iter(ends_of(results, arm, seed).values()))[0]
         way = [e for e in path_of(results, first) if e["tokens"] > grown_after(results, first)]
         needed = replace(needed, flops=flops_to_reach([(e[count], e["val_loss"]) for e in way], target))
     return {"gain": own.flops / needed.flops - 1, "at_least": at_least}
+
+
+def over_gains(
+    results: dict, arm: str, count: str, budget: float | None = None, control: str = "scratch"
+) -> tuple[dict | None, list[float]]:
+    """Mean and interval of `gain` over the seeds, None unless all reach the loss; and the gains of those that do."""
+    gains = [gain(results, arm, seed, count, budget, control) for seed in results["arms"]["scratch"]["seeds"]]
+    reached = [one for one in gains if one is not None]
+    values, at_least = [one["gain"] for one in reached], any(one["at_least"] for one in reached)
+    if not reached or len(reached) < len(gains):
+        return None, values
+    known = mean_and_interval(values) | {"at_least": at_least}
+    return known | ({"half_width": None} if at_least else {}), values  # a mean of bounds has no interval
 
 
 def summarise(results: dict) -> dict:
@@ -202,12 +227,7 @@ def summarise(results: dict) -> dict:
         found["losses"] = [over_seeds(b, name) for b in budgets]
         found["minus_base"] = [over_seeds(b, name, base) if base else None for b, base in zip(budgets, bases, strict=True)]
         for count in ("flops", "flops_exact"):
-            gains = [gain(results, name, seed, count) for seed in seeds]
-            known = None if None in gains else mean_and_interval([one["gain"] for one in gains])
-            if known and any(one["at_least"] for one in gains):  # a mean of bounds has no interval
-                known["half_width"] = None
-            found[f"speedup_{count}"] = known and known | {"at_least": any(one["at_least"] for one in gains)}
-            found[f"reached_{count}"] = [one["gain"] for one in gains if one is not None]
+            found[f"speedup_{count}"], found[f"reached_{count}"] = over_gains(results, name, count)
         answer[name] = found
     verdicts = []
     for budget in budgets:
@@ -219,7 +239,9 @@ def summarise(results: dict) -> dict:
         ]
         verdicts.append(max(against, key=lambda one: (HARD.index(one["pays"]), one["mean"]), default=None))
     pays_from = None
-    for budget, verdict in reversed(list(zip(budgets, verdicts, strict=True))):
+    for budget, verdict, target in reversed(list(zip(budgets, verdicts, answer["scratch"]["losses"], strict=True))):
+        if target is None:  # a point of grown arms alone, between two budgets
+            continue
         if not (verdict and verdict["pays"]):
             break
         pays_from = budget
@@ -237,7 +259,11 @@ def decided(difference: dict) -> bool | None:
 
 def percent(arm: dict, count: str, n_seeds: int) -> str:
     """The speedup of an arm of a summary."""
-    gain, reached = arm[f"speedup_{count}"], arm[f"reached_{count}"]
+    return gain_said(arm[f"speedup_{count}"], arm[f"reached_{count}"], n_seeds)
+
+
+def gain_said(gain: dict | None, reached: list[float], n_seeds: int) -> str:
+    """What `over_gains` found, in a cell of a table."""
     if gain is None:
         told = ", ".join(f"{100 * one:+.0f}" for one in reached)
         return f"{len(reached)} of {n_seeds} seeds reach it: {told} %" if reached else "not reached"
@@ -267,18 +293,54 @@ def pays(summary: dict) -> str:
 
 def rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a study's table; the last row says at which budgets growth pays."""
-    head = ["arm", "lr by budget", *(f"loss at {b:.3g}" for b in summary["budgets"]), "speedup", "exact count", "minus base"]
+    shown = [i for i, loss in enumerate(summary["arms"]["scratch"]["losses"]) if loss]  # beside scratch; pictures show all
+    budgets = [summary["budgets"][i] for i in shown]
+    head = ["arm", "lr by budget", *(f"loss at {b:.3g}" for b in budgets), "speedup", "exact count", "minus base"]
     found = []
     for name, arm in summary["arms"].items():
-        losses = ["-" if one is None else f"{one['mean']:.3f}" for one in arm["losses"]]
+        losses = ["-" if one is None else f"{one['mean']:.3f}" for one in (arm["losses"][i] for i in shown)]
         minus = arm["minus_base"][-1]
         gains = [percent(arm, count, len(summary["seeds"])) for count in ("flops", "flops_exact")]
-        shown = "" if minus is None or name == summary["bases"][-1] else plus_minus(minus)
-        rates = ", ".join("-" if lr is None else f"{lr:g}" for lr in arm["lrs"])
-        found.append([arm["label"], rates, *losses, *gains, shown])
-    verdicts = ["-" if one is None else f"{PAYS[one['pays']]}: {plus_minus(one)}" for one in summary["verdicts"]]
+        less = "" if minus is None or name == summary["bases"][-1] else plus_minus(minus)
+        rates = ", ".join("-" if arm["lrs"][i] is None else f"{arm['lrs'][i]:g}" for i in shown)
+        found.append([arm["label"], rates, *losses, *gains, less])
+    verdicts = [
+        "-" if one is None else f"{PAYS[one['pays']]}: {plus_minus(one)}" for one in map(summary["verdicts"].__getitem__, shown)
+    ]
     found.append(["the best grown minus the base hardest to beat", "", *verdicts, "", "", ""])
     return head, found
+
+
+def by_budget(results: dict, summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with a line for each budget at which the target was trained from scratch, and each grown arm
+    that was measured there: its speedup over scratch, by every count, and its loss minus that of each smaller model."""
+    target = LlamaConfig(**results["model"])
+    per_token, parameters, n_seeds = flops_per_token(target), n_params(target), len(summary["seeds"])
+    flat = [name for name, arm in summary["arms"].items() if not arm["grows"] and name != "scratch"]
+    head = ["FLOPs", "tokens per parameter", "grown", "speedup", "exact count", "in seconds"]
+    head += [f"minus {summary['arms'][name]['label']}" for name in flat]
+    found = []
+    for i, budget in enumerate(summary["budgets"]):
+        if summary["arms"]["scratch"]["losses"][i] is None:
+            continue
+        for name, arm in summary["arms"].items():
+            if not arm["grows"] or arm["losses"][i] is None:
+                continue
+            counts = ("flops", "flops_exact", "seconds")
+            gains = [gain_said(*over_gains(results, name, count, budget), n_seeds) for count in counts]
+            minus = [difference(results, name, other, budget) for other in flat]
+            tokens = f"{budget / per_token / parameters:.0f}"
+            found.append([f"{budget:.3g}", tokens, arm["label"], *gains, *("-" if d is None else plus_minus(d) for d in minus)])
+    return head, found
+
+
+def difference(results: dict, arm: str, other: str, budget: float) -> dict | None:
+    """The loss of an arm minus that of another at a budget, over the seeds; None unless both have one for every seed."""
+    seeds = list(results["arms"]["scratch"]["seeds"])
+    ends = [(ends_of(results, arm, seed), ends_of(results, other, seed)) for seed in seeds]
+    if any(budget not in end for pair in ends for end in pair):
+        return None
+    return mean_and_interval([mine[budget][1]["val_loss"] - its[budget][1]["val_loss"] for mine, its in ends])
 
 
 def plus_minus(one: dict) -> str:

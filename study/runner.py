@@ -20,13 +20,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from datetime import date, timedelta
 from itertools import product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from rich.console import Console
@@ -41,7 +42,7 @@ from nanostack.provenance import device_name, git_commit, versions
 from nanostack.recorder import Diverged
 from nanostack.runs import read_run
 from study import training_run
-from study.plan import Job, Plan, Study
+from study.plan import NUMERICS, Job, Plan, Study
 from study.results import read_results
 
 WIDEST = 6  # rates beyond those given, each twice or half of the last
@@ -92,11 +93,52 @@ def attempt(config: Train) -> dict | None:
     return {"evaluations": evaluations, "growth": growth} | {name: header[name] for name in ("device", "dtype", "git_commit")}
 
 
+class Board(Protocol):
+    """What shows how a sweep goes on."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error) -> None: ...
+    def tick(self, running: list[Job]) -> None:
+        """Called about once a second, and when something has ended."""
+
+    def ended(self, job: Job) -> None:
+        """Its result is kept."""
+
+
+class Sweep:
+    """A bar, and a line for every run that has ended, with the time that is left for those to come."""
+
+    def __init__(self, runner: "Runner", jobs: list[Job], what: str):
+        self.runner, self.began, self.spent, self.done, self.n_jobs = runner, time.monotonic(), 0.0, 0, len(jobs)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=runner.console)
+        self.total = sum(job.flops for job in jobs)
+        self.task = self.progress.add_task(what, total=self.total)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.stop()
+
+    def tick(self, running: list[Job]) -> None:
+        pass
+
+    def ended(self, job: Job) -> None:
+        self.done += 1
+        self.spent += job.flops
+        self.progress.advance(self.task, job.flops)
+        left = timedelta(seconds=round((time.monotonic() - self.began) * (self.total - self.spent) / self.spent))
+        said = f"{self.done:>3} of {self.n_jobs} of this sweep, {left} left: {job.name} {self.runner.loss(job):.4f}"
+        self.progress.console.print(said, highlight=False, soft_wrap=True)
+
+
 class Runner:
     """Runs jobs that are not in any result file yet, several at a time, and keeps its own up to date."""
 
-    def __init__(self, plan: Plan, name: str, path: Path, jobs: int, console: Console):
-        self.plan, self.path, self.workers, self.console = plan, path, jobs, console
+    def __init__(self, plan: Plan, name: str, path: Path, jobs: int, console: Console, board: "Callable[..., Board]" = Sweep):
+        self.plan, self.path, self.workers, self.console, self.board = plan, path, jobs, console, board
         path.parent.mkdir(parents=True, exist_ok=True)
         self.results = read_results(path) if path.exists() else {"runs": {}}
         about = {"study": plan.study.name, "question": plan.study.question, "size": name, "manifest_sha256": plan.manifest}
@@ -137,14 +179,12 @@ class Runner:
             return
         self.ran = True
         self.results.pop("arms", None)  # what an edited study had found before is not what it will find
-        names, n_jobs, total = {job.name for job in waiting}, len(waiting), sum(job.flops for job in waiting)
-        spent, began = 0.0, time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+        names = {job.name for job in waiting}
         with (
-            Progress(*columns, console=self.console) as progress,
+            self.board(self, waiting, what) as board,
             ProcessPoolExecutor(self.workers, mp_context=self.processes, initializer=_worker) as pool,
         ):
-            task, running = progress.add_task(what, total=total), {}
+            running: dict[Future, Job] = {}
             try:
                 while waiting or running:
                     for job in [j for j in waiting if j.needs not in names][: self.workers - len(running)]:
@@ -152,19 +192,15 @@ class Runner:
                         parent = self.runs.get(job.needs)
                         lost = parent and parent["evaluations"][-1]["val_loss"] is None
                         running[pool.submit(dict, parent) if lost else pool.submit(execute, job.config)] = job
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         try:
                             self.keep(job, future.result())
                         except BrokenProcessPool as error:
                             raise UserError(f"{job.name} was killed (out of memory?); the same command goes on") from error
                         names.discard(job.name)
-                        spent += job.flops
-                        progress.advance(task, job.flops)
-                        left = timedelta(seconds=round((time.monotonic() - began) * (total - spent) / spent))
-                        said = f"{n_jobs - len(names):>3} of {n_jobs} of this sweep, {left} left: "
-                        said += f"{job.name} {self.loss(job):.4f}"
-                        progress.console.print(said, highlight=False, soft_wrap=True)
+                        board.ended(job)
+                    board.tick(list(running.values()))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -201,8 +237,18 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def run(study: Study, name: str, data: Path | None, out: Path, results: Path, jobs: int, console: Console) -> list[Path]:
-    """Tune every arm and run every seed, target by target. Returns the result files. UserError for a study that cannot be.
+def run(
+    study: Study,
+    name: str,
+    data: Path | None,
+    out: Path,
+    results: Path,
+    jobs: int,
+    console: Console,
+    target: "Callable[[Plan, Runner], object] | None" = None,
+) -> list[Path]:
+    """Tune every arm and run every seed, target by target, or call `target`. Returns the result files. UserError for a study
+    that cannot be.
 
     Without `data` the text is what the size asks for, in data/TEXT512.
     """
@@ -211,10 +257,10 @@ def run(study: Study, name: str, data: Path | None, out: Path, results: Path, jo
     out.mkdir(parents=True, exist_ok=True)
     targets = study.sizes[name]
     if data is None:
-        text = targets[0].text
-        data = Path(f"data/{text}512").resolve()
+        text, data = targets[0].text, targets[0].folder.resolve()
         if not data.is_dir():
-            raise UserError(f"there is no data/{text}512: nanostack prepare {text} --out data/{text}512 --tokenizer bpe:512")
+            folder = targets[0].folder
+            raise UserError(f"there is no {folder}: nanostack prepare {text} --out {folder} --tokenizer bpe:512")
     stem = f"study-{study.name}-{name}"
     files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
     if len(set(files)) < len(files):
@@ -223,12 +269,12 @@ def run(study: Study, name: str, data: Path | None, out: Path, results: Path, jo
     flat, grown = (sum(bool(arm.jumps) is grows for arm in study.arms.values()) for grows in (False, True))
     if flat < 2 or not grown:
         raise UserError(f"study {study.name} needs the target from scratch, its base never grown, and an arm that grows")
-    if (most := max(plan.epochs() for plan in plans)) > 2:
+    if (most := max(plan.epochs() for plan in plans)) > 1:
         console.print(f"caution: the shallowest arm reads the text {most:.1f} times; more text would be fairer to it")
     results.mkdir(parents=True, exist_ok=True)
     with locked(out), locked(results):
         for plan, path in zip(plans, files, strict=True):
-            run_target(plan, Runner(plan, name, path, jobs, console))
+            (target or run_target)(plan, Runner(plan, name, path, jobs, console))
     return files
 
 
@@ -268,29 +314,43 @@ def run_target(plan: Plan, runner: Runner) -> None:
     diverged = [one[-1].name for of_arm in ways.values() for one in of_arm if math.isinf(runner.loss(one[-1]))]
     if diverged:
         raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
-    arms = {}
+    arms = arms_of(plan, ways)
     for name in order:
-        arm = study.arms[name]
-        arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
-        arms[name] |= {"model": {"n_layer": arm.n_layer, **arm.model}} if arm.model else {}
         told = {b: losses(sweep[name, b], runner) for b in plan.budgets(name)}
         arms[name]["sweep"] = {
             f"{b:g}": {f"{lr:g}": [None if math.isinf(x) else x for x in found[lr]] for lr in sorted(found)}
             for b, found in told.items()
         }
-        names = {seed: [job.name for one in ways[name, seed] for job in one] for seed in size.seeds}
-        arms[name]["seeds"] = {str(seed): list(dict.fromkeys(of_seed)) for seed, of_seed in names.items()}
     all_ways = [
         way(*point, lr, seed) for point, runs in sweep.items() for lr, jobs in runs.items() for seed in size.seeds[: len(jobs)]
     ]
     used = {job.name for one in all_ways for job in one}
     runner.results["runs"] = {name: run for name, run in runner.results["runs"].items() if name in used}
     if runner.ran or "arms" not in runner.results:
-        device = choose_device("auto")
-        about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(device)}
-        runner.results |= about | {"processes": runner.workers, "versions": versions()}
+        runner.results |= about_now(runner.workers)
     runner.results["arms"] = arms
     runner.write()
+
+
+def about_now(processes: int) -> dict:
+    """What results say of the code and the machine that made them."""
+    about = {"git_commit": git_commit(), "date": date.today().isoformat(), "device": device_name(choose_device("auto"))}
+    return about | {"processes": processes, "versions": versions(), "numerics": NUMERICS}
+
+
+def arms_of(plan: Plan, ways: dict[tuple[str, int], list[list[Job]]]) -> dict:
+    """The arms as results tell them, with the names of the runs of `ways` {(arm, seed): [jobs to the end of each budget]}."""
+    arms: dict[str, dict] = {}
+    for (name, seed), of_seed in ways.items():
+        if name not in arms:
+            arm = plan.study.arms[name]
+            arms[name] = {"label": arm.label, "n_layer": arm.n_layer, "grows": bool(arm.jumps), "at": [j.at for j in arm.jumps]}
+            arms[name] |= {"model": {"n_layer": arm.n_layer, **arm.model}} if arm.model else {}
+            arms[name] |= {"budgets": list(plan.budgets(name))} if arm.budgets else {}
+            arms[name] |= {"batch_tokens": arm.batch_tokens} if arm.batch_tokens else {}
+            arms[name]["seeds"] = {}
+        arms[name]["seeds"][str(seed)] = list(dict.fromkeys(job.name for one in of_seed for job in one))
+    return arms
 
 
 Tried = dict[float, list[Job]]  # by learning rate the runs that end there, of the first seed or of all

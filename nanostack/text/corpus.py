@@ -51,7 +51,8 @@ class CorpusConfig:
     """Which text becomes which tokens, and where."""
 
     sources: tyro.conf.Positional[list[str]]
-    """stdlib, site-packages, folders, files: text, code, .jsonl (.gz, .zst), .parquet; hf:OWNER/NAME,name=...,split=..."""
+    """stdlib, site-packages, packages:FILE, folders, files: text, code, .jsonl (.gz, .zst), .parquet;
+    hf:OWNER/NAME,name=...,split=..."""
     out: Path
     """folder for the tokens; must not exist yet"""
     tokenizer: str = "bpe:1024"

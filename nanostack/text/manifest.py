@@ -10,17 +10,19 @@ import numpy as np
 from nanostack.errors import UserError
 
 FORMAT = "nanostack-tokens-1"
-
-
 MANIFEST = "manifest.json"
-
-
 SPLITS = ("train", "val")
+ADVISED = {  # by the name of a folder: a source and a tokenizer
+    "stdlib": ("stdlib", "bpe:1024"),
+    "stdlib512": ("stdlib", "bpe:512"),
+    "site-packages512": ("site-packages", "bpe:512"),
+    "packages512": ("packages:constraints.txt", "bpe:512"),
+}
 
 
 def advised(path: str | Path) -> tuple[str, str]:
     """A source and a tokenizer that suit a folder of this name."""
-    return ("stdlib", "bpe:1024") if Path(path).name == "stdlib" else ("SOURCE...", "bpe:32000")
+    return ADVISED.get(Path(path).name, ("SOURCE...", "bpe:32000"))
 
 
 def load_manifest(path: str | Path) -> dict:

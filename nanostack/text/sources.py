@@ -9,10 +9,12 @@ import gzip
 import io
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -23,6 +25,8 @@ from nanostack.text.tokenizer import JSON_FILE, RANKS_FILE
 
 LONGEST = 1 << 18  # bytes of a document made of plain text: far above any seq_len, and a book still gives several
 LONGEST_LINE = 1 << 26  # bytes of a line of .json that is taken for a record
+PACKAGES = "packages:"
+REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)")  # the name, with which a line of a requirements file begins
 NOT_CODE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
@@ -37,7 +41,9 @@ def list_files(source: str, dropped: Counter) -> list[File]:
     """The files of a source, sorted by name; counts in `dropped` what is left out. UserError if the source is missing."""
     if source.startswith("hf:"):
         return _dataset_files(source)
-    if source in ("stdlib", "site-packages"):
+    if source.startswith(PACKAGES):
+        paths = _of_packages(Path(source.removeprefix(PACKAGES)), dropped)
+    elif source in ("stdlib", "site-packages"):
         keys = ("stdlib",) if source == "stdlib" else ("purelib", "platlib")
         roots = sorted({Path(sysconfig.get_path(key)).resolve() for key in keys})
         walks = [(root, _walk(root, Counter(), NOT_CODE)) for root in roots]
@@ -52,11 +58,32 @@ def list_files(source: str, dropped: Counter) -> list[File]:
         paths = [(path.parent, path)]
     else:
         raise UserError(
-            f"there is no source {source!r}: it is no file, no folder, not the word stdlib or site-packages, and a "
-            f"dataset of Hugging Face's is written hf:OWNER/NAME"
+            f"there is no source {source!r}: it is no file, no folder, not the word stdlib or site-packages; packages are "
+            f"written packages:requirements.txt, and a dataset of Hugging Face's hf:OWNER/NAME"
         )
     files = [File(path, path.relative_to(root).as_posix(), path.stat().st_size) for root, path in paths]
     return sorted(files, key=lambda file: file.name)
+
+
+def _of_packages(requirements: Path, dropped: Counter) -> list[tuple[Path, Path]]:
+    """(root, path) of the Python source of the installed packages that a requirements file names; those that are not
+    installed are counted as left out."""
+    if not requirements.is_file():
+        raise UserError(f"there is no file {requirements}, which packages:{requirements} asks for")
+    names = {found[1] for line in requirements.read_text().splitlines() if (found := REQUIREMENT.match(line))}
+    paths = []
+    for name in sorted(names):
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            dropped["package_not_installed"] += 1
+            continue
+        inside = [file for file in package.files or () if file.suffix == ".py" and not NOT_CODE & set(file.parts)]
+        places = [(Path(str(file.locate())).resolve(), file) for file in inside if ".." not in file.parts]
+        paths += [(path.parents[len(file.parts) - 1], path) for path, file in places if path.is_file()]
+    if not paths:
+        raise UserError(f"no package that {requirements} names is installed with Python source; give a folder of text instead")
+    return paths
 
 
 def _dataset_files(source: str) -> list[File]:
@@ -73,6 +100,8 @@ def _dataset_files(source: str) -> list[File]:
 
 def name_of(source: str, files: list[File]) -> str:
     """What a manifest calls a source: a path by its last part, a dataset with its commit, so that it names the same bytes."""
+    if source.startswith(PACKAGES):
+        return PACKAGES + Path(source.removeprefix(PACKAGES)).name
     if source.startswith("hf:"):
         return ",".join(["hf:" + files[0].repository, *source.split(",")[1:]])
     return Path(source).resolve().name if Path(source).exists() else source

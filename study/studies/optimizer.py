@@ -44,7 +44,7 @@ best of all (keep old, zero new; continue) ends 0.020 ± 0.007 and 0.011 ± 0.02
 only: no warm-up after growth, `moments_old="keep", moments_new="zero"`. (Its rate steps down at growth, to the paper's of the
 target; here it went on.) `grow(...)` had no warm-up by default before, and keeps that. `reset` stays its default for the
 moments: beside `continue` it is 0.010 nats behind the best at the smaller budget and 0.003 at the larger, and needs nothing to
-be kept. The presets of the paper's sizes and the quickstart warm up again and reset, as the paper did. All twelve reach the
+be kept. The presets of the paper's sizes warm up again and reset, as the paper did. All twelve reach the
 target's loss at a speedup of 15 to 19 % in the mean, with intervals that hold zero, and none beats 2 layers never grown at
 these budgets. An earlier run of this study chose rates with one seed: the target got an unlucky one, and the speedups stood at
 26 to 30 %.

@@ -21,7 +21,6 @@ the larger budget the curve is flat: from 10 to 30 % the losses are within 0.015
 that is dear: 0.084 ± 0.074 and 0.091 ± 0.063. Every arm is below the target from scratch in the mean at the larger budget, none
 beyond doubt. `nanostack plan` caps its advice at a fifth of the tokens, where the paper's formula breaks down. That is 8 % of
 the FLOPs of this target, a little early by what is best here; the cap is ours, a caution for budgets of billions, and stays.
-The quickstart grows after 25 % of the FLOPs, within the flat part.
 
 Two budgets of one size, and parabolas through three points each, say no more than that; the arms warm up again after growth, as
 the paper's do. Against 4 layers never grown, the best base at the largest budget, growing at 20 % is 0.034 ± 0.049 nats ahead

@@ -19,7 +19,7 @@ def test_every_run_that_a_committed_study_plans_is_in_its_results(path, tmp_path
     copy = tmp_path / path.name
     shutil.copyfile(path, copy)
     found = json.loads(path.read_text())
-    monkeypatch.setattr(plan, "NUMERICS", 0)  # these runs were made before it was counted: what else is hashed is as it was
+    monkeypatch.setattr(plan, "NUMERICS", found.get("numerics", 0))  # when they were made: what else is hashed is as it was
     manifest = {"tokenizer": {"n_vocab": 512}, "splits": {"train": {"tokens": 10**7}}}
     monkeypatch.setattr(plan, "load_manifest", lambda data: manifest)
     monkeypatch.setattr(plan, "manifest_sha256", lambda data: found["manifest_sha256"])

@@ -13,9 +13,11 @@ from study.report import parabola
 from study.results import (
     Crossing,
     at_best_pace,
+    by_budget,
     crossing,
     curve,
     flops_to_reach,
+    gain,
     mean_and_interval,
     path_of,
     pays,
@@ -170,6 +172,37 @@ def test_scratch_counts_from_where_it_came_down_to_its_last_loss_for_good():
         assert arms["scratch"]["speedup_flops"] is arms["grown"]["speedup_flops"] is None
 
 
+def between() -> dict:
+    """Scratch, and four sizes that never grow, at 2e12 and 8e12 FLOPs; an arm that grows for each, measured before it, too."""
+    budgets = [1e12, 2**0.5 * 1e12, 2e12, 4e12, 2**0.5 * 4e12, 8e12]
+    curves = {name: [None, None, 3.0 + more, None, None, 2.5 + more] for name, more in FLAT.items()}
+    curves["grown2"], curves["grown8"] = [3.2, 3.0, 2.8, None, None, None], [None, None, None, 2.4, 2.35, 2.3]
+    results = synthetic({name: [losses] * 2 for name, losses in curves.items()}, tuple(budgets))
+    for name, arm in results["arms"].items():
+        arm["budgets"] = [budget for budget, loss in zip(budgets, curves[name], strict=True) if loss]
+        arm["sweep"] = {f"{arm['budgets'][0]:g}": {"0.001": [2.0, 2.1]}}
+        arm["n_layer"] = {"base1": 1}.get(name, arm["n_layer"])
+    return results
+
+
+FLAT = {"scratch": 0.0, "base4": -0.1, "base": 0.1, "base1": 0.2}
+
+
+def test_every_budget_has_its_speedup_over_scratch_and_its_differences_to_all_that_never_grew():
+    """Grown for 2e12, the loss of scratch there is met at 1.41e12; grown for 8e12, scratch's is passed before 4e12."""
+    results = between()
+    summary = summarise(results)
+    head, found = by_budget(results, summary)
+    assert head[2:6] == ["grown", "speedup", "exact count", "in seconds"] and head[6:] == [f"minus {name}" for name in FLAT][1:]
+    assert [row[2] for row in found] == ["grown2", "grown8"] and [row[0] for row in found] == ["2e+12", "8e+12"]
+    assert found[0][3:5] == ["+41 ± 0 %"] * 2 and found[1][3:5] == ["≥ +100 %"] * 2
+    assert found[0][6:] == ["-0.100 ± 0.000", "-0.300 ± 0.000", "-0.400 ± 0.000"]
+    assert rows(summary)[0][2:4] == ["loss at 2e+12", "loss at 8e+12"], "at which scratch was measured"
+    assert summary["pays_from"] == 2e12, "points of grown arms alone decide nothing"
+    assert gain(results, "grown2", "0", "flops", 2e12, "base4")["gain"] == pytest.approx(2 / 2**0.75 - 1)
+    assert gain(results, "grown2", "0", "flops", 4e12) is None, "scratch has no point there"
+
+
 def test_noisy_arm_of_which_one_seed_is_not_reached_has_no_number():
     curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.0, 1.9, 1.8]] * 2, "grown": [[2.5, 1.9, 2.1], [2.5, 1.9, 1.8]]}
     summary = summarise(synthetic(curves))
@@ -253,6 +286,7 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
         ("toy-cpu-wide", wide),
         ("toy-gpu", gpu),
         ("half-cpu", {"study": "half", "runs": {}}),
+        ("sizes-cpu", between() | {"study": "sizes", "seconds": 1.0}),
     ):
         (tmp_path / f"study-{name}.json").write_text(json.dumps(one))
     (tmp_path / "docs").mkdir()
@@ -260,8 +294,11 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
     done = python(*command)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "docs/study.md").read_text()
-    for said in ("| scratch |", "Not finished yet, and not reported: half-cpu", "optimum of the parabola", "L = ", "diverged"):
+    for said in ("| scratch |", "Not finished yet, and not reported: half-cpu", "optimum of the parabola", "L = "):
         assert said in page
+    assert "| 2e+12 |" in page and "optimum" in page and "study-sizes-cpu-frontier.png" in page
+    assert (tmp_path / "docs/study-sizes-cpu-frontier.png").stat().st_size > 10000
+    assert "diverged" in (tmp_path / "docs/study-sweeps.md").read_text()
     assert page.count("L = ") == len(curves), "two targets of the cpu make a law, one of the gpu does not belong to it"
     for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-toy-cpu-isoflop.png"):
         assert picture in page and (tmp_path / "docs" / picture).stat().st_size > 10000

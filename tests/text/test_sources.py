@@ -22,7 +22,7 @@ from nanostack.hf import export
 from nanostack.model import LlamaConfig
 from nanostack.parallel import Placement
 from nanostack.state import State
-from nanostack.text.sources import LONGEST, Reader, list_files
+from nanostack.text.sources import LONGEST, Reader, list_files, name_of
 
 
 def reader(source: Path, field: str = "text") -> Reader:
@@ -66,6 +66,23 @@ def test_site_packages_are_the_installed_sources():
     names = {file.name for file in list_files("site-packages", Counter())}
     assert {"numpy/__init__.py", "tiktoken/core.py"} <= names
     assert not [name for name in names if "/tests/" in name or not name.endswith(".py")]
+
+
+def test_packages_are_those_that_a_requirements_file_names(tmp_path):
+    """The same files as of site-packages, under the same names; what is not installed is counted."""
+    pins = tmp_path / "pins.txt"
+    pins.write_text("# pins\nnumpy==2.4.6\n  tiktoken>=0.9 ; python_version > '3'\nno-such-package\n-r other.txt\n")
+    dropped: Counter = Counter()
+    found = list_files(f"packages:{pins}", dropped)
+    everything = set(list_files("site-packages", Counter()))
+    assert {file.name.split("/")[0] for file in found} >= {"numpy", "tiktoken"} and set(found) < everything
+    assert dropped == {"package_not_installed": 1}
+    assert name_of(f"packages:{pins}", found) == "packages:pins.txt"
+    pins.write_text("no-such-package==1\n")
+    with pytest.raises(UserError, match=r"no package that .*pins\.txt names is installed with Python source"):
+        list_files(f"packages:{pins}", Counter())
+    with pytest.raises(UserError, match=r"there is no file .*gone\.txt, which packages:"):
+        list_files(f"packages:{tmp_path}/gone.txt", Counter())
 
 
 def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monkeypatch):

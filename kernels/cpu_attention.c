@@ -37,12 +37,24 @@ static __attribute__((noinline)) void tile(const float *a, long a_row, long a_co
         for (int half = 0; half < 2; half++) *(vector *)(c + i * c_row + half * LANES) = sum[i][half];
 }
 
-// x (rows, columns) with any strides → panels of `depth` rows, zeros where x has none.
-static void pack(const float *x, long row, long column, long rows, long columns, long depth, float *panels) {
-    memset(panels, 0, depth * UP(columns, WIDE) * sizeof(float));
-    for (long j = 0; j < columns; j += WIDE, panels += depth * WIDE, x += WIDE * column)
+// x (rows, columns), contiguous → panels of `depth` rows, zeros where x has none.
+static void pack(const float *x, long rows, long columns, long depth, float *panels) {
+    for (long j = 0; j < columns; j += WIDE, panels += depth * WIDE) {
+        long width = columns - j < WIDE ? columns - j : WIDE;
+        if (width < WIDE) memset(panels, 0, rows * WIDE * sizeof(float));
+        for (long i = 0; i < rows; i++) memcpy(panels + i * WIDE, x + i * columns + j, width * sizeof(float));
+        memset(panels + rows * WIDE, 0, (depth - rows) * WIDE * sizeof(float));
+    }
+}
+
+// The same of x transposed, x (columns, rows) contiguous: panels of `rows` rows.
+static void pack_transposed(const float *x, long rows, long columns, float *panels) {
+    for (long j = 0; j < columns; j += WIDE, panels += rows * WIDE, x += WIDE * rows) {
+        long width = columns - j < WIDE ? columns - j : WIDE;
+        if (width < WIDE) memset(panels, 0, rows * WIDE * sizeof(float));
         for (long i = 0; i < rows; i++)
-            for (long l = 0; l < WIDE && j + l < columns; l++) panels[i * WIDE + l] = x[i * row + l * column];
+            for (long l = 0; l < width; l++) panels[i * WIDE + l] = x[l * rows + i];
+    }
 }
 
 typedef struct {  // a tensor (batch, position, head, d) with d side by side
@@ -155,9 +167,9 @@ void attention_forward(tensor q, tensor k, tensor v, tensor out, float *lse, con
         float *kv_rows = v_down + keys * width, *q_rows = kv_rows + keys * width, *sums = q_rows + BLOCK * width;
         float *scores = sums + BLOCK * width;
         take(k, p, 0, p.kv_head, p.n_keys, d, 1.0f, turned, kv_rows);
-        pack(kv_rows, 1, d, d, p.n_keys, d, k_across);
+        pack_transposed(kv_rows, d, p.n_keys, k_across);
         take(v, p, 0, p.kv_head, p.n_keys, d, 1.0f, unturned, kv_rows);
-        pack(kv_rows, d, 1, p.n_keys, d, keys, v_down);
+        pack(kv_rows, p.n_keys, d, keys, v_down);
         for (long turn = 0; turn < group * UP(p.n, BLOCK) / BLOCK; turn++) {
             block b = block_of(p, turn, group, causal);
             take(q, p, b.first, b.head, b.rows, d, scale, turned, q_rows);
@@ -197,17 +209,17 @@ void attention_backward(tensor dout, tensor q, tensor k, tensor v, tensor out, t
         float *dout_rows = q_down + BLOCK * width, *dout_down = dout_rows + BLOCK * width, *sums = dout_down + BLOCK * width;
         float *probabilities = sums + BLOCK * width, *slopes = probabilities + BLOCK * keys;
         take(v, p, 0, p.kv_head, p.n_keys, d, 1.0f, unturned, kv_rows);
-        pack(kv_rows, 1, d, d, p.n_keys, d, v_across);
+        pack_transposed(kv_rows, d, p.n_keys, v_across);
         take(k, p, 0, p.kv_head, p.n_keys, d, 1.0f, turned, kv_rows);
-        pack(kv_rows, 1, d, d, p.n_keys, d, k_across);
-        pack(kv_rows, d, 1, p.n_keys, d, keys, k_down);
+        pack_transposed(kv_rows, d, p.n_keys, k_across);
+        pack(kv_rows, p.n_keys, d, keys, k_down);
         memset(dk_sums, 0, 2 * keys * width * sizeof(float));
         for (long turn = 0; turn < group * UP(p.n, BLOCK) / BLOCK; turn++) {
             block b = block_of(p, turn, group, causal);
             take(q, p, b.first, b.head, b.rows, d, scale, turned, q_rows);
             take(dout, p, b.first, b.head, b.rows, d, 1.0f, unturned, dout_rows);
-            pack(q_rows, d, 1, b.rows, d, BLOCK, q_down);
-            pack(dout_rows, d, 1, b.rows, d, BLOCK, dout_down);
+            pack(q_rows, b.rows, d, BLOCK, q_down);
+            pack(dout_rows, b.rows, d, BLOCK, dout_down);
             score(b, q_rows, k_across, probabilities, keys, d, causal);
             score(b, dout_rows, v_across, slopes, keys, d, causal);
             const float *lse_rows = lse + (p.batch * heads + b.head) * seq + p.start + b.first;

@@ -21,7 +21,7 @@ from nanostack.errors import UserError, command_line
 from study import ROOT, runner
 from study.draw import draw_curves
 from study.pace import measure
-from study.plan import Study
+from study.plan import CPU_PACE, GPU_PACE, Study, planned_cost
 from study.report import write_report
 from study.results import at_best_pace, pays, summarise, table
 from study.runs import collect
@@ -39,10 +39,14 @@ class Command:
     """The size of a study: cpu, gpu, ...; what this machine is, unless given."""
     jobs: int | None = None
     """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of a study instead of its own; give more of them later, and only those are run."""
     out: Path = Path("out/study")
     """Folder of a study's runs."""
     results: Path = Path("bench/results")
     """Folder of result files and pictures."""
+    cost: bool = False
+    """Tell what a study would cost at each of its sizes, and run nothing."""
     pace: bool = False
     """Measure how fast each model of a study trains with nothing beside, into its results."""
     report: bool = False
@@ -99,11 +103,25 @@ def study_of(path: Path) -> Study:
     return study
 
 
+def tell_cost(study: Study, console: Console) -> dict:
+    """What a study takes if no grid of rates has to be widened: runs, FLOPs, and hours at a pace that is an estimate."""
+    found = {}
+    for name, targets in study.sizes.items():
+        runs, flops = zip(*(planned_cost(study, size) for size in targets), strict=True)
+        pace = GPU_PACE if targets[0].dtype == "bfloat16" else CPU_PACE
+        found[name] = {"runs": sum(runs), "flops": sum(flops), "hours": sum(flops) / pace / 3600}
+        told = f"{name}: {sum(runs)} runs, {sum(flops):.2g} FLOPs; about {found[name]['hours']:.1f} hours at {pace:.1g} FLOP/s"
+        console.print(f"{told}, an estimate", soft_wrap=True)
+    return found
+
+
 def run_study(command: Command, console: Console) -> dict:
     path, *others = command.paths
     if others:
         raise UserError(f"one study at a time: {path}")
     study = study_of(path)
+    if command.cost:
+        return tell_cost(study, console)
     cuda = torch.cuda.is_available()
     size = command.size or ("gpu" if cuda else "cpu")
     jobs = (4 if cuda else os.cpu_count()) if command.jobs is None else command.jobs  # small models leave most of a GPU idle
@@ -111,7 +129,7 @@ def run_study(command: Command, console: Console) -> dict:
         raise UserError(f"jobs must be at least 1, not {jobs}")
     data = command.data and command.data.resolve()
     target = measure if command.pace else None
-    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console, target)
+    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console, command.seeds, target)
     if command.pace:
         return {file.stem: json.loads(file.read_text())["pace"] for file in files}
     summaries = {}

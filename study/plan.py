@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -158,6 +159,9 @@ GPU = Size(  # up to 7e15 FLOPs and 430 runs a study: 6 minutes and the starts, 
 )
 
 
+CPU_PACE = 8.5e10  # FLOP/s of two runs side by side, one core each: a CPU size on an AMD EPYC with AVX-512
+GPU_PACE = 2e13  # of four side by side on one GPU: an estimate
+
 CONTROLS = {  # what every study compares with
     "scratch": Arm("8 layers from scratch", 8),
     "base": Arm("2 layers, never grown", 2),
@@ -227,11 +231,12 @@ class Place:
 class Plan:
     """The jobs of a study on one prepared text. All tokens are whole batches."""
 
-    def __init__(self, study: Study, size: Size, data: Path, out: Path):
-        vocab = load_manifest(data)["tokenizer"]["n_vocab"]
+    def __init__(self, study: Study, size: Size, data: Path | None, out: Path, vocab: int | None = None):
+        """Without `data` it can only be counted, for a text of `vocab` tokens."""
+        vocab = vocab or load_manifest(data)["tokenizer"]["n_vocab"]
         model = replace(size.model, vocab_size=size.model.vocab_size or -(-vocab // 128) * 128)
         self.study, self.size, self.model, self.data, self.out = study, size, model, data, out
-        self.manifest = manifest_sha256(data)
+        self.manifest = manifest_sha256(data) if data else ""
         if "scratch" not in study.arms or study.arms["scratch"].jumps:
             raise UserError(f"study {study.name} needs an arm `scratch` that never grows")
         if not (size.lrs and size.seeds and size.budgets) or list(size.budgets) != sorted(set(size.budgets)):
@@ -361,6 +366,18 @@ class Plan:
     def tokens(self, flops: float, place: Place) -> int:
         """Whole batches that take about so many FLOPs."""
         return max(1, round(flops / flops_per_token(place.model) / place.batch_tokens)) * place.batch_tokens
+
+
+def planned_cost(study: Study, size: Size, vocab_size: int = 512) -> tuple[int, float]:
+    """How many runs a study takes at a size, and their FLOPs, if no grid of rates is widened: every rate with the first seed,
+    the two best with all seeds."""
+    plan = Plan(study, size, None, Path(), vocab_size)
+    jobs = {}
+    for name, rate, seed in product(study.arms, enumerate(size.lrs), enumerate(size.seeds)):
+        if rate[0] < 2 or seed[0] == 0:
+            for budget in plan.budgets(name):
+                jobs |= {job.name: job.flops for job in plan.jobs(name, seed[1], rate[1], size.lrs[0], budget)}
+    return len(jobs), sum(jobs.values())
 
 
 def said(value):

@@ -286,8 +286,8 @@ def table(results: dict, summary: dict) -> Table:
         f"each parameter of the 8 layers, {seeds}",
         caption=OTHER,
     )
-    for name in ("arm", "lr", "validation loss", "stacking minus it", "speedup of stacking over it", "text read"):
-        shown.add_column(name, justify="left" if name == "arm" else "right")
+    for name in ("arm", "lr", "loss", "grown − it", "speedup over it", "text read"):
+        shown.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
     for arm in ARMS:
         minus, gain = summary["grown_minus"].get(arm), summary["speedups"].get(arm)
         shown.add_row(

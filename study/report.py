@@ -25,7 +25,7 @@ from study.results import at_best_pace, by_budget, markdown, pays, percent, plus
 OURS = ROOT / "bench/results"
 ANSWER = ROOT / "study/answer.md"  # what a person in a hurry should know, written when the results were in
 EARLIER = ("operators", "timing", "factor", "optimizer", "scale")  # at 7 tokens per parameter, where nothing is decided
-ORDER = ("quickstart", "overtraining", "timing_20", "scale_20", "prose", "muon", "muon_growth", *EARLIER)
+ORDER = ("quickstart", "batch", "overtraining", "timing_20", "scale_20", "prose", "muon", "muon_growth", *EARLIER)
 TITLE = "# How many FLOPs does stacking really save?\n"
 HEAD = """
 ## How it was measured

@@ -121,7 +121,7 @@ def at_best_pace(results: dict) -> dict:
         flops = next((e["flops"] for e in reversed(path_of(results, name)) if e["tokens"] <= run["begins"]), 0)
         end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
         of_token = round((end["flops"] - flops) / max(tokens, 1))  # 0 where a run that it needs has diverged
-        kinds[name] = pace_name(of_token, name)
+        kinds[name] = pace_name(of_token, name) + (f"-{run['batch_tokens']}" if "batch_tokens" in run else "")
         paces.setdefault(kinds[name], []).append(end["seconds"] / max(tokens, 1))
     best = {kind: sorted(found)[len(found) // 10] for kind, found in paces.items()} | results.get("pace", {})
     paced = {

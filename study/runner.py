@@ -208,6 +208,7 @@ class Runner:
     def keep(self, job: Job, result: dict) -> None:
         stage = {k: v for k, v in job.config.shaping()["stages"][0].items() if v != STAGE[k]}
         about = {"needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
+        about |= {"batch_tokens": batch} if (batch := job.config.batch_tokens) != self.plan.size.batch_tokens else {}
         known = self.runs.get(job.name)
         if known and [e["val_loss"] for e in known["evaluations"]] != [e["val_loss"] for e in result["evaluations"]]:
             raise UserError(
@@ -245,17 +246,18 @@ def run(
     results: Path,
     jobs: int,
     console: Console,
+    seeds: tuple[int, ...] = (),
     target: "Callable[[Plan, Runner], object] | None" = None,
 ) -> list[Path]:
     """Tune every arm and run every seed, target by target, or call `target`. Returns the result files. UserError for a study
     that cannot be.
 
-    Without `data` the text is what the size asks for, in data/TEXT512.
+    Without `data` the text is what the size asks for, in data/TEXT512; without `seeds` they are the study's.
     """
     if name not in study.sizes:
         raise UserError(f"study {study.name} has sizes {', '.join(study.sizes)}, not {name}")
     out.mkdir(parents=True, exist_ok=True)
-    targets = study.sizes[name]
+    targets = tuple(replace(size, seeds=seeds or size.seeds) for size in study.sizes[name])
     if data is None:
         text, data = targets[0].text, targets[0].folder.resolve()
         if not data.is_dir():

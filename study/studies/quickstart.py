@@ -1,21 +1,44 @@
 """The four arms of `make quickstart`, 20 tokens for each of the target's parameters: rates tuned for every arm, five seeds.
 
-The batch is tuned for the target from scratch. The other arms take the same, which serves the target best.
+The batch was tuned for the target from scratch (study/studies/batch.py); the other arms take the same.
 """
 
 from dataclasses import replace
 
 from nanostack.config import OptimizerName
-from study.plan import CPU, Arm, Study, controls, stacked, with_earlier
+from study.plan import CPU, GPU, Study, controls, stacked, with_earlier
 
 OPTIM: OptimizerName = "adamw"
-BATCHES = (512, 2048)  # beside the study's
 RATES = {  # by budget, as they were tuned: bench/results/study-quickstart-cpu.json
     "scratch": (4e-3,),
     "grown": (4e-3, 4e-3, 4e-3),
     "base4": (4e-3,),
     "base": (4e-3,),
 }
+
+CPU_20 = replace(
+    CPU,
+    budgets=with_earlier(9e12),
+    lrs=(2e-3, 4e-3, 8e-3),
+    seeds=(0, 1, 2, 3, 4),
+    evaluations=8,
+    text="packages:constraints.txt",
+)
+# 8 layers × 320, 10.2M parameters: 5.3e16 FLOPs with the branches that decay earlier, 8 minutes of one H100 or H200 if it reaches
+# 110 TFLOP/s: an estimate. Rates and batch are not tuned.
+TEN_MILLION = replace(
+    GPU,
+    model=replace(GPU.model, n_head=5, n_kv_head=5, d_model=320, d_ff=864),
+    budgets=with_earlier(1.25e16),
+    batch_tokens=32_768,
+    micro_batch=64,
+    warmup_tokens=4_096_000,
+    lrs=(2e-3,),
+    seeds=(0,),
+    evaluations=8,
+    val_tokens=1_048_576,
+    text="packages:constraints.txt",
+)
 
 study = Study(
     name="quickstart",
@@ -25,24 +48,10 @@ study = Study(
         "grown": stacked("2 layers, stacked ×4", OPTIM),
         "base4": replace(controls(OPTIM)["base4"], budgets=(1.0,)),
         "base": replace(controls(OPTIM)["base"], budgets=(1.0,)),
-        **{
-            f"batch {batch}": Arm(
-                f"8 layers from scratch, {batch} tokens a step", 8, (), OPTIM, budgets=(1.0,), batch_tokens=batch
-            )
-            for batch in BATCHES
-        },
     },
     sizes={
-        size: (
-            replace(
-                one,
-                budgets=with_earlier(budget),
-                lrs=(2e-3, 4e-3, 8e-3),
-                evaluations=8,
-                seeds=(0, 1, 2, 3, 4),
-                text="packages:constraints.txt",
-            ),
-        )
-        for size, one, budget in (("cpu", CPU, 9e12), ("gpu", replace(CPU, dtype="bfloat16"), 9e12))
+        "cpu": (CPU_20,),
+        "gpu": (replace(CPU_20, dtype="bfloat16"),),
+        "10M": (TEN_MILLION,),
     },
 )

@@ -39,7 +39,6 @@ from study.results import difference, ends_of, gain_said, grown_after, over_gain
 from study.runner import Runner, about_now, arms_of, locked
 from study.studies.quickstart import RATES, study
 
-COMMITTED = ROOT / "bench/results/study-quickstart-cpu.json"
 ARMS = {"scratch": ("#555555", "--"), "grown": ("#d1495b", "-"), "base4": ("#e0a030", "-."), "base": ("#2e86ab", ":")}
 CONTROLS = [arm for arm in ARMS if arm != "grown"]
 
@@ -58,16 +57,16 @@ class Command:
     """Multiplies the FLOPs; a small one is a fast test."""
     jobs: int | None = None
     """Arms at a time; on a CPU one for each core up to 2, with a thread each; on a GPU all 4."""
-    committed: bool = False
-    """Instead of running: tell and draw the seeds in bench/results, into `out`."""
+    results: tuple[Path, ...] = ()
+    """Instead of running: tell and draw these result files together, of one seed or several each, into `out`."""
     json: bool = False
     """Print the summary as one JSON object; everything else goes to standard error."""
 
 
 def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False)
-    if command.committed:
-        return conclude(read_results(COMMITTED), command, console)
+    if command.results:
+        return conclude(together([read_results(path) for path in command.results]), command, console)
     if command.scale <= 0:
         raise UserError(f"scale must be positive, not {command.scale}")
     if command.jobs is not None and command.jobs < 1:
@@ -219,6 +218,18 @@ def latest(job: Job) -> tuple[float, float | None]:
         return (last["tokens"] - job.begins) / job.config.stages[0].tokens, last["loss"]
     except (UserError, LookupError):
         return 0.0, None
+
+
+def together(several: list[dict]) -> dict:
+    """Results of several seeds as one. UserError where they are of different texts or models."""
+    first = several[0]
+    arms = {arm: first["arms"][arm] | {"seeds": {}} for arm in ARMS}
+    for one in several:
+        if differ := [key for key in ("manifest_sha256", "model", "budgets") if one[key] != first[key]]:
+            raise UserError(f"these results cannot be told together: {', '.join(differ)} differ")
+        for arm in ARMS:
+            arms[arm]["seeds"] |= one["arms"][arm]["seeds"]
+    return first | {"arms": arms, "runs": {name: run for one in several for name, run in one["runs"].items()}}
 
 
 def conclude(results: dict, command: Command, console: Console) -> dict:

@@ -24,8 +24,8 @@ CPU_20 = replace(
     evaluations=8,
     text="packages:constraints.txt",
 )
-# 8 layers × 320, 10.2M parameters: 5.3e16 FLOPs with the branches that decay earlier, 8 minutes of one H100 or H200 if it reaches
-# 110 TFLOP/s: an estimate. Rates and batch are not tuned.
+# 8 layers × 320, 10.2M parameters: 5.3e16 FLOPs with the branches that decay earlier, 8 minutes of one H100 or H200 if it
+# reaches 110 TFLOP/s: an estimate. Rates and batch are not tuned.
 TEN_MILLION = replace(
     GPU,
     model=replace(GPU.model, n_head=5, n_kv_head=5, d_model=320, d_ff=864),

@@ -56,6 +56,16 @@ def test_it_is_said_plainly_that_stacking_does_not_pay():
     )
 
 
+def test_seeds_of_several_files_are_told_together_and_other_texts_refused():
+    both, first, second = (results([2.5, 2.4, 2.2]) for _ in range(3))
+    for one, seed in ((first, "0"), (second, "1")):
+        for arm in one["arms"].values():
+            arm["seeds"] = {seed: arm["seeds"][seed]}
+    assert quickstart.summary_of(quickstart.together([first, second]), Command()) == quickstart.summary_of(both, Command())
+    with pytest.raises(ValueError, match="cannot be told together: manifest_sha256 differ"):
+        quickstart.together([first, second | {"manifest_sha256": "another"}])
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [({"scale": 0}, "scale must be positive"), ({"jobs": 0}, "jobs must be at least 1")]
 )

@@ -23,6 +23,7 @@ from study.results import path_of, read_results, summarise
 from study.runner import Runner, execute, tune
 
 STUDY_WITH = """
+from dataclasses import replace
 from study.plan import Arm, Jump, Size, Study
 from nanostack.config import Growth
 from nanostack.model import LlamaConfig
@@ -92,7 +93,10 @@ BAD = {
     STUDY_WITH.format(arms='"scratch": Arm("8", 8), "base": Arm("2", 2), "stack": Arm("", 2, (JUMP,))', budgets="(2e9,)"): (
         "grows to 4 layers"
     ),
-    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e7,)"): "no room to train",
+    STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e7,)"): "2e+07 FLOPs have no room for a step of 4 that decays",
+    STUDY_WITH.format(
+        arms='"scratch": Arm("4", 4), "base": Arm("2", 2), "stack": Arm("", 2, (replace(JUMP, at=0.9),))', budgets="(2e9,)"
+    ): "no room to train",
     STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e9)"): "a Size has no valid budgets",
     STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(-2e9, 2e9)"): "a Size has no valid budgets",
     STUDY_WITH.format(arms='"scratch": Arm("4", "4")', budgets="(2e9,)"): "arm '4' has no valid n_layer",

@@ -104,5 +104,5 @@ def small(line: str) -> list[str]:
     if words[:2] == ["nanostack", "sample"]:
         words += ["--tokens", "8"]
     if words[:2] == ["nanostack", "prepare"]:
-        words = ["texts/" if word in ("stdlib", "site-packages") else word for word in words]
+        words = ["texts/" if word.partition(":")[0] in ("stdlib", "site-packages", "packages") else word for word in words]
     return [re.sub("bpe:[0-9]+", "bpe:300", word) for word in words]

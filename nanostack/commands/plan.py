@@ -8,7 +8,7 @@ What growth saves is the paper's speedup, an assumption about your run and no pr
 
 from dataclasses import dataclass
 
-from nanostack.config import describe_tokens
+from nanostack.config import OptimizerName, describe_tokens
 from nanostack.errors import command_line
 from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise
 
@@ -17,15 +17,17 @@ from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise
 class Command(Budget):
     """Advice on growing: shapes, tokens, FLOPs, hours and the config to run."""
 
+    optim: OptimizerName = "adamw"
+    """What trains it: adamw, or muon, beside which growth was measured, too (docs/study.md)."""
     json: bool = False
     """Print one JSON object."""
 
 
-def config_text(advice: dict) -> str:
+def config_text(advice: dict, optim: OptimizerName = "adamw") -> str:
     """A file for config/ that follows the advice, with the paper's learning rates and batch.
 
     The rate is not warmed up again after growth, and old layers keep their moments. The paper does otherwise; docs/study.md
-    compares twelve ways, of which this is the best, by little.
+    compares twelve ways, of which this is the best, by little. An update of Muon has the size of AdamW's: rates serve both.
     """
     base = advice["base"]
     batch = 2_097_152 // base["seq_len"] * base["seq_len"]
@@ -33,7 +35,8 @@ def config_text(advice: dict) -> str:
     lr = 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
     shape = ", ".join(f"{name}={base[name]!r}" for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff"))
     warmup = min(3000 * batch, stages[0] * 3 // 5)
-    return f"""from nanostack.config import Data, Stage, Train, grow
+    names, optimizer = ("Optim, ", '    optim=Optim("muon"),\n') if optim == "muon" else ("", "")
+    return f"""from nanostack.config import Data, {names}Stage, Train, grow
 from nanostack.model import LlamaConfig
 
 config = Train(
@@ -48,13 +51,13 @@ config = Train(
     ),
     batch_tokens={batch:_},
     micro_batch=8,
-    out="out/planned",
+{optimizer}    out="out/planned",
 )
 """
 
 
 def main(command: Command) -> dict:
-    advice = advise(command)
+    advice = advise(command) | {"optim": command.optim}
     if command.json:
         return advice
     target, base = advice["target"], advice["base"]
@@ -73,7 +76,7 @@ def main(command: Command) -> dict:
     print(
         f"grown     {advice['flops_grown']:.3g} FLOPs, {advice['hours_grown']:,.0f} h, if the speedup is {command.speedup:.0%}"
     )
-    print("hours are estimates. A config to begin with:\n\n" + config_text(advice))
+    print("hours are estimates. A config to begin with:\n\n" + config_text(advice, command.optim))
     return advice
 
 

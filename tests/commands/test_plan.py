@@ -38,11 +38,13 @@ def test_flops_include_the_base_and_the_saving_is_the_assumed_one():
     assert advice["base"]["n_layer"] * advice["g"] == advice["target"]["n_layer"]
 
 
-def test_printed_config_loads(tmp_path):
-    said = run("--params", "7e9", "--tokens", "300e9").stdout
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_printed_config_loads(optim, tmp_path):
+    said = run("--params", "7e9", "--tokens", "300e9", "--optim", optim).stdout
     (tmp_path / "planned.py").write_text(said[said.index("from nanostack") :])
     config = load(str(tmp_path / "planned.py"), [])
     assert len(config.stages) == 2 and config.stages[1].growth.g == 4
+    assert config.optim.name == optim
 
 
 def test_config_text_is_a_run_whatever_the_numbers(tmp_path):

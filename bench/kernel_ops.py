@@ -8,7 +8,7 @@ the median, the spread (half the distance between the quartiles, as a share of t
 or FLOPs which the operation must spend, and that rate as a share of the roofline. Table, JSON and bar chart go to
 bench/results/.
 
-In bfloat16; without a GPU in float32, at the shapes of 8 layers × 192, what runs there: C where there is a compiler, else torch.
+In bfloat16; without a GPU in float32, at the shapes of 8 layers × 192, what runs there: C if there is a compiler, else torch.
 """
 
 import statistics

@@ -114,10 +114,11 @@ def train(command: Command, console: Console) -> dict:
     gpu = torch.cuda.is_available()
     name, jobs = ("gpu", command.jobs or 4) if gpu else ("cpu", command.jobs or min(2, torch.get_num_threads()))
     plan, ways = planned(command, name, data)
-    console.print(
-        f"text {data}, manifest {plan.manifest[:12]}: "
-        + ", ".join(f"{plan.study.arms[arm].label} reads {read:.2f} of it" for arm, read in readings(plan, ways).items())
-    )
+    read = readings(plan, ways)
+    said = ", ".join(f"{plan.study.arms[arm].label} {times:.2f} times" for arm, times in read.items())
+    console.print(f"text {data}, manifest {plan.manifest[:12]}, is read by: {said}", soft_wrap=True)
+    if max(read.values()) > 1:
+        console.print("caution: it is too short for this budget: what is read again teaches less, and the shallow read most")
     command.out.mkdir(parents=True, exist_ok=True)
     path = command.out / f"study-quickstart-{name}.json"
     with locked(command.out):

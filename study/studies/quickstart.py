@@ -1,6 +1,7 @@
 """The four arms of `make quickstart`, 20 tokens for each of the target's parameters: rates tuned for every arm, five seeds.
 
-The batch was tuned for the target from scratch (study/studies/batch.py); the other arms take the same.
+Five more seeds are run only if the interval of the speedup over scratch holds zero with five. study/studies/batch.py
+tunes the batch for the target from scratch; the other arms take the same.
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@ A source is a folder, a file, a dataset of Hugging Face's, packages, or one of t
 
     stdlib          the Python standard library on this machine, without tests and tables: 10 MB that need no network
     site-packages   the Python source of what is installed beside this package, for larger runs
-    packages:FILE   the Python source of the packages that a requirements file names, as they are installed: with pinned
-                    versions the same text on every machine
+    packages:FILE   the Python source of the packages that a requirements file names: with pinned versions the same text on
+                    every machine that has them (Triton's is for Linux only)
     hf:OWNER/NAME   a dataset of the Hub, as in hf:HuggingFaceFW/fineweb-edu,name=sample-10BT,split=train (the split unless
                     told); hf:OWNER/NAME@COMMIT pins it. Its files are fetched when their turn comes and kept
                     (nanostack.text.hub), or, with --no_keep_downloads, deleted when they have been read

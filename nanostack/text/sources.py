@@ -26,7 +26,8 @@ from nanostack.text.tokenizer import JSON_FILE, RANKS_FILE
 LONGEST = 1 << 18  # bytes of a document made of plain text: far above any seq_len, and a book still gives several
 LONGEST_LINE = 1 << 26  # bytes of a line of .json that is taken for a record
 PACKAGES = "packages:"
-REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)")  # the name, with which a line of a requirements file begins
+REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[.*?\])?\s*(?:==\s*([^\s;,*]+)\s*(?:[;#]|$))?")  # name, pin
+OF_A_BUILD = {"version.py", "_version.py", "__config__.py"}  # which say how a package was built, and where
 NOT_CODE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
@@ -66,19 +67,25 @@ def list_files(source: str, dropped: Counter) -> list[File]:
 
 
 def _of_packages(requirements: Path, dropped: Counter) -> list[tuple[Path, Path]]:
-    """(root, path) of the Python source of the installed packages that a requirements file names; those that are not
-    installed are counted as left out."""
-    if not requirements.is_file():
-        raise UserError(f"there is no file {requirements}, which packages:{requirements} asks for")
-    names = {found[1] for line in requirements.read_text().splitlines() if (found := REQUIREMENT.match(line))}
+    """(root, path) of the Python source of the packages that a requirements file names. A package that is not installed, or
+    in another version than the file pins with ==, is counted as left out."""
+    try:
+        lines = requirements.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{requirements}: no requirements file ({getattr(error, 'strerror', None) or error})") from None
+    pins = {found[1]: found[2] for line in lines if (found := REQUIREMENT.match(line))}
     paths = []
-    for name in sorted(names):
+    for name, pin in sorted(pins.items()):
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             dropped["package_not_installed"] += 1
             continue
-        inside = [file for file in package.files or () if file.suffix == ".py" and not NOT_CODE & set(file.parts)]
+        if pin not in (None, package.version, package.version.partition("+")[0]):
+            dropped["package_of_another_version"] += 1
+            continue
+        inside = [file for file in package.files or () if file.suffix == ".py" and file.name not in OF_A_BUILD]
+        inside = [file for file in inside if not NOT_CODE & set(file.parts)]
         places = [(Path(str(file.locate())).resolve(), file) for file in inside if ".." not in file.parts]
         paths += [(path.parents[len(file.parts) - 1], path) for path, file in places if path.is_file()]
     if not paths:

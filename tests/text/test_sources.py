@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -71,18 +72,22 @@ def test_site_packages_are_the_installed_sources():
 def test_packages_are_those_that_a_requirements_file_names(tmp_path):
     """The same files as of site-packages, under the same names; what is not installed is counted."""
     pins = tmp_path / "pins.txt"
-    pins.write_text("# pins\nnumpy==2.4.6\n  tiktoken>=0.9 ; python_version > '3'\nno-such-package\n-r other.txt\n")
+    pins.write_text(
+        f"# pins\nnumpy=={numpy.__version__}\n  tiktoken[a]>=0.9 ; python_version > '3'\nno-such-package\n-r other.txt\n"
+    )
     dropped: Counter = Counter()
     found = list_files(f"packages:{pins}", dropped)
     everything = set(list_files("site-packages", Counter()))
     assert {file.name.split("/")[0] for file in found} >= {"numpy", "tiktoken"} and set(found) < everything
-    assert dropped == {"package_not_installed": 1}
+    assert dropped == {"package_not_installed": 1} and "numpy/__config__.py" not in {file.name for file in found}
     assert name_of(f"packages:{pins}", found) == "packages:pins.txt"
-    pins.write_text("no-such-package==1\n")
+    pins.write_text("no-such-package==1\nnumpy == 0.0.1  # another\n")
     with pytest.raises(UserError, match=r"no package that .*pins\.txt names is installed with Python source"):
         list_files(f"packages:{pins}", Counter())
-    with pytest.raises(UserError, match=r"there is no file .*gone\.txt, which packages:"):
-        list_files(f"packages:{tmp_path}/gone.txt", Counter())
+    pins.write_bytes(b"\xff\xfe")
+    for path, why in ((pins, "can't decode"), (tmp_path / "gone.txt", "No such file")):
+        with pytest.raises(UserError, match=f"{path.name}: no requirements file .*{why}"):
+            list_files(f"packages:{path}", Counter())
 
 
 def test_parquet_says_which_columns_there_are_and_how_to_read_it(tmp_path, monkeypatch):

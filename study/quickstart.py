@@ -11,6 +11,7 @@ FLOPs are read off. It prints and keeps what it measured, whatever that is. Inte
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -31,15 +32,26 @@ from rich.table import Table
 
 from nanostack.errors import UserError, command_line
 from nanostack.flops import flops_per_token, n_params
+from nanostack.model import LlamaConfig
 from nanostack.runs import read_run
 from nanostack.text.manifest import load_manifest
 from study import ROOT
 from study.plan import Job, Plan
-from study.results import difference, ends_of, gain_said, grown_after, over_gains, path_of, read_results, summarise
+from study.results import difference, ends_of, gain_said, grown_after, over_gains, path_of, plus_minus, read_results, summarise
 from study.runner import Runner, about_now, arms_of, locked
-from study.studies.quickstart import RATES, study
+from study.studies.quickstart import BASE_THAT_GROWS, OTHER, RATES, study
 
 ARMS = {"scratch": ("#555555", "--"), "grown": ("#d1495b", "-"), "base4": ("#e0a030", "-."), "base": ("#2e86ab", ":")}
+ALIKE = (
+    "size",
+    "manifest_sha256",
+    "model",
+    "budgets",
+    "numerics",
+    "decay",
+    "batch_tokens",
+    "scale",
+)  # in what is told together
 CONTROLS = [arm for arm in ARMS if arm != "grown"]
 
 
@@ -48,10 +60,10 @@ class Command:
     """Train the four arms and compare them."""
 
     out: Path = ROOT / "out/quickstart"
-    text: str = "packages:constraints.txt"
-    """Source of the text, as `nanostack prepare` takes it."""
-    data: Path | None = None
-    """Folder of the prepared text; one of its own for every text, unless given."""
+    text: str = f"packages:{ROOT}/constraints.txt"
+    """Source of the text, as `nanostack prepare` takes it; another one needs another `data`."""
+    data: Path = ROOT / study.sizes["cpu"][0].folder
+    """Folder of the prepared text, which is taken as it is if it is there."""
     seed: int = 0
     scale: float = 1.0
     """Multiplies the FLOPs; a small one is a fast test."""
@@ -67,38 +79,35 @@ def main(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False)
     if command.results:
         return conclude(together([read_results(path) for path in command.results]), command, console)
-    if command.scale <= 0:
-        raise UserError(f"scale must be positive, not {command.scale}")
+    if not 0 < command.scale < math.inf:
+        raise UserError(f"scale must be a positive number, not {command.scale}")
+    if command.text != Command.text and command.data == Command.data:
+        raise UserError(f"{command.data} is for {Command.text}: give --data, a folder for the tokens of {command.text}")
     if command.jobs is not None and command.jobs < 1:
         raise UserError(f"jobs must be at least 1, not {command.jobs}")
-    began = time.monotonic()
+    began, command = time.monotonic(), replace(command, out=command.out.resolve(), data=command.data.resolve())
     results = train(command, console)
     summary = conclude(results, command, console)
     console.print(f"all of it took {timedelta(seconds=round(time.monotonic() - began))} on {results['device']}")
-    console.rule("the grown model writes")
-    sample = [sys.executable, "-m", "nanostack", "sample", command.out / "grown/ckpt.pt", "--data", data_of(command)]
-    say(sample, command)
+    checkpoint = command.out / "grown/ckpt.pt"
+    if checkpoint.exists():
+        console.rule("the grown model writes")
+        say([sys.executable, "-m", "nanostack", "sample", checkpoint, "--data", command.data], command)
     return summary
 
 
-def data_of(command: Command) -> Path:
-    size = study.sizes["cpu"][0]
-    return (command.data or ROOT / replace(size, text=command.text).folder).resolve()
-
-
-def prepare(command: Command, console: Console) -> Path:
-    """The folder of the prepared text, which is made if it is not there."""
-    data = data_of(command)
-    if not (data / "manifest.json").exists():
+def prepare(command: Command, console: Console) -> None:
+    """Make the folder of the prepared text if it is not there."""
+    if not (command.data / "manifest.json").exists():
         console.rule(f"text: {command.text}")
-        say([sys.executable, "-m", "nanostack", "prepare", command.text, "--out", data, "--tokenizer", "bpe:512"], command)
-    return data
+        arguments = [command.text, "--out", command.data, "--tokenizer", "bpe:512"]
+        say([sys.executable, "-m", "nanostack", "prepare", *arguments], command)
 
 
 def say(arguments: list, command: Command) -> None:
     """Run a command whose output the user should see. Its own message explains a failure, so nothing is added."""
     output = sys.stderr if command.json else None
-    process = subprocess.Popen([str(a) for a in arguments], cwd=ROOT, stdout=output)
+    process = subprocess.Popen([str(a) for a in arguments], stdout=output)
     try:
         code = process.wait()
     except KeyboardInterrupt:  # the child has it too: let it save
@@ -110,13 +119,17 @@ def say(arguments: list, command: Command) -> None:
 
 def train(command: Command, console: Console) -> dict:
     """Train the arms, or what is left of them. Returns results as a study's, of one seed."""
-    data = prepare(command, console)
     gpu = torch.cuda.is_available()
     name, jobs = ("gpu", command.jobs or 4) if gpu else ("cpu", command.jobs or min(2, torch.get_num_threads()))
-    plan, ways = planned(command, name, data)
+    planned(command, name, None)  # whether it can be, before the text is made
+    for arm in ARMS:
+        if (command.out / arm).exists() and not (command.out / arm).is_symlink():
+            raise UserError(f"{command.out / arm} is of an earlier version of the quickstart: move it away")
+    prepare(command, console)
+    plan, ways = planned(command, name, command.data)
     read = readings(plan, ways)
     said = ", ".join(f"{plan.study.arms[arm].label} {times:.2f} times" for arm, times in read.items())
-    console.print(f"text {data}, manifest {plan.manifest[:12]}, is read by: {said}", soft_wrap=True)
+    console.print(f"text {command.data}, manifest {plan.manifest[:12]}, is read by: {said}", soft_wrap=True)
     if max(read.values()) > 1:
         console.print("caution: it is too short for this budget: what is read again teaches less, and the shallow read most")
     command.out.mkdir(parents=True, exist_ok=True)
@@ -125,31 +138,29 @@ def train(command: Command, console: Console) -> dict:
         runner = Runner(plan, name, path, jobs, console, lambda runner, waiting, what: Arms(runner, waiting, ways))
         runner.run([job for of_arm in ways.values() for one in of_arm for job in one], "the four arms")
         arms = arms_of(plan, {(arm, command.seed): of_arm for arm, of_arm in ways.items()})
-        runner.results |= about_now(jobs) | {"arms": arms, "seed": command.seed, "scale": command.scale}
+        runner.check_finite(ways.values())
+        if runner.ran or "arms" not in runner.results:
+            runner.results |= about_now(jobs) | {"scale": command.scale}
+        runner.results["arms"] = arms
         runner.write()
     for arm, of_arm in ways.items():
-        link = command.out / arm
-        if link.exists() and not link.is_symlink():
-            raise UserError(f"{link} is of an earlier version: move it away, and the same command will tell what came out")
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path(of_arm[-1][-1].config.out).relative_to(command.out.resolve()))
+        (command.out / arm).unlink(missing_ok=True)
+        (command.out / arm).symlink_to(Path(of_arm[-1][-1].config.out).relative_to(command.out))
     return runner.results
 
 
-def planned(command: Command, name: str, data: Path) -> tuple[Plan, dict[str, list[list[Job]]]]:
-    """The plan of one seed at this scale, and for each arm the jobs to the end of each of its budgets."""
+def planned(command: Command, name: str, data: Path | None) -> tuple[Plan, dict[str, list[list[Job]]]]:
+    """The plan of one seed at this scale, and for each arm the jobs to the end of each of its budgets. Without data they cannot
+    be run. UserError for a scale at which there is no room for a step."""
     size, scale = study.sizes[name][0], command.scale
     size = replace(size, text=command.text, seeds=(command.seed,), budgets=tuple(b * scale for b in size.budgets))
     if scale != 1:
         size = replace(
             size, warmup_tokens=round(size.warmup_tokens * scale), val_tokens=max(2048, round(size.val_tokens * min(1, scale)))
         )
-    plan = Plan(replace(study, arms={arm: study.arms[arm] for arm in ARMS}), size, data, command.out.resolve() / "runs")
+    plan = Plan(study, size, data, command.out.resolve() / "runs", vocab=None if data else 512)
     return plan, {
-        arm: [
-            plan.jobs(arm, command.seed, lr, RATES["base"][0], b) for lr, b in zip(RATES[arm], plan.budgets(arm), strict=True)
-        ]
-        for arm in ARMS
+        arm: [plan.jobs(arm, command.seed, RATES[arm], BASE_THAT_GROWS, budget) for budget in plan.budgets(arm)] for arm in ARMS
     }
 
 
@@ -174,7 +185,7 @@ class Arms:
             for arm, jobs in self.jobs.items()
         }
         self.total = self.progress.add_task("all", total=sum(job.flops for jobs in self.jobs.values() for job in jobs), said="")
-        self.at_start = self.done([])
+        self.at_start = self.done(list(waiting))  # what is there of runs that were broken off
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -222,13 +233,18 @@ def latest(job: Job) -> tuple[float, float | None]:
 
 
 def together(several: list[dict]) -> dict:
-    """Results of several seeds as one. UserError where they are of different texts or models."""
+    """Results of several seeds as one. UserError where they are not of one kind, or a seed is in two of them."""
     first = several[0]
+    for one in several:
+        if not set(ARMS) <= set(one.get("arms", ())):
+            raise UserError("a result file has not all arms of the quickstart: it is unfinished, or of another study")
+        if differ := [key for key in ALIKE if one.get(key) != first.get(key)]:
+            raise UserError(f"these results cannot be told together: {', '.join(differ)} differ")
     arms = {arm: first["arms"][arm] | {"seeds": {}} for arm in ARMS}
     for one in several:
-        if differ := [key for key in ("manifest_sha256", "model", "budgets") if one[key] != first[key]]:
-            raise UserError(f"these results cannot be told together: {', '.join(differ)} differ")
         for arm in ARMS:
+            if twice := arms[arm]["seeds"].keys() & one["arms"][arm]["seeds"].keys():
+                raise UserError(f"seed {', '.join(sorted(twice))} is in two of these results")
             arms[arm]["seeds"] |= one["arms"][arm]["seeds"]
     return first | {"arms": arms, "runs": {name: run for one in several for name, run in one["runs"].items()}}
 
@@ -268,6 +284,7 @@ def summary_of(results: dict, command: Command) -> dict:
     about = ("device", "versions", "git_commit", "date", "manifest_sha256", "processes")
     return {
         "speedup": speedup,
+        "speedup_at_least": bool(speedups["scratch"]["known"] and speedups["scratch"]["known"]["at_least"]),
         "speedups": speedups,
         "loss_target": mean(losses["scratch"]),
         "flops_scratch": flops,
@@ -281,7 +298,6 @@ def summary_of(results: dict, command: Command) -> dict:
         },
         "lrs": {arm: found["arms"][arm]["lrs"][-1] for arm in ARMS},
         "seeds": [int(seed) for seed in seeds],
-        "seed": command.seed,
         "scale": results.get("scale", 1.0),
         "dtype": next(iter(runs.values()))["dtype"],
         "arms": {arm: results["arms"][arm] for arm in ARMS},
@@ -289,45 +305,47 @@ def summary_of(results: dict, command: Command) -> dict:
 
 
 def table(results: dict, summary: dict) -> Table:
-    model = study.sizes["cpu"][0].model
-    target = replace(model, vocab_size=results["model"]["vocab_size"])
-    tokens = summary["flops_scratch"] / flops_per_token(target)
-    seeds = f"mean of {len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else f"seed {summary['seeds'][0]}"
+    target, seeds = LlamaConfig(**results["model"]), summary["seeds"]
+    each = summary["flops_scratch"] / flops_per_token(target) / n_params(target)
     shown = Table(
-        title=f"{summary['flops_scratch']:.3g} FLOPs (6·N per token) for every arm, {tokens / n_params(target):.0f} tokens for "
-        f"each parameter of the 8 layers, {seeds}",
+        title=f"{summary['flops_scratch']:.3g} FLOPs (6·N per token) for every arm, {each:.0f} tokens for each parameter of "
+        f"the target, {told(seeds)}",
         caption=OTHER,
     )
-    for name in ("arm", "lr", "loss", "grown − it", "speedup over it", "text read"):
+    for name in ("arm", "lr", "loss", "stacked minus it", "speedup over it", "text read"):
         shown.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
     for arm in ARMS:
-        minus, gain = summary["grown_minus"].get(arm), summary["speedups"].get(arm)
+        minus = summary["grown_minus"].get(arm)
         shown.add_row(
             results["arms"][arm]["label"],
             f"{summary['lrs'][arm]:g}",
             f"{summary['val_loss'][arm]:.3f}",
-            "" if minus is None else f"{minus['mean']:+.3f}" + (f" ± {minus['half_width']:.3f}" if minus["half_width"] else ""),
-            "" if gain is None else gain_said(gain["known"], gain["reached"], len(summary["seeds"])),
+            "" if minus is None else plus_minus(minus),
+            gained(summary, arm) if arm in CONTROLS else "",
             f"{summary['epochs'][arm]:.2f} times",
         )
     return shown
 
 
-OTHER = ""  # what the other optimizer did
+def told(seeds: list[int]) -> str:
+    return f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def gained(summary: dict, control: str) -> str:
+    """The speedup of stacking over a control, as a study tells it."""
+    gain = summary["speedups"][control]
+    return gain_said(gain["known"], gain["reached"], len(summary["seeds"]))
 
 
 def verdict(summary: dict) -> str:
     """In one sentence whether stacking paid."""
-    beaten = [arm for arm in CONTROLS if summary["grown_minus"][arm]["mean"] < 0]
+    better = [arm for arm in CONTROLS if summary["grown_minus"][arm]["mean"] >= 0]
     by = min(-summary["grown_minus"][arm]["mean"] for arm in CONTROLS)
-    one = ", one seed" if len(summary["seeds"]) == 1 else f", mean of {len(summary['seeds'])} seeds"
-    gain = "not reached" if summary["speedup"] is None else f"{summary['speedup']:+.1%}"
-    begin = f"speedup FLOPs(scratch) / FLOPs(grown) − 1 = {gain}{one}; "
-    if len(beaten) == len(CONTROLS):
-        return begin + f"stacking ends below the model from scratch and below both that never grew, by {by:.3f} nats or more"
+    gain = f"speedup FLOPs(scratch) / FLOPs(grown) − 1 = {gained(summary, 'scratch')}, {told(summary['seeds'])}; stacking "
+    if not better:
+        return gain + f"ends below the model from scratch and below both that never grew, by {by:.3f} nats or more"
     labels = {"scratch": "the model from scratch", "base4": "4 layers that never grew", "base": "2 layers that never grew"}
-    better = " and ".join(labels[arm] for arm in CONTROLS if arm not in beaten)
-    return begin + f"stacking does not pay here: {better} ended lower"
+    return gain + f"does not pay here: {' and '.join(labels[arm] for arm in better)} ended lower"
 
 
 def draw(results: dict, summary: dict, path: Path) -> None:
@@ -359,21 +377,15 @@ def draw(results: dict, summary: dict, path: Path) -> None:
                     color=colour,
                 )
     target, full, needed = summary["loss_target"], summary["flops_scratch"], summary["flops_grown"]
-    title = "the stacked model did not reach the loss of the model from scratch"
+    title = f"stacking against the model from scratch: {gained(summary, 'scratch')} ({told(summary['seeds'])})"
     if needed is not None:
-        known = summary["speedups"]["scratch"]["known"]
-        spread = (
-            "one seed" if known["half_width"] is None else f"± {100 * known['half_width']:.0f}, {len(known['values'])} seeds"
-        )
-        title = (
-            f"stacking reaches the loss of the model from scratch with {100 * known['mean']:+.0f} % speedup in FLOPs ({spread})"
-        )
+        title = f"stacking reaches the loss of the model from scratch with a speedup of {gained(summary, 'scratch')} in FLOPs"
         axes.annotate("", (needed, target), (full, target), arrowprops={"arrowstyle": "->", "lw": 1.5, "color": "black"})
     axes.axhline(target, color="black", lw=0.6, alpha=0.5)
     low = min(lows)
     axes.set_ylim(low - 0.06, low + 1.0)
     axes.set(xlabel="FLOPs spent (6·N per token), base included", ylabel="validation loss, nats per token")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(f"{title} ({told(summary['seeds'])})" if needed is not None else title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="dots: the end of a decayed run")
     figure.savefig(path)

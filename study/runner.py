@@ -19,7 +19,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
@@ -227,6 +227,12 @@ class Runner:
         loss = self.results["runs"][job.name]["evaluations"][-1]["val_loss"]
         return math.inf if loss is None else loss
 
+    def check_finite(self, ways: Iterable[list[list[Job]]]) -> None:
+        """Raise `UserError` where the loss at the end of a budget is not finite."""
+        diverged = [one[-1].name for of_arm in ways for one in of_arm if math.isinf(self.loss(one[-1]))]
+        if diverged:
+            raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
+
 
 def _worker() -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -313,9 +319,7 @@ def run_target(plan: Plan, runner: Runner) -> None:
     ways = {
         (arm, seed): [way(arm, b, taken[arm, b], seed) for b in plan.budgets(arm)] for arm, seed in product(order, size.seeds)
     }
-    diverged = [one[-1].name for of_arm in ways.values() for one in of_arm if math.isinf(runner.loss(one[-1]))]
-    if diverged:
-        raise UserError(f"the loss of {', '.join(diverged)} is not finite, at rates that were tuned: give smaller ones")
+    runner.check_finite(ways.values())
     arms = arms_of(plan, ways)
     for name in order:
         told = {b: losses(sweep[name, b], runner) for b in plan.budgets(name)}

@@ -40,7 +40,7 @@ class Command:
     jobs: int | None = None
     """Runs at a time; on a CPU as many as it has cores, on a GPU 4."""
     seeds: tuple[int, ...] = ()
-    """Seeds of a study instead of its own; give more of them later, and only those are run."""
+    """Seeds of a study instead of its own, beside those that have run already."""
     out: Path = Path("out/study")
     """Folder of a study's runs."""
     results: Path = Path("bench/results")
@@ -128,8 +128,8 @@ def run_study(command: Command, console: Console) -> dict:
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
     data = command.data and command.data.resolve()
-    target = measure if command.pace else None
-    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console, command.seeds, target)
+    task = measure if command.pace else None
+    files = runner.run(study, size, data, command.out.resolve() / size, command.results, jobs, console, command.seeds, task)
     if command.pace:
         return {file.stem: json.loads(file.read_text())["pace"] for file in files}
     summaries = {}

@@ -43,6 +43,7 @@ def draw_curves(results: dict, summary: dict, path: Path) -> None:
         xscale="log", xlabel="FLOPs (6·N per token), base included; growth dotted", ylabel="validation loss, nats per token"
     )
     pace = "at the pace of each depth's fastest tenth" if results.get("best_pace") else "as they ran"
+    pace = "at the pace of each model with nothing beside" if "pace" in results else pace
     panels[1].set(xscale="log", xlabel=f"seconds of training, base included; {pace}")
     top = max(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
     low = min(loss["mean"] for arm in summary["arms"].values() for loss in arm["losses"] if loss)
@@ -90,7 +91,7 @@ def draw_frontier(results: dict, summary: dict, path: Path) -> None:
                 cost = flops_per_token(models["scratch"]) / 3
                 right.plot(cost, arm["losses"][i]["mean"], mark, color=colour, ms=12, mec="black", mew=0.6)
     left.set(xscale="log", xlabel="FLOPs of training (6·N per token), base included", ylabel="validation loss, nats per token")
-    right.set(xscale="log", xlabel="FLOPs of inference (2·N per token); stars: grown, at the target's size")
+    right.set(xscale="log", xlabel="FLOPs of inference (2·N per token); dark edges: grown, at the target's size")
     for panel in (left, right):
         panel.grid(alpha=0.25, which="both")
         panel.legend(frameon=False, fontsize=8)

@@ -24,8 +24,8 @@ from study.runner import Runner, execute
 ROUNDS, STEPS = 5, 120  # the first third of a run's steps is left out
 
 
-def measure(plan: Plan, runner: Runner) -> dict[str, float]:
-    """{kind of run: seconds per token}, also written to the runner's result file."""
+def measure(plan: Plan, runner: Runner) -> None:
+    """Write {kind of run: seconds per token} to the runner's result file."""
     kinds = kinds_of(plan)
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(ROUNDS):
@@ -39,7 +39,6 @@ def measure(plan: Plan, runner: Runner) -> dict[str, float]:
     about = {"device": device_name(choose_device("auto")), "date": date.today().isoformat(), "rounds": found}
     runner.results |= {"pace": paces, "pace_about": about}
     runner.write()
-    return paces
 
 
 def kinds_of(plan: Plan) -> dict[str, Train]:
@@ -52,14 +51,15 @@ def kinds_of(plan: Plan) -> dict[str, Train]:
                 model, optim = jump.growth.plan(model).config, jump.optim or optim
             batch = plan.batch_of(arm)
             name = pace_name(flops_per_token(model), f"-{optim}-")
-            if batch != plan.size.batch_tokens or name in found:
+            name += f"-{batch}" if batch != plan.size.batch_tokens else ""
+            if name in found:
                 continue
             found[name] = Train(
                 data=Data(str(plan.data), val_tokens=plan.size.val_tokens),
                 model=model,
                 stages=(Stage(STEPS * batch, 1e-3),),
                 batch_tokens=batch,
-                micro_batch=plan.size.micro_batch,
+                micro_batch=min(plan.size.micro_batch, batch // model.seq_len),
                 dtype=plan.size.dtype,
                 optim=Optim(optim),
                 out=str(plan.out / f"pace-{name}"),

@@ -96,7 +96,7 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     decay: float = 0.2  # of a budget's FLOPs
     val_tokens: int = 65536
-    evaluations: int = 2  # of a trunk's run on its way, half as many of a branch
+    evaluations: int | None = None  # on the way to the largest budget; None: two of a trunk's run, one of a branch
     text: str = "stdlib"  # source of `nanostack prepare`, large enough for these budgets
 
     @property
@@ -109,7 +109,8 @@ class Size:
             "a Size",
             model=isinstance(self.model, LlamaConfig),
             budgets=_tuple(self.budgets, _positive),
-            **{name: _count(getattr(self, name)) for name in ("batch_tokens", "micro_batch", "val_tokens", "evaluations")},
+            **{name: _count(getattr(self, name)) for name in ("batch_tokens", "micro_batch", "val_tokens")},
+            evaluations=self.evaluations is None or _count(self.evaluations),
             warmup_tokens=isinstance(self.warmup_tokens, int) and self.warmup_tokens >= 0,
             dtype=self.dtype in ("float32", "bfloat16"),
             lrs=_tuple(self.lrs, _positive),
@@ -176,14 +177,14 @@ def controls(optim: OptimizerName) -> dict[str, Arm]:
 
 def stacked(label: str, optim: OptimizerName = "adamw", share: float = 1.0) -> Arm:
     """2 → 8 layers after a tenth of the FLOPs, old moments kept and zero for new layers, the rate goes on; measured at a share
-    of the study's largest budget, and at its half and its 0.71 fold, between which speedups up to 100 % are seen."""
+    of the study's largest budget and at its half, between which speedups up to 100 % are seen."""
     jump = Jump(0.1 * share, Growth("stack", 4, moments_old="keep", moments_new="zero"), restart=False)
-    return Arm(label, 2, (jump,), optim, budgets=(share / 2, share / 2**0.5, share))
+    return Arm(label, 2, (jump,), optim, budgets=(share / 2, share))
 
 
 def with_earlier(*budgets: float) -> tuple[float, ...]:
     """These budgets, and before each those at which `stacked` is measured, too."""
-    return tuple(sorted(budget * share for budget in budgets for share in (0.5, 2**-0.5, 1.0)))
+    return tuple(sorted(budget * share for budget in budgets for share in (0.5, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Study:
 class Job:
     """One run of train.py."""
 
-    name: str  # with a hash of all that shapes its records
+    name: str  # with a hash of all that shapes its losses
     config: Train
     needs: str | None  # the job from whose checkpoint it starts
     begins: int  # tokens that it starts after
@@ -258,10 +259,11 @@ class Plan:
             if not any(arm.goes_to(b, size.budgets[-1]) for b in size.budgets):
                 raise UserError(f"study {study.name}: arm {name} is measured at none of the budgets")
             least = self.batch_of(arm) * flops_per_token(ends) / (2 * size.decay)
-            if (tiny := size.budgets[0]) < least:
+            if (tiny := min(b for b in size.budgets if arm.goes_to(b, size.budgets[-1]))) < least:
                 raise UserError(f"study {study.name}: {tiny:.3g} FLOPs have no room for a step of {arm.label} that decays")
             if not self.budgets(name):
                 raise UserError(f"study {study.name}: arm {name} has no room to train between its last growth and any budget")
+            self.jobs(name, size.seeds[0], size.lrs[0], size.lrs[0], self.budgets(name)[-1])  # refuses what cannot be
 
     def epochs(self) -> float:
         """How often the arm with the cheapest tokens reads the text at the largest budget."""
@@ -286,7 +288,9 @@ class Plan:
 
         def has_room(budget: float) -> bool:
             stable = (1 - self.size.decay) * budget
-            return stable > least or (bool(arm.jumps) and not arm.jumps[-1].restart and math.isclose(stable, spent))
+            last = arm.jumps[-1] if arm.jumps else None
+            at_decay = last and not last.restart and not last.growth.learning_steps() and math.isclose(stable, spent)
+            return stable > least or bool(at_decay)
 
         return tuple(b for b in self.size.budgets if arm.goes_to(b, largest) and has_room(b))
 
@@ -334,7 +338,7 @@ class Plan:
         size, model, learned = self.size, start.model, 0
         if stage.growth is not None:
             model, learned = stage.growth.plan(model).config, stage.growth.learning_steps() * start.batch_tokens
-        needs = start.job.name if start.job else None
+        needs, every = start.job.name if start.job else None, size.budgets[-1] / size.evaluations if size.evaluations else None
         config = Train(
             data=Data(str(self.data), val_tokens=size.val_tokens),
             model=start.model,
@@ -347,7 +351,7 @@ class Plan:
             seed=seed,
             init_from=str(Path(start.job.config.out) / f"ckpt-{start.samples}.pt") if start.job else None,
             log_interval=max(1, stage.tokens // 10),
-            eval_interval=-(-stage.tokens // (max(1, size.evaluations // 2) if budget else size.evaluations)),
+            eval_interval=max(1, round(every / flops_per_token(model)) if every else stage.tokens // (1 if budget else 2)),
             save_interval=2**62,
         )
         shaping = {k: v for k, v in config.shaping().items() if k not in ("log_interval", "eval_interval")}

@@ -6,10 +6,11 @@ paragraphs are kept that are sentences: long enough, and made of letters for the
 """
 
 import hashlib
+import http.client
 import io
 import lzma
+import shutil
 import tarfile
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -84,19 +85,23 @@ def main(command: Command) -> dict:
     console = Console(stderr=True, highlight=False)
     if command.out.exists():
         raise UserError(f"{command.out} is there already: remove it, or name another folder")
-    count = {}
+    packages = {}
     for path, sha256 in PACKAGES.items():
         name = path.rpartition("/")[2]
-        console.print(f"{name}", soft_wrap=True)
-        package = fetched(path, name, command.packages)
-        if (got := hashlib.sha256(package).hexdigest()) != sha256:
+        console.print(name, soft_wrap=True)
+        packages[name] = fetched(path, name, command.packages)
+        if (got := hashlib.sha256(packages[name]).hexdigest()) != sha256:
             raise UserError(f"{name} has the SHA-256 {got}, not {sha256}: it is another file, or damaged")
-        count[name] = 0
+    count = dict.fromkeys(packages, 0)
+    partial = command.out.with_name(command.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, package in packages.items():
         for page, text in pages(package):
-            place = command.out / name.partition("_")[0] / f"{page}.txt"
+            place = partial / name.partition("_")[0] / f"{page}.txt"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(text)
             count[name] += len(text.encode())
+    partial.rename(command.out)
     console.print(f"{command.out}: {sum(count.values()) / 1e6:.1f} MB of prose")
     return {"out": str(command.out), "bytes": count}
 
@@ -109,7 +114,7 @@ def fetched(path: str, name: str, folder: Path | None) -> bytes:
     try:
         with urllib.request.urlopen(MIRROR + path, timeout=60) as answer:
             return answer.read()
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise UserError(
             f"{MIRROR}{path} cannot be fetched ({error}); versions that Debian has replaced are on snapshot.debian.org: put "
             "the file into a folder, and name that with --packages"

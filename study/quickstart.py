@@ -6,7 +6,7 @@
     base      the same 2 layers as those that grow, never grown
 
 They are one seed of study/studies/quickstart.py, at the learning rates that its sweep found for each, every point the end of a
-decayed run. The grown arm decays at two smaller budgets, too: where that curve comes down to the last loss of a control, the
+decayed run. The grown arm decays at half of the budget, too: where that curve comes down to the last loss of a control, the
 FLOPs are read off. It prints and keeps what it measured, whatever that is. Interrupted, it goes on where it was.
 """
 

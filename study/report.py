@@ -3,6 +3,7 @@
 import math
 import runpy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -137,9 +138,8 @@ def more_budgets(results: dict, summary: dict) -> str:
 
 def frontier(name: str, summary: dict, results: dict, docs: Path) -> str:
     """For four sizes that never grow or more: where grown models lie against them."""
-    if sum(not arm["grows"] for arm in results["arms"].values()) < 4 or not any(
-        "budgets" in a for a in results["arms"].values()
-    ):
+    flat = [arm for arm in results["arms"].values() if not arm["grows"] and "batch_tokens" not in arm]
+    if len(flat) < 4 or summary["study"].startswith("timing") or not any("budgets" in a for a in results["arms"].values()):
         return ""
     draw_frontier(results, summary, docs / f"study-{name}-frontier.png")
     return f"\n![grown models against all that never grew](study-{name}-frontier.png)\n"
@@ -153,37 +153,41 @@ def sweeps(results: dict, summary: dict) -> str:
 
     lines = []
     for name, arm in results["arms"].items():
-        taken = dict(zip(summary["budgets"], summary["arms"][name]["lrs"], strict=True))
+        taken = {f"{budget:g}": lr for budget, lr in zip(summary["budgets"], summary["arms"][name]["lrs"], strict=True)}
         for budget, tried in arm["sweep"].items():
             said = [f"{lr}: {' '.join(map(shown, losses))}" for lr, losses in tried.items()]
-            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), f"{taken[float(budget)]:g}"])
+            lines.append([arm["label"], f"{float(budget):.3g}", "; ".join(said), f"{taken[budget]:g}"])
     return markdown(["arm", "budget, FLOPs", "loss by rate, seed by seed", "taken"], lines)
 
 
 def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
-    """For arms that differ in when they grow: the best share of each budget, by a parabola over its logarithm through the best
-    arm and its two neighbours: over all arms the losses are no parabola, too early costs much and too late little."""
-    shares = {arm: one["at"][0] for arm, one in results["arms"].items() if len(one["at"]) == 1}
-    if len(set(shares.values())) < 4:
+    """For a study of when to grow: the best share of each budget for each base, by a parabola over its logarithm through the
+    best arm and its two neighbours: over all arms the losses are no parabola, too early costs much and too late little."""
+    grown = {arm: one for arm, one in results["arms"].items() if one["grows"]}
+    bases = sorted({one["n_layer"] for one in grown.values()}, reverse=True)
+    if not summary["study"].startswith("timing"):
         return ""
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=140, layout="constrained")
     largest, target = summary["budgets"][-1], LlamaConfig(**results["model"])
-    base_flops = flops_per_token(replace(target, n_layer=results["arms"][next(iter(shares))]["n_layer"]))
     lines = []
-    for i, (budget, mark) in enumerate(zip(summary["budgets"], "osD^v", strict=False)):
+    for n_layer, (i, budget) in product(bases, enumerate(summary["budgets"])):
+        shares = {arm: one["at"][0] for arm, one in grown.items() if one["n_layer"] == n_layer}
+        base_flops = flops_per_token(replace(target, n_layer=n_layer))
         losses = {share: summary["arms"][arm]["losses"][i] for arm, share in shares.items()}
         losses = {share * largest / budget: loss["mean"] for share, loss in losses.items() if loss}
         if len(losses) < 4:
             continue
+        base = f"{n_layer} layers" if n_layer > 1 else "1 layer"
+        mark = "osD^v"[len(lines) % 5]
         near = neighbours(losses)
         optimum, bend = parabola(near)
-        (line,) = axes.plot(losses.keys(), losses.values(), mark, label=f"{budget:.3g} FLOPs")
+        (line,) = axes.plot(losses.keys(), losses.values(), mark, label=f"{base}, {budget:.3g} FLOPs")
         over = numpy.geomspace(min(near), max(near), 50)
         axes.plot(over, numpy.polyval(bend, numpy.log(over)), color=line.get_color(), lw=1)
         tokens = describe_tokens(optimum * budget / base_flops) if optimum else "-"
         formula = describe_tokens(growth_tokens(n_params(target), budget / flops_per_token(target)))
         said = f"{optimum:.0%}" if optimum else "at the edge"
-        lines.append([f"{budget:.3g}", f"{min(losses, key=losses.get):.0%}", said, tokens, formula])
+        lines.append([base, f"{budget:.3g}", f"{min(losses, key=losses.get):.0%}", said, tokens, formula])
     axes.set(xscale="log", xlabel="share of the budget's FLOPs before growth", ylabel="decayed validation loss, nats")
     axes.set_xticks((0.02, 0.05, 0.1, 0.2, 0.5), ("2 %", "5 %", "10 %", "20 %", "50 %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -193,14 +197,21 @@ def timing(name: str, summary: dict, results: dict, docs: Path) -> str:
     picture = f"study-{name}-isoflop.png"
     figure.savefig(docs / picture)
     plt.close(figure)
-    head = ["budget, FLOPs", "best arm grows at", "optimum of the parabola", "in tokens of the base", "the paper's formula"]
+    head = [
+        "base",
+        "budget, FLOPs",
+        "best arm grows at",
+        "optimum of the parabola",
+        "in tokens of the base",
+        "the paper's formula",
+    ]
     return f"""
 {markdown(head, lines)}
 
 ![loss over the share of FLOPs before growth]({picture})
 
-A budget at which fewer than four arms have a point is left out. The formula was fitted at 8e19 FLOPs and more, far outside of
-what was run here; `nanostack plan` caps it at a share of the budget for that reason.
+A base and budget at which fewer than four arms have a point is left out. The formula was fitted at 8e19 FLOPs and more, far
+outside of what was run here; `nanostack plan` caps it at a share of the budget for that reason.
 """
 
 

@@ -316,7 +316,7 @@ def by_budget(results: dict, summary: dict) -> tuple[list[str], list[list[str]]]
     that was measured there: its speedup over scratch, by every count, and its loss minus that of each smaller model."""
     target = LlamaConfig(**results["model"])
     per_token, parameters, n_seeds = flops_per_token(target), n_params(target), len(summary["seeds"])
-    flat = [name for name, arm in summary["arms"].items() if not arm["grows"] and name != "scratch"]
+    flat = [name for name, arm in results["arms"].items() if not arm["grows"] and arm["n_layer"] < target.n_layer]
     head = ["FLOPs", "tokens per parameter", "grown", "speedup", "exact count", "in seconds"]
     head += [f"minus {summary['arms'][name]['label']}" for name in flat]
     found = []

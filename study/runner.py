@@ -210,7 +210,7 @@ class Runner:
         about = {"needs": job.needs, "begins": job.begins, "budget": job.budget, "stage": stage}
         about |= {"batch_tokens": batch} if (batch := job.config.batch_tokens) != self.plan.size.batch_tokens else {}
         known = self.runs.get(job.name)
-        if known and [e["val_loss"] for e in known["evaluations"]] != [e["val_loss"] for e in result["evaluations"]]:
+        if known and known["evaluations"][-1]["val_loss"] != result["evaluations"][-1]["val_loss"]:
             raise UserError(
                 f"{job.name} ends at other losses than in the results that there are: code or machine have changed since. "
                 f"Move {self.path.parent}/study-*.json away, or give other --results, to run the study anew"
@@ -253,17 +253,18 @@ def run(
     jobs: int,
     console: Console,
     seeds: tuple[int, ...] = (),
-    target: "Callable[[Plan, Runner], object] | None" = None,
+    task: "Callable[[Plan, Runner], object] | None" = None,
 ) -> list[Path]:
-    """Tune every arm and run every seed, target by target, or call `target`. Returns the result files. UserError for a study
-    that cannot be.
+    """Tune every arm and run every seed, target by target, or do another `task`. Returns the result files. UserError for a
+    study that cannot be.
 
-    Without `data` the text is what the size asks for, in data/TEXT512; without `seeds` they are the study's.
+    Without `data` the text is what the size asks for, in data/TEXT512; without `seeds` they are the study's. Seeds that are in
+    the result file already stay.
     """
     if name not in study.sizes:
         raise UserError(f"study {study.name} has sizes {', '.join(study.sizes)}, not {name}")
     out.mkdir(parents=True, exist_ok=True)
-    targets = tuple(replace(size, seeds=seeds or size.seeds) for size in study.sizes[name])
+    targets = study.sizes[name]
     if data is None:
         text, data = targets[0].text, targets[0].folder.resolve()
         if not data.is_dir():
@@ -273,7 +274,10 @@ def run(
     files = [results / (f"{stem}-d{size.model.d_model}.json" if len(targets) > 1 else f"{stem}.json") for size in targets]
     if len(set(files)) < len(files):
         raise UserError(f"study {study.name}: two targets of one d_model would share a result file")
-    plans = [Plan(study, size, data, out) for size in targets]
+    plans = [
+        Plan(study, replace(size, seeds=all_seeds(path, seeds or size.seeds)), data, out)
+        for size, path in zip(targets, files, strict=True)
+    ]
     flat, grown = (sum(bool(arm.jumps) is grows for arm in study.arms.values()) for grows in (False, True))
     if flat < 2 or not grown:
         raise UserError(f"study {study.name} needs the target from scratch, its base never grown, and an arm that grows")
@@ -282,8 +286,15 @@ def run(
     results.mkdir(parents=True, exist_ok=True)
     with locked(out), locked(results):
         for plan, path in zip(plans, files, strict=True):
-            (target or run_target)(plan, Runner(plan, name, path, jobs, console))
+            (task or run_target)(plan, Runner(plan, name, path, jobs, console))
     return files
+
+
+def all_seeds(path: Path, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that a result file has, then the others of `seeds`."""
+    arms = read_results(path).get("arms", {}) if path.exists() else {}
+    known = tuple(int(seed) for seed in arms.get("scratch", {}).get("seeds", ()))
+    return known + tuple(seed for seed in seeds if seed not in known)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ ADVISED = {  # by the name of a folder: a source and a tokenizer
     "stdlib512": ("stdlib", "bpe:512"),
     "site-packages512": ("site-packages", "bpe:512"),
     "packages512": ("packages:constraints.txt", "bpe:512"),
+    "prose512": ("data/prose", "bpe:512"),
 }
 
 

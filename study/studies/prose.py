@@ -1,4 +1,8 @@
-"""Does stacking pay on English prose as on Python source? The four arms at 20 tokens per parameter."""
+"""Does stacking pay on English prose as on Python source? The four arms at 20 tokens per parameter.
+
+The text: python -m study.prose data/prose, then nanostack prepare data/prose --out data/prose512 --tokenizer bpe:512.
+2 layers read it 1.1 times, 4 layers 0.7 times, 8 layers 0.4 times.
+"""
 
 from dataclasses import replace
 

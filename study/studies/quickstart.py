@@ -22,11 +22,11 @@ CPU_20 = replace(
     budgets=with_earlier(9e12),
     lrs=(2e-3, 4e-3, 8e-3),
     seeds=(0, 1, 2, 3, 4),
-    evaluations=8,
+    evaluations=12,
     text="packages:constraints.txt",
 )
-# 8 layers × 320, 10.2M parameters: 5.3e16 FLOPs with the branches that decay earlier, 8 minutes of one H100 or H200 if it
-# reaches 110 TFLOP/s: an estimate. Rates and batch are not tuned.
+# 8 layers × 320, 10.2M parameters: 5.1e16 FLOPs with the branch that decays earlier, 8 minutes of one H100 or H200 if it
+# reaches 106 TFLOP/s: an estimate. Rates and batch are not tuned.
 TEN_MILLION = replace(
     GPU,
     model=replace(GPU.model, n_head=5, n_kv_head=5, d_model=320, d_ff=864),
@@ -36,7 +36,7 @@ TEN_MILLION = replace(
     warmup_tokens=4_096_000,
     lrs=(2e-3,),
     seeds=(0,),
-    evaluations=8,
+    evaluations=12,
     val_tokens=1_048_576,
     text="packages:constraints.txt",
 )

@@ -180,7 +180,7 @@ def between() -> dict:
     results = synthetic({name: [losses] * 2 for name, losses in curves.items()}, tuple(budgets))
     for name, arm in results["arms"].items():
         arm["budgets"] = [budget for budget, loss in zip(budgets, curves[name], strict=True) if loss]
-        arm["sweep"] = {f"{arm['budgets'][0]:g}": {"0.001": [2.0, 2.1]}}
+        arm["sweep"] = {f"{budget:g}": {"0.001": [2.0, 2.1]} for budget in arm["budgets"]}
         arm["n_layer"] = {"base1": 1}.get(name, arm["n_layer"])
     return results
 
@@ -276,13 +276,19 @@ def test_optimum_of_a_parabola_is_told_where_it_lies_inside():
 def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
     curves = {"scratch": [[3.0, 2.5, 2.0]] * 2, "base": [[2.4, 2.3, 2.2]] * 2}
     curves |= {f"grown{share}": [[2.5, 2.2 - share, 1.8 + share**2]] * 2 for share in (0.05, 0.1, 0.2, 0.4)}
-    results = synthetic(curves)
+    results = synthetic(curves) | {"study": "timing"}
     for name, arm in results["arms"].items():
         arm["at"] = [float(name.removeprefix("grown"))] if arm["grows"] else []
+    later = {f"one{share}": [[2.5, 2.2 - share, 1.9 + (share - 0.4) ** 2]] * 2 for share in (0.05, 0.2, 0.4, 0.8)}
+    other = synthetic({f"grown{name}": losses for name, losses in later.items()})
+    for name, arm in other["arms"].items():  # from one layer, best at 0.4
+        results["arms"][name] = arm | {"at": [float(name.removeprefix("grownone"))], "n_layer": 1}
+    results["runs"] |= other["runs"]
     wide = synthetic(curves) | {"model": asdict(LlamaConfig(8, 2, 2, 128, 352, 512, 128))}
     gpu = wide | {"size": "gpu"}
     for name, one in (
-        ("toy-cpu", results),
+        ("timing-cpu", results),
+        ("toy-cpu", synthetic(curves)),
         ("toy-cpu-wide", wide),
         ("toy-gpu", gpu),
         ("half-cpu", {"study": "half", "runs": {}}),
@@ -296,11 +302,12 @@ def test_report_tells_of_all_finished_studies_and_names_the_others(tmp_path):
     page = (tmp_path / "docs/study.md").read_text()
     for said in ("| scratch |", "Not finished yet, and not reported: half-cpu", "optimum of the parabola", "L = "):
         assert said in page
-    assert "| 2e+12 |" in page and "optimum" in page and "study-sizes-cpu-frontier.png" in page
+    assert "| 2e+12 |" in page and "study-sizes-cpu-frontier.png" in page
     assert (tmp_path / "docs/study-sizes-cpu-frontier.png").stat().st_size > 10000
     assert "diverged" in (tmp_path / "docs/study-sweeps.md").read_text()
     assert page.count("L = ") == len(curves), "two targets of the cpu make a law, one of the gpu does not belong to it"
-    for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-toy-cpu-isoflop.png"):
+    assert "| 2 layers | 4e+12 | 5% |" in page and "| 1 layer | 4e+12 | 40% |" in page, "each base has its own best"
+    for picture in ("study-toy-cpu.png", "study-toy-cpu-wide.png", "study-timing-cpu-isoflop.png"):
         assert picture in page and (tmp_path / "docs" / picture).stat().st_size > 10000
     lost = results | {"runs": {name: run for name, run in results["runs"].items() if name != "base-1-2"}}
     for damaged in ("{", json.dumps({"runs": None}), json.dumps(lost)):

@@ -12,6 +12,11 @@ from nanostack.config import OptimizerName, describe_tokens
 from nanostack.errors import command_line
 from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise
 
+MEASURED = {  # bench/results/study-muon-cpu.json
+    "adamw": "stacking saved +51 ± 74 % over AdamW from scratch",
+    "muon": "stacking saved +51 ± 62 % over Muon from scratch, and Muon from scratch +31 ± 37 % over AdamW",
+}
+
 
 @dataclass(frozen=True)
 class Command(Budget):
@@ -76,6 +81,7 @@ def main(command: Command) -> dict:
     print(
         f"grown     {advice['flops_grown']:.3g} FLOPs, {advice['hours_grown']:,.0f} h, if the speedup is {command.speedup:.0%}"
     )
+    print(f"measured  {MEASURED[command.optim]}: 0.27M parameters, 20 tokens for each, three seeds (docs/study.md)")
     print("hours are estimates. A config to begin with:\n\n" + config_text(advice, command.optim))
     return advice
 

@@ -12,6 +12,9 @@ from pages import Shell, commands, lines_of, workshop
 
 from bench import growth
 from nanostack.runs import read_run
+from study import quickstart
+from study.results import read_results
+from study.studies.quickstart import RATES
 
 PAGE = ROOT / "README.md"
 README = PAGE.read_text()
@@ -54,6 +57,20 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
     assert again["val_loss"] == summary["val_loss"] and again["speedup"] == summary["speedup"]
+
+
+def test_table_of_the_quickstart_is_its_committed_result():
+    results = read_results(ROOT / "bench/results/quickstart-seed0.json")
+    summary = quickstart.summary_of(results, quickstart.Command())
+    section = README.split("## What stacking really saves")[0]
+    for arm, label in (
+        ("scratch", "8 layers from scratch"),
+        ("base4", "4 layers, never grown"),
+        ("base", "2 layers, never grown"),
+    ):
+        assert f"| {label} | {summary['val_loss'][arm]:.3f} | {quickstart.gained(summary, arm)} |" in section
+    assert f"**{summary['val_loss']['grown']:.3f}**" in section and summary["seeds"] == [0]
+    assert summary["lrs"] == RATES and summary["epochs"]["base"] < 1
 
 
 def test_pictures_and_files_named_in_the_readme_exist():

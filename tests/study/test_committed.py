@@ -7,8 +7,11 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
+from nanostack.commands.plan import MEASURED
 from study import plan, runner
 from study.__main__ import study_of
+from study.results import at_best_pace, difference, gain_said, over_gains, plus_minus, summarise
+from study.studies.quickstart import OTHER
 
 RESULTS = sorted((ROOT / "bench/results").glob("study-*.json"))
 
@@ -34,3 +37,33 @@ def test_every_run_that_a_committed_study_plans_is_in_its_results(path, tmp_path
     monkeypatch.setattr(again, "run", nothing_is_missing)
     runner.run_target(planned, again)
     assert json.loads(copy.read_text()) == found and len(found["runs"]) > 50
+
+
+def test_what_pages_and_commands_say_of_muon_is_in_the_results():
+    results = at_best_pace(json.loads((ROOT / "bench/results/study-muon-cpu.json").read_text()))
+    arms = summarise(results)["arms"]
+    pairs = {"muon": ("stacked", "scratch"), "adamw": ("adamw stacked", "adamw"), "both": ("scratch", "adamw")}
+    gains = {name: gain_said(*over_gains(results, arm, "flops", 9e12, control), 3) for name, (arm, control) in pairs.items()}
+    muon, adamw = gains["muon"], gains["adamw"]
+    assert muon in MEASURED["muon"] and gains["both"] in MEASURED["muon"] and adamw in MEASURED["adamw"]
+    answer = (ROOT / "study/answer.md").read_text()
+    assert f"speedup of {muon[1:3]} %" in answer.replace("\n  ", " ")
+    assert f"± {muon.split('± ')[1]}" in answer and f"± {adamw.split('± ')[1]}" in answer
+    losses = [f"{arms[name]['losses'][1]['mean']:.3f}" for name in ("adamw", "scratch", "adamw stacked", "stacked")]
+    assert "end at {} and {}, stacked at {} and {}".format(*losses) in OTHER
+    means = study_of(ROOT / "study/studies/muon.py").means.replace("\n", " ")
+    for arm, control, budget in (
+        ("stacked", "scratch", 9e12),
+        ("stacked", "base4", 9e12),
+        ("stacked", "base", 9e12),
+        ("stacked", "scratch", 4.5e12),
+        ("stacked", "base4", 4.5e12),
+        ("stacked", "base", 4.5e12),
+        ("adamw stacked", "adamw", 9e12),
+        ("adamw stacked", "adamw base", 9e12),
+        ("scratch", "adamw", 9e12),
+        ("stacked", "adamw stacked", 9e12),
+        ("into muon", "stacked", 9e12),
+    ):
+        assert plus_minus(difference(results, arm, control, budget)).lstrip("+-") in means, (arm, control, budget)
+    assert all(gain.lstrip("+").split(" %")[0] in means for gain in (muon, adamw))

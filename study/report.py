@@ -1,5 +1,6 @@
 """docs/study.md, made from the result files of all studies: `python bench/speedup.py --report`."""
 
+import json
 import math
 import runpy
 from dataclasses import replace
@@ -90,6 +91,7 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
         of_size = {n: s for n, s in of_study.items() if s["size"] == summary["size"]}
         text += scaling(of_size) if name == list(of_size)[-1] else ""
         text += meaning(summary["study"]) if name == list(of_study)[-1] and ours else ""
+    text += anchor(results / "anchor.json") if ours else ""
     waiting = sorted(set(found) - set(finished))
     if waiting:
         text += f"\nNot finished yet, and not reported: {', '.join(waiting)}.\n"
@@ -97,6 +99,24 @@ def write_report(results: Path, docs: Path, console: Console) -> dict:
     (docs / "study-sweeps.md").write_text(sweeps_text)
     console.print(f"wrote {docs / 'study.md'}", soft_wrap=True)
     return summaries
+
+
+def anchor(path: Path) -> str:
+    """What study/anchor.py has measured."""
+    found = json.loads(path.read_text())
+    lines = [[found["published"]["label"], f"{found['published']['val_loss']}", "", "", ""]]
+    for label, runs in found["arms"].items():
+        losses = ", ".join(f"{run['val_loss']:.3f}" for run in runs)
+        lines.append([label, losses, f"{runs[0]['tokens']:,}", f"{runs[0]['flops']:.3g}", f"{runs[0]['seconds']:.0f}"])
+    return f"""
+# An anchor from outside
+
+nanoGPT's README trains 4 layers × 128 on the characters of Shakespeare, on a CPU: context 64, batch 12,
+{found["steps"]:,} steps. Here are a Llama of ours of that size on the same split and as many tokens, and one that grew, at the
+same FLOPs (`python -m study.anchor tinyshakespeare.txt`, {found["device"]}, fp32):
+
+{markdown(["", "validation loss, nats per character", "tokens", "FLOPs", "seconds"], lines)}
+"""
 
 
 def place(path: Path) -> tuple:

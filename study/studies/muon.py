@@ -33,7 +33,7 @@ Muon trained from scratch, by seed 0.053, 0.146 and 0.130, and below 4 and 2 lay
 and 0.228 ± 0.087). At half of that budget it is ahead of all three beyond the interval (0.108 ± 0.091, 0.078 ± 0.070 and
 0.114 ± 0.076). Under AdamW it is the same picture one step higher: 0.101 ± 0.130 below scratch, 0.191 ± 0.014 below 2 layers.
 The speedups over the same optimizer's model from scratch are 51 ± 62 % (Muon) and 51 ± 74 % (AdamW), by the exact count 56 %
-each.
+each, in seconds 55 ± 65 % and 53 ± 76 %.
 
 Muon from scratch is 0.071 ± 0.075 below AdamW from scratch, Muon grown 0.079 ± 0.067 below AdamW grown, and 0.181 below AdamW
 from scratch. A base trained by AdamW and grown into Muon, which begins there without any momentum, ends where a base trained
@@ -46,7 +46,6 @@ and 8e-3. Which of text, loop or luck makes the difference is not known.
 What limits it: three seeds, of which the first is a lucky one for every model from scratch (2.477 where the others have 2.506
 and 2.525; under AdamW 2.517, 2.598 and 2.606). The rates lie on a grid of factors of two, at which neighbours differ by up to
 0.06 for the model from scratch. Newton–Schulz is in neither count of FLOPs: at this width and batch it is a sixth of a
-step's, for every arm of Muon alike, and a fifth of its seconds (the table of paces in the result file); on large models it is
-little.
+step's, for every arm of Muon alike, and of its seconds (the table of paces in the result file); on large models it is little.
 """,
 )

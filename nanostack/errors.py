@@ -40,7 +40,7 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
 
     With --json, a field of every `options`, the answer is printed as one JSON object. Options that `options` does not know,
     with what follows them, go to its field `overrides` if it has one: they are a run's config's. --help shows `description`,
-    or else the docstring of `options`.
+    or else the docstring of `options`. What the system refuses is the user's to mend: it ends as a `UserError` does.
     """
     with exits_cleanly():
         mine: list[str] = sys.argv[1:]
@@ -48,7 +48,10 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
         if any(field.name == "overrides" for field in fields(options)):
             mine, others = split({field.name for field in fields(options)}, mine)
         command: Any = tyro.cli(options, args=mine, description=description, use_underscores=True)
-        answer = main(replace(command, overrides=tuple(others)) if others else command)
+        try:
+            answer = main(replace(command, overrides=tuple(others)) if others else command)
+        except OSError as error:  # a folder that is a file, a full disk, no right to write
+            raise UserError(f"{error.filename or 'reading or writing'}: {error.strerror or error}") from error
         if command.json:
             print(json.dumps(answer))
     return answer

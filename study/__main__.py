@@ -57,13 +57,6 @@ class Command:
 
 
 def main(command: Command) -> dict:
-    try:
-        return answer(command)
-    except OSError as error:
-        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
-
-
-def answer(command: Command) -> dict:
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 170)
     if command.report:
         return write_report(command.results, command.docs, console)

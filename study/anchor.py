@@ -84,6 +84,8 @@ def arms(steps: int) -> dict[str, tuple[LlamaConfig, tuple[Stage, ...]]]:
 def main(command: Command) -> dict:
     if command.steps < 20 or command.seeds < 1:
         raise UserError(f"at least 20 steps and 1 seed are needed, not {command.steps} and {command.seeds}")
+    if not command.out.parent.is_dir():
+        raise UserError(f"there is no folder {command.out.parent} for the result: name another --out")
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 120)
     found: dict = {"steps": command.steps, "published": PUBLISHED, "device": device_name(choose_device("auto")), "arms": {}}
     with TemporaryDirectory() as folder:

@@ -18,9 +18,10 @@ from rich.console import Console
 from nanostack.config import Growth
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
-from study.plan import Arm, Jump, Plan, Size, Study
+from study.pace import kinds_of
+from study.plan import Arm, Jump, Plan, Size, Study, planned_cost
 from study.results import path_of, read_results, summarise
-from study.runner import Runner, execute, tune
+from study.runner import Runner, all_seeds, execute, tune
 
 STUDY_WITH = """
 from dataclasses import replace
@@ -102,6 +103,9 @@ BAD = {
     STUDY_WITH.format(arms='"scratch": Arm("4", "4")', budgets="(2e9,)"): "arm '4' has no valid n_layer",
     STUDY_WITH.format(arms='"scratch": Arm("4", 4, (JUMP))', budgets="(2e9,)"): "arm '4' has no valid jumps",
     STUDY_WITH.format(arms='"scratch": Arm("4", 4)', budgets="(2e9,)"): "its base never grown, and an arm that grows",
+    STUDY_WITH.format(
+        arms='"scratch": Arm("4", 4), "base": Arm("2", 2), "stack": Arm("", 2, (replace(JUMP, at=0.001),))', budgets="(2e9,)"
+    ): "2 layers have no room to warm up before 2e+06 FLOPs",
     "raise SystemExit": "is not a valid study: SystemExit",
 }
 
@@ -147,6 +151,51 @@ def test_arms_say_how_they_begin_and_what_trains_them(corpus, tmp_path, capsys):
         Arm("wide", 2, model={"d_model": 64})
     with pytest.raises(UserError, match="arm 'sgd' has no valid optim"):
         Arm("sgd", 2, optim="sgd")
+
+
+def test_growth_just_when_the_rate_decays_is_in_the_branch_and_takes_nothing_from_it(corpus, tmp_path):
+    at_decay = Jump(0.8, Growth("stack", 2), restart=False)
+    learning = replace(at_decay, growth=Growth("learn", 2, learn_steps=5))
+    arms = {"scratch": Arm("4", 4), "base": Arm("2", 2), "late": Arm("late", 2, (at_decay,))}
+    size = replace(FLAT.sizes["cpu"][0], budgets=(1e9, 2e9))
+    plan = Plan(replace(FLAT, arms=arms), size, corpus, tmp_path)
+    assert plan.budgets("late") == (2e9,)
+    trunk, branch = plan.jobs("late", 0, 4e-3, 4e-3, 2e9)
+    assert (branch.config.stages[0].growth, branch.config.stages[0].schedule) == (at_decay.growth, "wsd")
+    assert trunk.flops + branch.flops == pytest.approx(2e9, rel=0.02) and branch.flops == pytest.approx(0.4e9, rel=0.1)
+    assert execute(trunk.config) and execute(branch.config)["growth"]["layers"] == [0, 1, 0, 1]
+    with pytest.raises(UserError, match="arm late has no room to train"):
+        Plan(replace(FLAT, arms=arms | {"late": replace(arms["late"], jumps=(learning,))}), size, corpus, tmp_path)
+
+
+def test_arms_have_budgets_and_batches_of_their_own(corpus, tmp_path):
+    arms = {"scratch": Arm("4", 4, budgets=(1.0,)), "base": Arm("2", 2), "small": Arm("4, 128", 4, batch_tokens=128)}
+    size = replace(FLAT.sizes["cpu"][0], budgets=(1e9, 2e9), lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1))
+    flat = replace(FLAT, arms=arms)
+    plan = Plan(flat, size, corpus, tmp_path)
+    assert [plan.budgets(name) for name in arms] == [(2e9,), (1e9, 2e9), (1e9, 2e9)]
+    (trunk, branch), (small, *_) = (plan.jobs(name, 0, 1e-3, 1e-3, 2e9) for name in ("scratch", "small"))
+    assert (trunk.config.batch_tokens, small.config.batch_tokens, small.config.micro_batch) == (256, 128, 4)
+    assert branch.needs == trunk.name
+    kinds = kinds_of(plan)
+    assert {name: (c.model.n_layer, c.batch_tokens) for name, c in kinds.items()} == {
+        name: shape for name, shape in zip(kinds, ((4, 256), (2, 256), (4, 128)), strict=True)
+    }
+    # Of each arm a trunk and a branch for a budget, base and small two: at 3 rates with one seed, at 2 with the other.
+    runs, flops = planned_cost(flat, size, plan.model.vocab_size)
+    assert runs == (3 + 2) * (2 + 4 + 4)
+    longest = sum(job.flops for name in arms for job in plan.jobs(name, 0, 1e-3, 1e-3, 2e9))
+    assert flops == pytest.approx(5 * (longest + 2 * 0.2e9), rel=0.05)
+    with pytest.raises(UserError, match="arm odd is measured at none of the budgets"):
+        Plan(replace(flat, arms=arms | {"odd": Arm("odd", 2, budgets=(0.3,))}), size, corpus, tmp_path)
+
+
+def test_seeds_that_have_run_stay_beside_new_ones(tmp_path):
+    path = tmp_path / "study-toy-cpu.json"
+    assert all_seeds(path, (3, 1)) == (3, 1)
+    run = {"evaluations": [{"val_loss": 1.0}], "needs": None}
+    path.write_text(json.dumps({"runs": {"a": run}, "arms": {"scratch": {"seeds": {"0": ["a"], "1": ["a"]}}}}))
+    assert all_seeds(path, (1, 5)) == (0, 1, 5)
 
 
 @pytest.mark.slow

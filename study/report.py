@@ -55,8 +55,8 @@ speedup. The best of several grown arms is chosen by the seeds that it is judged
 measured, at the pace of the fastest tenth of the runs with as many FLOPs per token: studies run beside other work, over hours.
 
 Texts, with 512 tokens (`nanostack prepare SOURCE --out data/... --tokenizer bpe:512`): `packages:constraints.txt`, the Python
-source of the packages that this repository pins, the same bytes on every machine; `site-packages` for the studies of Muon, the
-environment of bench/results/site-packages512.txt; `stdlib` for the earlier studies.
+source of the packages that this repository pins, the same bytes wherever they are installed on Linux; `site-packages` for the
+studies of Muon, the environment of bench/results/site-packages512.txt; `stdlib` for the earlier studies.
 """
 SWEEPS = """# Every learning rate that was tried
 

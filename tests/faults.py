@@ -112,12 +112,22 @@ FAULTS = (
     fault("scale_of_moments", "test_residual_scale", "mul_(share ** POWER[key])", "mul_(share)"),
     fault("scale_of_outputs", "test_residual_scale", "local_shard(weight).div_(share)", "pass"),
     fault("scale_in_exports", "test_untie", "                whole = whole * scale", "                pass"),
+    fault("speedup_at_a_budget", "test_speedup", "for b, point in of_control.items() if b <= budget]",
+          "for b, point in of_control.items()]"),
+    fault("budgets_of_an_arm", "test_study:budgets", "return not self.budgets or any(", "return True or any("),
+    fault("growth_at_decay", "test_study:growth_just", "not last.growth.learning_steps() and", "True and"),
+    fault("batch_of_an_arm", "test_study:budgets", "return arm.batch_tokens or self.size.batch_tokens",
+          "return self.size.batch_tokens"),
+    fault("pinned_packages", "test_sources:packages",
+          'if pin not in (None, package.version, package.version.partition("+")[0]):', "if False:"),
+    fault("prose_in_code", "test_prose", 'NOT_PROSE = {"pre", ', 'NOT_PROSE = {"prey", '),
+    fault("seeds_told_twice", "test_quickstart:together", 'if twice := arms[arm]["seeds"].keys()', 'if twice := set()'),
 )  # fmt: skip
 
 
 def plant(one: Fault, tree: Path) -> bool:
     """Change the one place that the fault is about. Returns False for a tree that has no such place yet."""
-    files = [path for folder in ("nanostack", "kernels") for path in (tree / folder).rglob("*.[pc]*") if path.is_file()]
+    files = [path for folder in ("nanostack", "kernels", "study") for path in (tree / folder).rglob("*.[pc]*") if path.is_file()]
     files = [path for path in files if path.suffix in (".py", ".c")]
     for text, instead in one.changes:
         found = [path for path in files if text in path.read_text()]

@@ -127,7 +127,8 @@ FAULTS = (
 
 def plant(one: Fault, tree: Path) -> bool:
     """Change the one place that the fault is about. Returns False for a tree that has no such place yet."""
-    files = [path for folder in ("nanostack", "kernels", "study") for path in (tree / folder).rglob("*.[pc]*") if path.is_file()]
+    folders = [tree / name for name in ("nanostack", "kernels", "study")]
+    files = [path for folder in folders for path in folder.rglob("*.[pc]*") if path.is_file()]
     files = [path for path in files if path.suffix in (".py", ".c")]
     for text, instead in one.changes:
         found = [path for path in files if text in path.read_text()]

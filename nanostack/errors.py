@@ -50,6 +50,8 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
         command: Any = tyro.cli(options, args=mine, description=description, use_underscores=True)
         try:
             answer = main(replace(command, overrides=tuple(others)) if others else command)
+        except BrokenPipeError:  # who reads the answer has left: no mistake
+            raise
         except OSError as error:  # a folder that is a file, a full disk, no right to write
             raise UserError(f"{error.filename or 'reading or writing'}: {error.strerror or error}") from error
         if command.json:

@@ -109,7 +109,7 @@ def test_commands_of_the_data_page_are_understood():
     page = (ROOT / "docs/data.md").read_text().replace("\\\n", "")
     lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("nanostack prepare ")]
     commands = [tyro.cli(Command, args=line[2:], use_underscores=True) for line in lines]
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         module._check_options(command)
     assert {40 * 10**9, 500 * 10**9} < {command.max_bytes for command in commands}

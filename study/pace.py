@@ -7,7 +7,6 @@ nothing beside, in turns, so that what slows the machine for a minute slows all 
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,8 +49,7 @@ def kinds_of(plan: Plan) -> dict[str, Train]:
             if jump is not None:
                 model, optim = jump.growth.plan(model).config, jump.optim or optim
             batch = plan.batch_of(arm)
-            name = pace_name(flops_per_token(model), f"-{optim}-")
-            name += f"-{batch}" if batch != plan.size.batch_tokens else ""
+            name = pace_name(flops_per_token(model), f"-{optim}-", batch if batch != plan.size.batch_tokens else None)
             if name in found:
                 continue
             found[name] = Train(
@@ -64,6 +62,7 @@ def kinds_of(plan: Plan) -> dict[str, Train]:
                 optim=Optim(optim),
                 out=str(plan.out / f"pace-{name}"),
                 log_interval=STEPS * batch // 3,
+                eval_interval=STEPS * batch,
                 save_interval=2**62,
             )
     return found
@@ -72,7 +71,7 @@ def kinds_of(plan: Plan) -> dict[str, Train]:
 def timed(config: Train) -> float:
     """Seconds per token of the last two thirds of a run."""
     shutil.rmtree(config.out, ignore_errors=True)
-    execute(replace(config, eval_interval=config.stages[0].tokens))
+    execute(config)
     _, records = read_run(Path(config.out))
     shutil.rmtree(config.out)
     first, last = records[0], records[-1]

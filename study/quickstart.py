@@ -5,9 +5,9 @@
     base4     4 layers, never grown: a control that asks whether a smaller model is not the better buy
     base      the same 2 layers as those that grow, never grown
 
-They are one seed of study/studies/quickstart.py, at the learning rates that its sweep found for each, every point the end of a
-decayed run. The grown arm decays at half of the budget, too: where that curve comes down to the last loss of a control, the
-FLOPs are read off. It prints and keeps what it measured, whatever that is. Interrupted, it goes on where it was.
+They are one seed of study/studies/quickstart.py, at learning rates that were tuned for each (RATES there), every point the end
+of a decayed run. The grown arm decays at half of the budget, too: where that curve comes down to the last loss of a control,
+the FLOPs are read off. It prints and keeps what it measured, whatever that is. Interrupted, it goes on where it was.
 """
 
 import json
@@ -42,16 +42,8 @@ from study.runner import Runner, about_now, arms_of, locked
 from study.studies.quickstart import BASE_THAT_GROWS, OTHER, RATES, study
 
 ARMS = {"scratch": ("#555555", "--"), "grown": ("#d1495b", "-"), "base4": ("#e0a030", "-."), "base": ("#2e86ab", ":")}
-ALIKE = (
-    "size",
-    "manifest_sha256",
-    "model",
-    "budgets",
-    "numerics",
-    "decay",
-    "batch_tokens",
-    "scale",
-)  # in what is told together
+# What is the same in results that are told together.
+ALIKE = ("size", "manifest_sha256", "model", "budgets", "numerics", "decay", "batch_tokens", "scale")
 CONTROLS = [arm for arm in ARMS if arm != "grown"]
 
 
@@ -185,7 +177,7 @@ class Arms:
             for arm, jobs in self.jobs.items()
         }
         self.total = self.progress.add_task("all", total=sum(job.flops for jobs in self.jobs.values() for job in jobs), said="")
-        self.at_start = self.done(list(waiting))  # what is there of runs that were broken off
+        self.at_start = self.done({job.name: latest(job)[0] for job in waiting})  # what is there of runs that were broken off
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -197,29 +189,29 @@ class Arms:
     def ended(self, job: Job) -> None:
         self.ahead.discard(job.name)
 
-    def done(self, running: list[Job], arm: str | None = None) -> float:
-        """FLOPs spent so far, by an arm or by all."""
+    def done(self, now: dict[str, float], arm: str | None = None) -> float:
+        """FLOPs spent so far, by an arm or by all, where these shares of running jobs are done."""
         jobs = self.jobs[arm] if arm else [job for jobs in self.jobs.values() for job in jobs]
-        now = {job.name: latest(job)[0] for job in running}
         return sum(job.flops * (now.get(job.name, 0.0) if job.name in self.ahead else 1.0) for job in jobs)
 
     def tick(self, running: list[Job]) -> None:
+        now = {job.name: latest(job) for job in running}
+        shares = {name: share for name, (share, _) in now.items()}
+        spent = {arm: self.done(shares, arm) for arm in self.jobs}
         for arm, task in self.tasks.items():
-            mine = [job for job in self.jobs[arm] if job in running]
-            loss = f"loss {said:.3f}" if mine and (said := latest(mine[0])[1]) else ""
-            layers = f"{mine[0].name.partition('-')[0]} layers, " if mine else ""
-            self.progress.update(task, completed=self.done(running, arm), said=layers + loss)
-        done, total = self.done(running), self.progress.tasks[self.total].total or 1.0
+            mine = next((job.name for job in self.jobs[arm] if job.name in now), None)
+            loss = f"loss {now[mine][1]:.3f}" if mine and now[mine][1] else ""
+            layers = f"{mine.partition('-')[0]} layers, " if mine else ""
+            self.progress.update(task, completed=spent[arm], said=layers + loss)
+        done, total = self.done(shares), self.progress.tasks[self.total].total or 1.0
         pace = (done - self.at_start) / (time.monotonic() - self.began + 1e-9)
         left = f"{timedelta(seconds=round((total - done) / pace))} left" if pace > 0 else ""
         self.progress.update(self.total, completed=done, said=left)
         tenth = int(10 * done / total)
         if self.progress.disable and tenth > self.said:
             self.said = tenth
-            shares = ", ".join(
-                f"{arm} {self.done(running, arm) / self.progress.tasks[t].total:.0%}" for arm, t in self.tasks.items()
-            )
-            self.runner.console.print(f"{done / total:.0%} ({shares}), {left}", soft_wrap=True)
+            by_arm = ", ".join(f"{arm} {spent[arm] / self.progress.tasks[task].total:.0%}" for arm, task in self.tasks.items())
+            self.runner.console.print(f"{done / total:.0%} ({by_arm}), {left}", soft_wrap=True)
 
 
 def latest(job: Job) -> tuple[float, float | None]:
@@ -251,7 +243,7 @@ def together(several: list[dict]) -> dict:
 
 def conclude(results: dict, command: Command, console: Console) -> dict:
     """Table, picture and summary of results of one seed or several."""
-    summary = summary_of(results, command)
+    summary = summary_of(results)
     command.out.mkdir(parents=True, exist_ok=True)
     (command.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw(results, summary, command.out / "speedup.png")
@@ -265,7 +257,7 @@ def mean(one: dict | None) -> float | None:
     return None if one is None else one["mean"]
 
 
-def summary_of(results: dict, command: Command) -> dict:
+def summary_of(results: dict) -> dict:
     found = summarise(results)
     seeds, budget = found["seeds"], results["budgets"][-1]
     losses = {arm: found["arms"][arm]["losses"][-1] for arm in ARMS}
@@ -377,15 +369,14 @@ def draw(results: dict, summary: dict, path: Path) -> None:
                     color=colour,
                 )
     target, full, needed = summary["loss_target"], summary["flops_scratch"], summary["flops_grown"]
-    title = f"stacking against the model from scratch: {gained(summary, 'scratch')} ({told(summary['seeds'])})"
     if needed is not None:
-        title = f"stacking reaches the loss of the model from scratch with a speedup of {gained(summary, 'scratch')} in FLOPs"
         axes.annotate("", (needed, target), (full, target), arrowprops={"arrowstyle": "->", "lw": 1.5, "color": "black"})
     axes.axhline(target, color="black", lw=0.6, alpha=0.5)
     low = min(lows)
     axes.set_ylim(low - 0.06, low + 1.0)
     axes.set(xlabel="FLOPs spent (6·N per token), base included", ylabel="validation loss, nats per token")
-    axes.set_title(f"{title} ({told(summary['seeds'])})" if needed is not None else title, fontsize=11)
+    title = f"to the loss of the model from scratch, speedup of stacking in FLOPs: {gained(summary, 'scratch')}"
+    axes.set_title(f"{title} ({told(summary['seeds'])})", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="dots: the end of a decayed run")
     figure.savefig(path)

@@ -121,7 +121,7 @@ def at_best_pace(results: dict) -> dict:
         flops = next((e["flops"] for e in reversed(path_of(results, name)) if e["tokens"] <= run["begins"]), 0)
         end, tokens = run["evaluations"][-1], run["evaluations"][-1]["tokens"] - run["begins"]
         of_token = round((end["flops"] - flops) / max(tokens, 1))  # 0 where a run that it needs has diverged
-        kinds[name] = pace_name(of_token, name) + (f"-{run['batch_tokens']}" if "batch_tokens" in run else "")
+        kinds[name] = pace_name(of_token, name, run.get("batch_tokens"))
         paces.setdefault(kinds[name], []).append(end["seconds"] / max(tokens, 1))
     best = {kind: sorted(found)[len(found) // 10] for kind, found in paces.items()} | results.get("pace", {})
     paced = {
@@ -133,9 +133,9 @@ def at_best_pace(results: dict) -> dict:
     return results | {"runs": paced, "best_pace": True, "seconds": spent}
 
 
-def pace_name(flops_per_token: float, run: str) -> str:
-    """What runs of one kind share: FLOPs per token, and the optimizer that a run's name tells."""
-    return f"{flops_per_token:.0f}{'-muon' if '-muon-' in run else ''}"
+def pace_name(flops_per_token: float, run: str, batch_tokens: int | None) -> str:
+    """What runs of one kind share: FLOPs per token, the optimizer that a run's name tells, a batch that is not the study's."""
+    return f"{flops_per_token:.0f}{'-muon' if '-muon-' in run else ''}" + (f"-{batch_tokens}" if batch_tokens else "")
 
 
 def grown_after(results: dict, name: str | None) -> int:
@@ -203,11 +203,10 @@ def summarise(results: dict) -> dict:
         for name in arms
     }
 
-    def over_seeds(budget: float, arm: str, minus: str | None = None) -> dict | None:
-        """The loss of an arm, or its difference to another's; None unless there is one for every seed."""
-        if any(budget not in losses[name][seed] for name in (arm, minus) if name for seed in seeds):
-            return None
-        return mean_and_interval([losses[arm][seed][budget] - (losses[minus][seed][budget] if minus else 0) for seed in seeds])
+    def over_seeds(budget: float, arm: str) -> dict | None:
+        """The loss of an arm; None unless there is one for every seed."""
+        found = [losses[arm][seed].get(budget) for seed in seeds]
+        return None if None in found else mean_and_interval(found)
 
     def best(names: list[str], budget: float) -> str | None:
         found = {name: loss["mean"] for name in names if (loss := over_seeds(budget, name))}
@@ -225,7 +224,9 @@ def summarise(results: dict) -> dict:
         rates = {b: results["runs"][run]["stage"]["lr"] for b, (run, _) in ends_of(results, name, seeds[0]).items()}
         found["lrs"] = [rates.get(b) for b in budgets]
         found["losses"] = [over_seeds(b, name) for b in budgets]
-        found["minus_base"] = [over_seeds(b, name, base) if base else None for b, base in zip(budgets, bases, strict=True)]
+        found["minus_base"] = [
+            difference(results, name, base, b) if base else None for b, base in zip(budgets, bases, strict=True)
+        ]
         for count in ("flops", "flops_exact"):
             found[f"speedup_{count}"], found[f"reached_{count}"] = over_gains(results, name, count)
         answer[name] = found
@@ -233,9 +234,9 @@ def summarise(results: dict) -> dict:
     for budget in budgets:
         grown = best([name for name, arm in arms.items() if arm["grows"]], budget)
         against = [
-            {"grown": grown, "base": base, "pays": decided(difference)} | difference
+            {"grown": grown, "base": base, "pays": decided(less)} | less
             for base in flat
-            if grown and (difference := over_seeds(budget, grown, base))
+            if grown and (less := difference(results, grown, base, budget))
         ]
         verdicts.append(max(against, key=lambda one: (HARD.index(one["pays"]), one["mean"]), default=None))
     pays_from = None

@@ -18,20 +18,17 @@ import os
 import shutil
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
-from datetime import date, timedelta
+from datetime import date
 from itertools import product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Protocol, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nanostack.config import Stage, Train
 from nanostack.device import choose_device
@@ -42,6 +39,7 @@ from nanostack.provenance import device_name, git_commit, versions
 from nanostack.recorder import Diverged
 from nanostack.runs import read_run
 from study import training_run
+from study.board import Board, Sweep
 from study.plan import NUMERICS, Job, Plan, Study
 from study.results import read_results
 
@@ -91,47 +89,6 @@ def attempt(config: Train) -> dict | None:
         evaluations = [*evaluations, (evaluations[-1] if evaluations else dict.fromkeys(EVALUATION, 0)) | DIVERGED]
     growth = next((record["growth"] for record in records if "growth" in record), None)
     return {"evaluations": evaluations, "growth": growth} | {name: header[name] for name in ("device", "dtype", "git_commit")}
-
-
-class Board(Protocol):
-    """What shows how a sweep goes on."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error) -> None: ...
-    def tick(self, running: list[Job]) -> None:
-        """Called about once a second, and when something has ended."""
-
-    def ended(self, job: Job) -> None:
-        """Its result is kept."""
-
-
-class Sweep:
-    """A bar, and a line for every run that has ended, with the time that is left for those to come."""
-
-    def __init__(self, runner: "Runner", jobs: list[Job], what: str):
-        self.runner, self.began, self.spent, self.done, self.n_jobs = runner, time.monotonic(), 0.0, 0, len(jobs)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=runner.console)
-        self.total = sum(job.flops for job in jobs)
-        self.task = self.progress.add_task(what, total=self.total)
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.stop()
-
-    def tick(self, running: list[Job]) -> None:
-        pass
-
-    def ended(self, job: Job) -> None:
-        self.done += 1
-        self.spent += job.flops
-        self.progress.advance(self.task, job.flops)
-        left = timedelta(seconds=round((time.monotonic() - self.began) * (self.total - self.spent) / self.spent))
-        said = f"{self.done:>3} of {self.n_jobs} of this sweep, {left} left: {job.name} {self.runner.loss(job):.4f}"
-        self.progress.console.print(said, highlight=False, soft_wrap=True)
 
 
 class Runner:

@@ -6,21 +6,20 @@ goes on.
 
 from dataclasses import replace
 
-from nanostack.config import Growth
-from study.plan import CPU, GPU, Arm, Jump, Study, controls
+from study.plan import CPU, GPU, STACK, Arm, Jump, Study, controls
 
-STACK = Jump(0.1, Growth("stack", 4, moments_old="keep", moments_new="zero"), restart=False)
+GROWTH = Jump(0.1, STACK, restart=False)
 
 study = Study(
     name="muon",
     question="Does growth pay beside Muon, and do the two savings add up?",
     arms={
         **controls("muon"),
-        "stacked": Arm("2 → 8 layers, Muon", 2, (STACK,), "muon"),
+        "stacked": Arm("2 → 8 layers, Muon", 2, (GROWTH,), "muon"),
         "adamw": Arm("8 layers from scratch, AdamW", 8),
         "adamw base": Arm("2 layers, never grown, AdamW", 2),
-        "adamw stacked": Arm("2 → 8 layers, AdamW", 2, (STACK,)),
-        "into muon": Arm("2 layers by AdamW → 8 by Muon", 2, (replace(STACK, optim="muon"),)),
+        "adamw stacked": Arm("2 → 8 layers, AdamW", 2, (GROWTH,)),
+        "into muon": Arm("2 layers by AdamW → 8 by Muon", 2, (replace(GROWTH, optim="muon"),)),
     },
     sizes={
         size: (replace(one, budgets=budgets, lrs=(2e-3, 4e-3, 8e-3), text="site-packages"),)

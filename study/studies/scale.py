@@ -6,10 +6,7 @@ old moments kept and zero for new layers, the rate goes on.
 
 from dataclasses import replace
 
-from nanostack.config import Growth
-from study.plan import CONTROLS, CPU, GPU, Arm, Jump, Size, Study
-
-STACK = Growth("stack", 4, moments_old="keep", moments_new="zero")
+from study.plan import CONTROLS, CPU, GPU, STACK, Arm, Jump, Size, Study
 
 
 def wider(size: Size, d_model: int, n_head: int, d_ff: int, more: float) -> Size:

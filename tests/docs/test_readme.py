@@ -61,7 +61,7 @@ def test_quickstart_trains_grows_compares_and_draws(tmp_path):
 
 def test_table_of_the_quickstart_is_its_committed_result():
     results = read_results(ROOT / "bench/results/quickstart-seed0.json")
-    summary = quickstart.summary_of(results, quickstart.Command())
+    summary = quickstart.summary_of(results)
     section = README.split("## What stacking really saves")[0]
     for arm, label in (
         ("scratch", "8 layers from scratch"),

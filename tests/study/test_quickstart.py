@@ -39,19 +39,19 @@ def results(grown: list[float]) -> dict:
 
 
 def test_speedup_is_read_off_the_decayed_curve_at_the_loss_of_each_control():
-    summary = quickstart.summary_of(results([2.5, 2.2]), Command())
+    summary = quickstart.summary_of(results([2.5, 2.2]))
     assert summary["speedup"] == pytest.approx(2 ** (2 / 3) - 1) and summary["flops_grown"] == pytest.approx(
         4.5e12 * 2 ** (1 / 3)
     )
     assert summary["speedups"]["base4"]["known"]["mean"] == pytest.approx(2 ** (1 / 3) - 1)
     assert summary["speedups"]["base"]["known"]["at_least"] and summary["val_loss"]["grown"] == 2.2
     assert "below both that never grew, by 0.100 nats" in quickstart.verdict(summary)
-    bound = quickstart.summary_of(results([2.3, 2.2]), Command())
+    bound = quickstart.summary_of(results([2.3, 2.2]))
     assert bound["speedup_at_least"] and "− 1 = ≥ +100 %, mean of 2 seeds" in quickstart.verdict(bound)
 
 
 def test_it_is_said_plainly_that_stacking_does_not_pay():
-    summary = quickstart.summary_of(results([2.6, 2.45]), Command())
+    summary = quickstart.summary_of(results([2.6, 2.45]))
     assert summary["speedup"] is None and summary["flops_grown"] is None
     said = quickstart.verdict(summary)
     assert (
@@ -64,7 +64,7 @@ def test_seeds_of_several_files_are_told_together_and_other_texts_refused():
     for one, seed in ((first, "0"), (second, "1")):
         for arm in one["arms"].values():
             arm["seeds"] = {seed: arm["seeds"][seed]}
-    assert quickstart.summary_of(quickstart.together([first, second]), Command()) == quickstart.summary_of(both, Command())
+    assert quickstart.summary_of(quickstart.together([first, second])) == quickstart.summary_of(both)
     for name in ("manifest_sha256", "size", "numerics"):
         with pytest.raises(ValueError, match=f"cannot be told together: {name} differ"):
             quickstart.together([first, second | {name: "another"}])

@@ -24,7 +24,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, D, K = config, config.d_model, config.d_head
+        self.config, D, K = config, config.d_model, config.head_dim
         self.attn_norm = PlainNorm(D, config.norm_eps)
         self.qkv = nn.Linear(D, (config.n_head + 2 * config.n_kv_head) * K, bias=False)
         self.out = nn.Linear(config.n_head * K, D, bias=False)
@@ -34,7 +34,7 @@ class PlainBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         c = self.config
-        heads = self.qkv(self.attn_norm(x_BTD)).unflatten(-1, (-1, c.d_head)).transpose(1, 2)
+        heads = self.qkv(self.attn_norm(x_BTD)).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.n_head != c.n_kv_head)

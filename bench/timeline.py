@@ -123,7 +123,7 @@ def estimated(model: LlamaConfig, rows: int, parts: int, optim: Optim, gpu: Mach
     s = 2  # bytes of bf16
     layer = {
         "RMSNorm": s * n * d * ((2 + 4) + (3 + 4)),  # alone and fused with the addition; forward, backward
-        "rotary": 2 * 2 * s * n * (model.n_head + model.n_kv_head) * model.d_head,
+        "rotary": 2 * 2 * s * n * (model.n_head + model.n_kv_head) * model.head_dim,
         "SwiGLU": s * n * f * (3 + 5),
         "other elementwise": s * n * d * (3 + 3),  # the second addition to the residual stream, the sum of its gradients
     }
@@ -132,10 +132,10 @@ def estimated(model: LlamaConfig, rows: int, parts: int, optim: Optim, gpu: Mach
     chunks = -(-n // max(CHUNK_ROWS, CHUNK_BYTES // (4 * v)))
     moved["cross entropy"] = (8 + 3 * s) * n * v + (6 + 4 + 8 * chunks + 8 + 12) * v * d
     moved["other elementwise"] += (4 + 12) * v * d  # the embedding's gradient: zeroed, added
-    moved["copies, fills"] = s * n * heads * model.d_head * 2 * model.depth  # gradients of q, k, v put side by side
+    moved["copies, fills"] = s * n * heads * model.head_dim * 2 * model.depth  # gradients of q, k, v put side by side
     flops = {
         "matrix products": 6 * n * n_matmul(model),
-        "attention": 3.5 * 2 * n * model.seq_len * model.n_head * model.d_head * model.depth,  # causal; backward 2.5 times
+        "attention": 3.5 * 2 * n * model.seq_len * model.n_head * model.head_dim * model.depth,  # causal; backward 2.5 times
     }
     share = {"matrix products": gpu.products, "attention": gpu.attention}
     found = {name: parts * amount / (gpu.flops * share[name]) * 1e3 for name, amount in flops.items()}

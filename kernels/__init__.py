@@ -9,22 +9,26 @@ else:
     from . import cpu
     from .attention import (
         Documents,
+        HeadNorms,
         documents,
         flash_attention,
         flash_attention_reference,
         rotary_attention,
         rotary_attention_reference,
+        turned,
     )
     from .attention import flops as flash_attention_flops
     from .dispatch import set_backend, unavailable_reason
     from .linear import linear, linear_reference
     from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+    from .norm_rotary import norm_rotary, norm_rotary_reference
     from .rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
     from .rotary import rotary, rotary_reference
     from .swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "Documents",
+    "HeadNorms",
     "add_rms_norm",
     "add_rms_norm_reference",
     "cpu",
@@ -36,6 +40,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_reference",
+    "norm_rotary",
+    "norm_rotary_reference",
     "rms_norm",
     "rms_norm_reference",
     "rotary",
@@ -45,5 +51,6 @@ __all__ = [
     "set_backend",
     "swiglu",
     "swiglu_reference",
+    "turned",
     "unavailable_reason",
 ]

@@ -36,6 +36,7 @@ from .attention_triton import attention_dk_dv_kernel, attention_dq_kernel, atten
 from .configs import ANY, FP32, TABLE, Config, fitting, rows_for, rows_of
 from .dispatch import HAS_TRITON, INTERPRETED, triton
 from .linear_cross_entropy import cross_entropy_kernel
+from .norm_rotary import norm_rotary_backward_kernel, norm_rotary_forward_kernel
 from .rms_norm import rms_norm_backward_kernel, rms_norm_forward_kernel
 from .rotary import rotary_kernel
 from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
@@ -51,10 +52,8 @@ INSTRUCTIONS = {  # that are counted in the machine code: by name, how they are 
 }
 MATRIX = {9: "HGMMA", 10: "UTCMMA"}  # by major version; HMMA elsewhere
 DTYPES = ("bf16", "fp16", "fp32")
-TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | dict.fromkeys(
-    ("lse_ptr", "delta_ptr", "dweight_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "loss_ptr", "row_scale_ptr", "logits_ptr"),
-    "*fp32",
-)
+FP32_TENSORS = ("lse", "delta", "dweight", "weight", "dgain", "gain", "cos", "sin", "loss", "row_scale", "logits")
+TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS}
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,8 @@ def _kernels() -> dict[str, Kernel]:
             {"with residual": Call({}), "alone": Call({"dresidual_ptr": None}), "odd strides": odd},
         ),
         "rotary": Kernel(rotary_kernel, {"": Call({"INVERSE": False}), "one token": Call({"INVERSE": False, "seq_len": 1})}),
+        "norm_rotary_forward": Kernel(norm_rotary_forward_kernel, {"": Call({}), "odd strides": odd}),
+        "norm_rotary_backward": Kernel(norm_rotary_backward_kernel, {"": Call({}), "odd strides": odd}),
         "swiglu_forward": Kernel(swiglu_forward_kernel, {"": Call({}), "odd strides": odd}),
         "swiglu_backward": Kernel(swiglu_backward_kernel, {"": Call({}), "odd strides": odd}),
         "cross_entropy": Kernel(
@@ -189,10 +190,11 @@ def constants(case: Case) -> dict:
         "attention": {"D": int(case.size * call.share), "BLOCK_D": case.size, "SCALE": 0.125},
         "rms": {"BLOCK_D": case.size, "EPS": 1e-5},
         "rotary": {"HALF": case.size, "BLOCK_HALF": case.size},
+        "norm": {"HALF": case.size, "BLOCK_HALF": case.size, "EPS": 1e-6},
         "cross": {"IGNORE_INDEX": -100, "Z_LOSS": 1e-4},
     }
     size = sizes.get(case.kernel.split("_")[0], {})
-    pipelined = {"STAGES": case.config.num_stages} if case.kernel == "rms_norm_backward" else {}
+    pipelined = {"STAGES": case.config.num_stages} if case.kernel.endswith(("norm_backward", "norm_rotary_backward")) else {}
     return {**case.config.tiles, **size, **pipelined, **call.constants}
 
 

@@ -19,6 +19,7 @@ from .dispatch import (
     use_c,
     use_triton,
 )
+from .norm_rotary import norm_rotary, norm_rotary_reference
 from .rotary import check as check_rotary
 from .rotary import require_heads, rotary, rotary_reference
 
@@ -106,6 +107,14 @@ _count_flops(torch.ops.nanostack.flash_attention_backward_c, 1, 2, backward=True
 # torch 2.13 counts attention on every device but the CPU, where its own op would silently cost nothing.
 _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, 2, 1, backward=False)
 _count_flops(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, 2, 1, backward=True)
+
+
+class HeadNorms(NamedTuple):
+    """Gains (K,) of RMSNorm on the heads of q and of k, before rotary."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
 
 
 class Documents(NamedTuple):
@@ -197,12 +206,14 @@ def rotary_attention(
     cos: torch.Tensor,
     sin: torch.Tensor,
     cu_seqlens: "torch.Tensor | Documents | None" = None,
+    norms: HeadNorms | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """flash_attention, causal, of q, k, v side by side in qkv (B, T, H + 2·H_kv, K), q and k turned by rotary → (B, T, H, K).
 
-    cos and sin as rotary takes them. cu_seqlens (n_doc + 1,) int32 = [0, ..., B·T] counts documents through all rows. In C this
-    is one operation; elsewhere rotary and flash_attention, one after the other. Raises ValueError as they do.
+    cos and sin as rotary takes them. cu_seqlens (n_doc + 1,) int32 = [0, ..., B·T] counts documents through all rows. With
+    `norms` q and k are turned by norm_rotary. In C this is one operation without norms; elsewhere rotary and flash_attention,
+    one after the other. Raises ValueError as they do.
     """
     require_floating("qkv", qkv)
     require_number("n_kv_head", n_kv_head, whole=True)
@@ -210,7 +221,7 @@ def rotary_attention(
     require(enough, lambda: f"qkv has shape {tuple(qkv.shape)}; it must be (batch, seq, heads + 2 · {n_kv_head}, d_head)")
     (B, T, _, K), heads = qkv.shape, (qkv.shape[2] - 2 * n_kv_head, n_kv_head, n_kv_head)
     packed = (B, T) if cu_seqlens is None else (1, B * T)
-    if use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
+    if norms is None and use_c(backend, qkv, torch_is_faster=_torch_is_faster(qkv)) and qkv.numel():
         q, k, _ = qkv.split(heads, 2)
         check_rotary(q, k, cos, sin, 0)
         qkv = qkv.reshape(*packed, -1, K)
@@ -220,18 +231,36 @@ def rotary_attention(
         out, _ = _RotaryAttentionC.apply(qkv, heads, cos[:T], sin[:T], cu_seqlens, K**-0.5)
         return out.reshape(B, T, -1, K)
     q, k, v = qkv.split(heads, 2)
-    q, k = rotary(q, k, cos, sin, backend=backend)
+    q, k = turned(q, k, cos, sin, norms, backend)
     q, k, v = (x.reshape(*packed, -1, K) for x in (q, k, v))
     return flash_attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend).reshape(B, T, -1, K)
 
 
+def turned(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k at their positions: by rotary, or with `norms` by norm_rotary."""
+    if norms is None:
+        return rotary(q, k, cos, sin, backend=backend)
+    q = norm_rotary(q, norms.q, cos, sin, norms.eps, backend=backend)
+    return q, norm_rotary(k, norms.k, cos, sin, norms.eps, backend=backend)
+
+
 def rotary_attention_reference(
-    qkv: torch.Tensor, n_kv_head: int, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    n_kv_head: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
 ) -> torch.Tensor:
     """The formula: rotary_reference, then flash_attention_reference, for any dtype, differentiated by autograd."""
     (B, T, H, K), G = qkv.shape, n_kv_head
     q, k, v = qkv.split((H - 2 * G, G, G), 2)
-    q, k = rotary_reference(q, k, cos, sin)
+    if norms is None:
+        q, k = rotary_reference(q, k, cos, sin)
+    else:
+        q, k = (norm_rotary_reference(x, gain, cos, sin, norms.eps) for x, gain in ((q, norms.q), (k, norms.k)))
     packed = (B, T) if cu_seqlens is None else (1, B * T)
     q, k, v = (x.reshape(*packed, -1, K) for x in (q, k, v))
     return flash_attention_reference(q, k, v, cu_seqlens=cu_seqlens).reshape(B, T, -1, K)

@@ -142,6 +142,22 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: row(4, BLOCK_HEAD=8),
         },
     },
+    "norm_rotary_forward": {
+        80: {
+            16: row(4, BLOCK_ROWS=64),
+            32: row(4, BLOCK_ROWS=32),
+            64: row(4, BLOCK_ROWS=16),
+            128: row(4, BLOCK_ROWS=8),
+        },
+    },
+    "norm_rotary_backward": {
+        80: {
+            16: row(4, 2, 4, BLOCK_ROWS=64),
+            32: row(4, 2, 4, BLOCK_ROWS=32),
+            64: row(4, 2, 4, BLOCK_ROWS=16),
+            128: row(4, 2, 4, BLOCK_ROWS=8),
+        },
+    },
     "swiglu_forward": {80: {ANY: row(4, BLOCK=1024)}},
     "swiglu_backward": {80: {ANY: row(4, BLOCK=1024)}},
     "cross_entropy": {80: {ANY: row(8, BLOCK_V=4096)}},

@@ -97,6 +97,73 @@ void rotary(const element *x, element *out, const float *cosines, const float *s
     }
 }
 
+// RMSNorm of each head, then rotary: x, out and tables as in rotary; gain (2·half,).
+void norm_rotary_forward(const element *x, const float *gain, const float *cosines, const float *sines, element *out, long batch,
+                         long seq, long heads, long half, long stride_batch, long stride_seq, long stride_head, float eps,
+                         int threads) {
+    const float *gain2 = gain + half;
+    PARALLEL(batch * seq * heads * half)
+    for (long row = 0; row < batch * seq; row++) {
+        long position = row % seq;
+        const float *c = cosines + position * half, *s = sines + position * half;
+        for (long head = 0; head < heads; head++) {
+            const element *x1 = x + row / seq * stride_batch + position * stride_seq + head * stride_head, *x2 = x1 + half;
+            element *out1 = out + (row * heads + head) * 2 * half, *out2 = out1 + half;
+            float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+            for (long i = 0; i < 2 * half; i++) squares += load(x1[i]) * load(x1[i]);
+            float scale = 1.0f / sqrtf(squares / (2 * half) + eps);
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                float a = load(x1[i]) * scale * gain[i], b = load(x2[i]) * scale * gain2[i];
+                out1[i] = round_(a * c[i] - b * s[i]);
+                out2[i] = round_(b * c[i] + a * s[i]);
+            }
+        }
+    }
+}
+
+// dout and dx contiguous. dgain is (threads, 2·half): what each thread has summed.
+void norm_rotary_backward(const element *dout, const element *x, const float *gain, const float *cosines, const float *sines,
+                          element *dx, float *dgain, long batch, long seq, long heads, long half, long stride_batch,
+                          long stride_seq, long stride_head, float eps, int threads) {
+    const float *gain2 = gain + half;
+    long rows = batch * seq;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; thread++) {
+        float *mine1 = dgain + thread * 2 * half, *mine2 = mine1 + half;
+        memset(mine1, 0, 2 * half * sizeof(float));
+        for (long row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+            long position = row % seq;
+            const float *c = cosines + position * half, *s = sines + position * half;
+            for (long head = 0; head < heads; head++) {
+                const element *x1 = x + row / seq * stride_batch + position * stride_seq + head * stride_head, *x2 = x1 + half;
+                const element *d1 = dout + (row * heads + head) * 2 * half, *d2 = d1 + half;
+                element *dx1 = dx + (row * heads + head) * 2 * half, *dx2 = dx1 + half;
+                float squares = 0.0f, projection = 0.0f;
+#pragma omp simd reduction(+ : squares)
+                for (long i = 0; i < 2 * half; i++) squares += load(x1[i]) * load(x1[i]);
+                float scale = 1.0f / sqrtf(squares / (2 * half) + eps);
+#pragma omp simd reduction(+ : projection)
+                for (long i = 0; i < half; i++) {
+                    float g1 = load(d1[i]), g2 = load(d2[i]), n1 = load(x1[i]) * scale, n2 = load(x2[i]) * scale;
+                    float turned1 = g1 * c[i] + g2 * s[i], turned2 = g2 * c[i] - g1 * s[i];
+                    mine1[i] += turned1 * n1;
+                    mine2[i] += turned2 * n2;
+                    projection += turned1 * gain[i] * n1 + turned2 * gain2[i] * n2;
+                }
+                projection /= 2 * half;
+#pragma omp simd
+                for (long i = 0; i < half; i++) {
+                    float g1 = load(d1[i]), g2 = load(d2[i]);
+                    dx1[i] = round_(((g1 * c[i] + g2 * s[i]) * gain[i] - load(x1[i]) * scale * projection) * scale);
+                    dx2[i] = round_(((g2 * c[i] - g1 * s[i]) * gain2[i] - load(x2[i]) * scale * projection) * scale);
+                }
+            }
+        }
+    }
+}
+
 // residual may be NULL; else residual_out = x + residual is normalised. rstd (rows,) is kept for the backward pass.
 void rms_norm_forward(const element *x, const element *residual, const float *weight, element *y, element *residual_out,
                       float *rstd, long rows, long width, float eps, int threads) {

@@ -56,6 +56,8 @@ SIGNATURES = {  # a dtype is a pointer to the memory of a contiguous tensor of i
     "swiglu_forward": (E, E, L, L, I),
     "swiglu_backward": (E, E, E, L, L, I),
     "rotary": (E, E, F32, F32, L, L, L, L, L, L, L, F, I),
+    "norm_rotary_forward": (E, F32, F32, F32, E, L, L, L, L, L, L, L, F, I),
+    "norm_rotary_backward": (E, E, F32, F32, F32, E, F32, L, L, L, L, L, L, L, F, I),
     "rms_norm_forward": (E, E, F32, E, E, F32, L, L, F, I),
     "rms_norm_backward": (E, E, E, F32, F32, E, F32, L, L, I),
     "cross_entropy": (F32, I64, F32, F32, E, L, L, L, F, I),
@@ -119,6 +121,28 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> 
     sizes = (*x.shape[:3], x.shape[3] // 2, *x.stride()[:3], sign)
     _call("rotary", x.dtype, x, out, plain(cos), plain(sin), *sizes)
     return out
+
+
+def norm_rotary(x: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
+    """Each head of x (B, T, H, K) normalised, scaled by gain (K,), and turned by cos, sin (T, K/2) → the same, contiguous."""
+    x, out = plain(x), x.new_empty(x.shape)
+    _expect("cos", cos, x.shape[1], x.shape[3] // 2)
+    _expect("sin", sin, *cos.shape)
+    sizes = (*x.shape[:3], x.shape[3] // 2, *x.stride()[:3], eps)
+    _call("norm_rotary_forward", x.dtype, x, plain(gain.float()), plain(cos), plain(sin), out, *sizes)
+    return out
+
+
+def norm_rotary_backward(
+    dout: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, contiguous, and dgain in float32."""
+    x, dx = plain(x), x.new_empty(x.shape)
+    _expect("dout", dout, *x.shape)
+    parts = x.new_empty((torch.get_num_threads(), x.shape[3]), dtype=torch.float32)
+    given = plain(dout), x, plain(gain.float()), plain(cos), plain(sin)
+    _call("norm_rotary_backward", x.dtype, *given, dx, parts, *x.shape[:3], x.shape[3] // 2, *x.stride()[:3], eps)
+    return dx, parts.sum(0)
 
 
 def rms_norm(

@@ -135,37 +135,47 @@ def rotary(
     refusal = f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {q.shape[3]}" if q.shape[3] > MAX_D_HEAD else None
     if use_triton(backend, q, refusal) and q.numel():
         return rotary_op(q, k, cos, sin, offset, False)
-    rows = slice(offset, offset + q.shape[1])
-    return _Rotary.apply(q, k, cos[rows], sin[rows], use_c(backend, q, k))
+    rows, in_c = slice(offset, offset + q.shape[1]), use_c(backend, q, k)
+    return rotate(q, cos[rows], sin[rows], in_c), rotate(k, cos[rows], sin[rows], in_c)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, in_c: bool) -> torch.Tensor:
+    """x (B, T, H, K) turned by cos and sin (T, K/2), in C or in torch; its arguments have been checked."""
+    return _Rotary.apply(x, cos, sin, in_c)
 
 
 def check(q, k, cos, sin, offset) -> None:
     """Raise ValueError, which names the argument, for what `rotary` does not take."""
     require_floating("q", q)
     require_heads("q", q)
-    require_number("offset", offset, whole=True)
     require_like("k", k, "q", q)
     require(
         k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3],
         lambda: f"k has shape {tuple(k.shape)} and q has {tuple(q.shape)}; they must agree in batch, seq and d_head",
     )
-    require(q.shape[3] % 2 == 0, lambda: f"q has d_head {q.shape[3]}; it must be even")
+    check_tables("q", q, cos, sin, offset)
+
+
+def check_tables(of: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int) -> None:
+    """Raise ValueError unless the tables have the angles of x (B, T, H, K), which is called `of`, from position `offset` on."""
+    require_number("offset", offset, whole=True)
+    require(x.shape[3] % 2 == 0, lambda: f"{of} has d_head {x.shape[3]}; it must be even")
     require(offset >= 0, lambda: f"offset is {offset}; it must not be negative")
-    _check_table("cos", cos, q, offset)
-    _check_table("sin", sin, q, offset)
+    _check_table("cos", cos, of, x, offset)
+    _check_table("sin", sin, of, x, offset)
 
 
-def _check_table(name, table, q, offset):
-    require_like(name, table, "q", q, dtype=False)
+def _check_table(name, table, of, x, offset):
+    require_like(name, table, of, x, dtype=False)
     require(
-        table.dtype == torch.promote_types(q.dtype, torch.float32),
-        lambda: f"{name} is {table.dtype}; it must be {upcast(q[:0]).dtype}: angles lose their meaning in less",
+        table.dtype == torch.promote_types(x.dtype, torch.float32),
+        lambda: f"{name} is {table.dtype}; it must be {upcast(x[:0]).dtype}: angles lose their meaning in less",
     )
     require(
-        table.ndim == 2 and table.shape[0] >= offset + q.shape[1] and table.shape[1] == q.shape[3] // 2,
+        table.ndim == 2 and table.shape[0] >= offset + x.shape[1] and table.shape[1] == x.shape[3] // 2,
         lambda: (
-            f"{name} has shape {tuple(table.shape)}; it must be (at least {offset + q.shape[1]}, {q.shape[3] // 2}) "
-            f"for offset {offset} and q of shape {tuple(q.shape)}"
+            f"{name} has shape {tuple(table.shape)}; it must be (at least {offset + x.shape[1]}, {x.shape[3] // 2}) "
+            f"for offset {offset} and {of} of shape {tuple(x.shape)}"
         ),
     )
 
@@ -192,16 +202,16 @@ class _Rotary(torch.autograd.Function):
     """In C or in optimised torch, its backward written out: no autograd through slices, and only cos and sin are saved."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, in_c):
+    def forward(ctx, x, cos, sin, in_c):
         ctx.save_for_backward(cos, sin)
         ctx.rotate = cpu.rotate if in_c else _rotate_torch
-        return ctx.rotate(q, cos, sin, 1), ctx.rotate(k, cos, sin, 1)
+        return ctx.rotate(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, dq, dk):
+    def backward(ctx, saved, dout):
         cos, sin = saved
-        return ctx.rotate(dq, cos, sin, -1), ctx.rotate(dk, cos, sin, -1), None, None, None
+        return ctx.rotate(dout, cos, sin, -1), None, None, None
 
 
 def _rotate_torch(x, cos, sin, sign):

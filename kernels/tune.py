@@ -48,6 +48,11 @@ def candidates(kernel: str, arch: int) -> list[Config]:
     if kernel == "rms_norm_backward":
         grid = product((4, 8, 16, 32), (1, 2, 3), (1, 2, 4), (1, 4))
         return [row(warps, stages, programs, BLOCK_ROWS=rows) for warps, stages, programs, rows in grid]
+    if kernel == "norm_rotary_forward":
+        return [row(warps, BLOCK_ROWS=rows) for warps, rows in product((2, 4, 8), (4, 8, 16, 32, 64))]
+    if kernel == "norm_rotary_backward":
+        grid = product((4, 8), (1, 2, 3), (1, 2, 4), (8, 16, 32, 64))
+        return [row(warps, stages, programs, BLOCK_ROWS=rows) for warps, stages, programs, rows in grid]
     if kernel == "rotary":
         return [row(warps, BLOCK_HEAD=heads) for warps, heads in product((1, 2, 4, 8), (4, 8, 16, 32))]
     name = "BLOCK_V" if kernel == "cross_entropy" else "BLOCK"
@@ -74,6 +79,12 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
         if kernel == "rms_norm_forward":
             return lambda: ops.add_rms_norm(x, residual, weight, 1e-5)
         return lambda: ops.rms_norm_backward(dy, residual, x, weight, 1e-5)
+    if kernel.startswith("norm_rotary"):
+        x, dout = (randn(4, 4096, 2048 // size, 2 * size) for _ in range(2))
+        gain, cos, sin = (randn(*shape, dtype=torch.float32) for shape in ((2 * size,), (4096, size), (4096, size)))
+        if kernel == "norm_rotary_forward":
+            return lambda: (ops.norm_rotary(x, gain, cos, sin, 1e-6, 0),)
+        return lambda: ops.norm_rotary_backward(dout, x, gain, cos, sin, 1e-6, 0)
     if kernel == "rotary":
         q, k = randn(4, 4096, 2048 // size, 2 * size), randn(4, 4096, 512 // size, 2 * size)
         cos, sin = (randn(4096, size, dtype=torch.float32) for _ in range(2))

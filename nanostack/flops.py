@@ -2,10 +2,10 @@
 
 Two counts per trained token, forward and backward together:
   paper   6·N_total                                           (every parameter, no attention; arXiv 2405.15319 eq. 48)
-  exact   6·N_matmul + 6·depth·d_model·(seq_len + 1)          (matrix products and causal attention as computed)
-N_matmul is every parameter but the embedding look-up and the norm gains. A causal query sees (seq_len + 1)/2 keys on average;
-per key and layer, scores and values cost 4·d_model forward and twice that backward. Layers that are run in loops count, in
-both, once for each loop.
+  exact   6·N_matmul + 6·depth·d_attn·(seq_len + 1)           (matrix products and causal attention as computed)
+N_matmul is every parameter but the embedding look-up, gains and biases; d_attn the channels of all query heads, d_model in most
+models. A causal query sees (seq_len + 1)/2 keys on average; per key and layer, scores and values cost 4·d_attn forward and
+twice that backward. Layers that are run in loops count, in both, once for each loop.
 """
 
 import torch
@@ -18,8 +18,8 @@ NEWTON_SCHULZ_STEPS = 5
 
 def n_matrices(config: LlamaConfig) -> int:
     """Parameters in the blocks' matrices."""
-    qkv = config.d_model * (config.n_head + 2 * config.n_kv_head) * config.d_head
-    out = config.n_head * config.d_head * config.d_model
+    qkv = config.d_model * (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    out = config.n_head * config.head_dim * config.d_model
     mlp = 3 * config.d_model * config.d_ff
     return config.n_layer * (qkv + out + mlp)
 
@@ -31,8 +31,20 @@ def n_matmul(config: LlamaConfig) -> int:
 
 def n_params(config: LlamaConfig) -> int:
     """All parameters of `Llama(config)`."""
-    norms = (2 * config.n_layer + 1) * config.d_model
+    norms = (2 * config.n_layer + 1) * config.d_model + _n_optional(config)
     return n_matrices(config) + norms + (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
+
+
+def _n_optional(config: LlamaConfig) -> int:
+    """Biases, and gains of q and k."""
+    heads, each = config.n_head + 2 * config.n_kv_head, 2 * config.head_dim * config.qk_norm
+    each += config.qkv_bias * heads * config.head_dim + config.out_bias * config.d_model
+    return config.n_layer * (each + config.mlp_bias * (2 * config.d_ff + config.d_model))
+
+
+def d_attn(config: LlamaConfig) -> int:
+    """Channels of all query heads."""
+    return config.n_head * config.head_dim
 
 
 def flops_per_token(config: LlamaConfig) -> int:
@@ -42,7 +54,7 @@ def flops_per_token(config: LlamaConfig) -> int:
 
 def flops_exact_per_token(config: LlamaConfig) -> int:
     """Matrix products and causal attention, forward and backward."""
-    return 6 * n_matmul(config) + 6 * config.depth * config.d_model * (config.seq_len + 1)
+    return 6 * n_matmul(config) + 6 * config.depth * d_attn(config) * (config.seq_len + 1)
 
 
 def orthogonalising_flops(rows: int, columns: int) -> int:
@@ -53,7 +65,7 @@ def orthogonalising_flops(rows: int, columns: int) -> int:
 
 def newton_schulz_flops(config: LlamaConfig) -> int:
     """What Muon costs in a step, whatever the batch; in neither of the counts per token."""
-    d, q, kv = config.d_model, config.n_head * config.d_head, config.n_kv_head * config.d_head
+    d, q, kv = config.d_model, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     shapes = [(q, d), (kv, d), (kv, d), (d, q), (config.d_ff, d), (config.d_ff, d), (d, config.d_ff)]
     return config.n_layer * sum(orthogonalising_flops(*shape) for shape in shapes)
 
@@ -72,8 +84,8 @@ def peak_by_name(name: str) -> float | None:
 
 
 MFU = (
-    "MFU = (6·N_matmul + a·depth·d_model·seq_len) · tokens/s / peak, N_matmul all parameters but the embedding look-up and "
-    "the norm gains, peak the device's dense bf16 FLOP/s; full: a = 12, causal: a = 6"
+    "MFU = (6·N_matmul + a·depth·d_attn·seq_len) · tokens/s / peak, N_matmul all parameters but the embedding look-up, gains "
+    "and biases, d_attn the channels of all query heads, peak the device's dense bf16 FLOP/s; full: a = 12, causal: a = 6"
 )
 
 
@@ -84,5 +96,5 @@ def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None, causal: bo
     """
     if peak is None:
         return None
-    attention = (6 if causal else 12) * config.depth * config.d_model * config.seq_len
+    attention = (6 if causal else 12) * config.depth * d_attn(config) * config.seq_len
     return (6 * n_matmul(config) + attention) * tokens_per_s / peak

@@ -15,7 +15,9 @@ RENAMED = {
 }
 ADDED: dict[str, dict[str, Any]] = {  # later, and what every run did before
     "optim": {"name": "adamw", "momentum": 0.95},
-    "model": {"loops": 1, "residual_scale": None},
+    "model": {"loops": 1, "residual_scale": None, "d_head": None, "qk_norm": False}
+    | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
+    "rope_scaling": {"kind": "llama3", "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True},
     "growth": {"residual": "rescale"},
 }
 Class = TypeVar("Class", bound=type)

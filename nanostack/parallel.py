@@ -109,11 +109,12 @@ def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
 
 def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     """Keep what attention and products give, but for the last product (d_ff to d_model): nothing needs it again."""
-    keep = op in ATTENTION or (op in PRODUCTS and args[1].shape[0] <= args[1].shape[1])
+    weight = args[PRODUCTS[op]] if op in PRODUCTS else None
+    keep = op in ATTENTION or (weight is not None and weight.shape[0] <= weight.shape[1])
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-PRODUCTS = (torch.ops.aten.mm.default,)
+PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}  # the place of the weight among the arguments
 ATTENTION = (
     torch.ops.nanostack.flash_attention.default,
     torch.ops.nanostack.flash_attention_c.default,

@@ -189,11 +189,16 @@ def all_operations(target, batch=1, seq=11 if INTERPRETED else 40, heads=2, kv_h
     q, k, v = attention_inputs(batch, seq, seq, heads, kv_heads, d_head, target)
     angle = torch.arange(seq * d_head / 2.0, device=device).view(seq, -1)
     tables, targets = (angle.cos(), angle.sin()), torch.arange(batch * seq, device=device).view(batch, seq) % vocab
+    gain, bias = randn(d_head, target=target, seed=3), randn(vocab, target=target, seed=3)
     packed = [part.flatten(0, 1)[None].detach().requires_grad_() for part in (q, k, v)]
     edges = torch.tensor([0, 5, batch * seq], dtype=torch.int32, device=device)
 
     def rotary_attention(q, k, v, cos, sin):
         return kernels.rotary_attention(torch.cat((q, k, v), 2), k.shape[2], cos, sin, backend=backend)
+
+    def normed_attention(q, k, v, gain, cos, sin):
+        norms = kernels.HeadNorms(gain, gain, 1e-5)
+        return kernels.rotary_attention(torch.cat((q, k, v), 2), k.shape[2], cos, sin, norms=norms, backend=backend)
 
     def loss(reduction):
         return lambda x, w, t: kernels.linear_cross_entropy(x, w, t, reduction=reduction, z_loss=0.01, backend=backend)
@@ -202,12 +207,15 @@ def all_operations(target, batch=1, seq=11 if INTERPRETED else 40, heads=2, kv_h
         "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5, backend=backend), (x, weight)),
         "add_rms_norm": (lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5, backend=backend), (x, residual, weight)),
         "rotary": (lambda *t: kernels.rotary(*t, backend=backend), (q, k, *tables)),
+        "norm_rotary": (lambda *t: kernels.norm_rotary(*t, 1e-5, backend=backend), (q, gain, *tables)),
         "flash_attention": (lambda *t: kernels.flash_attention(*t, backend=backend), (q, k, v)),
         "full_attention": (lambda *t: kernels.flash_attention(*t, causal=False, backend=backend), (q, k, v)),
         "documents": (lambda *t: kernels.flash_attention(*t[:3], cu_seqlens=t[3], backend=backend), (*packed, edges)),
         "rotary_attention": (rotary_attention, (q, k, v, *tables)),
         "swiglu": (lambda x: kernels.swiglu(x, backend=backend), (gate_up,)),
+        "normed_attention": (normed_attention, (q, k, v, gain, *tables)),
         "linear": (lambda x, w: kernels.linear(x, w, w.detach()), (x, head)),
+        "linear_with_bias": (lambda x, w, b: kernels.linear(x, w, w.detach(), b), (x, head, bias)),
         "mean_loss": (loss("mean"), (x, head, targets)),
         "loss_of_each_row": (loss("none"), (x, head, targets)),
     }

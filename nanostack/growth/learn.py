@@ -1,7 +1,7 @@
 """Growth by a trained map (LiGO, arXiv 2303.00980; G_learn of arXiv 2405.15319).
 
-    depth    W'_i = Σ_j D_ij W_j, with one L × l matrix D per kind of weight: q, k, v, out, gate, up, down, both norms
-    width    W' = B_out W B_inᵀ, with one matrix B per axis, shared by all layers
+    depth    W'_i = Σ_j D_ij W_j, with one L × l matrix D per kind of weight: q, k, v, out, gate, up, down, biases, norms
+    width    W' = B_out W B_inᵀ, with one matrix B per axis, shared by all layers; gains of heads stay
 
 D starts as stacked identities (which is stack), B as the identity above rows of N(0, 1/width). The old weights W stay as they
 are; D or B is trained on the loss of the grown model for some steps, then W' is what trains on. The grown model computes
@@ -28,20 +28,20 @@ class DepthMap:
 
     def __init__(self, model: Llama, n_base: int, write: Callable[[Tensor, Tensor], object]):
         config, L = model.config, len(model.blocks)
-        parts = {"attn.qkv.weight": [config.n_head, *[config.n_kv_head] * 2], "mlp.gate_up.weight": [1, 1]}
+        parts = {"attn.qkv": [config.n_head, *[config.n_kv_head] * 2], "mlp.gate_up": [1, 1]}
         self.base, self.D, self.part_of_row = {}, {}, {}
         for name, parameter in model.blocks[0].named_parameters():
             same = [dict(block.named_parameters())[name] for block in model.blocks[:n_base]]
             self.base[name] = torch.stack([local_shard(p).detach() for p in same])
-            sizes = parts.get(name, [1])
+            sizes = parts.get(name.rpartition(".")[0], [1])
             stacked = torch.eye(n_base, device=self.base[name].device).repeat(-(-L // n_base), 1)[:L]
             self.D[name] = stacked.expand(len(sizes), L, n_base).clone().requires_grad_()
             if len(sizes) > 1:
                 unit = parameter.shape[0] // sum(sizes)
                 parts_of_rows = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes) * unit)
                 labels = torch.empty_like(parameter, requires_grad=False)  # sharded as the weight is
-                write(labels, parts_of_rows[:, None].expand(parameter.shape).to(labels))
-                self.part_of_row[name] = local_shard(labels)[:, 0].long()
+                write(labels, parts_of_rows.view(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape).to(labels))
+                self.part_of_row[name] = local_shard(labels).unsqueeze(-1).flatten(1)[:, 0].long()
         self.matrices = list(self.D.values())
 
     def __call__(self, name: str) -> Tensor | None:
@@ -52,7 +52,7 @@ class DepthMap:
         D = self.D[name][:, layer]
         if name not in self.part_of_row:
             return torch.tensordot(D[0], self.base[name], 1)
-        return torch.einsum("rj,jrc->rc", D[self.part_of_row[name]], self.base[name])
+        return torch.einsum("rj,jr...->r...", D[self.part_of_row[name]], self.base[name])
 
 
 class WidthMap:
@@ -62,8 +62,8 @@ class WidthMap:
         config = model.config
         self.base = {name: parameter.detach() for name, parameter in model.named_parameters()}
         device = next(iter(self.base.values())).device
-        heads, kv = maps["heads"], maps["qkv"].source[grown.n_head * grown.d_head :][: grown.n_kv_head * grown.d_head]
-        kv = torch.where(kv < 0, -1, kv - config.n_head * config.d_head)
+        heads, kv = maps["heads"], maps["qkv"].source[grown.n_head * grown.head_dim :][: grown.n_kv_head * grown.head_dim]
+        kv = torch.where(kv < 0, -1, kv - config.n_head * config.head_dim)
         sources = {"model": maps["model"].source, "q": heads.source, "k": kv, "v": kv, "ff": maps["ff"].source}
         if config.n_head != config.n_kv_head or grown.n_head != grown.n_kv_head:
             sources["heads"] = heads.source  # what out reads: with fewer values than queries it needs a B of its own
@@ -74,9 +74,7 @@ class WidthMap:
 
     def __call__(self, name: str) -> Tensor:
         value, named = self.base[name], stored_axes(name)
-        if value.ndim == 1:
-            return self.B["model"] @ value
-        if named[1] is not None:
+        if value.ndim > 1 and named[1] is not None:
             value = value @ self.B[named[1]].T
         if named[0] is None:
             return value
@@ -120,7 +118,7 @@ def train(
             raise UserError(f"learning the growth diverged: the loss of its step {step} is {losses[-1]}")
         for name, parameter in model.named_parameters():
             gradient, parameter.grad = parameter.grad, None
-            if gradient is not None and (value := mixed(name)) is not None:
+            if gradient is not None and (value := mixed(name)) is not None and value.requires_grad:
                 value.backward(local_shard(gradient))  # one at a time, so that one mixed weight is held beside the model
         for matrix in mixed.matrices:
             if matrix.grad is not None:

@@ -1,4 +1,4 @@
-"""Grow a model in width, parameter by parameter: more channels, whole heads, a wider MLP. d_head stays.
+"""Grow a model in width, parameter by parameter: more channels, whole heads, a wider MLP. The size of a head stays.
 
 Every axis of a weight has a map, which says for each channel of the wide model which old one it is a copy of, if any. With
 d old and D new channels, weights as (out, in) and norm gains μ:
@@ -11,10 +11,12 @@ d old and D new channels, weights as (out, in) and norm gains μ:
 
 (arXiv 2405.15319, appendix A; 1511.05641; 2305.02869; 2303.00980.) All but learn compute what the narrow model did, split if
 d_model grows by a whole factor: RMSNorm sees the same mean square then. zero and random make the mean square d/D of what it
-was, so old gains are multiplied by √(d/D), and norm_eps by d/D. Tied embeddings cannot be shared out, so the gain of the
-final norm is, which stands before the head alone.
+was, so old gains are multiplied by √(d/D), and norm_eps by d/D. Norms of q and k, whose heads stay as wide, have no eps of
+their own in transformers and take this one: a difference of eps / mean square. Biases go with the rows. Tied embeddings cannot
+be shared out, so the gain of the final norm is, which stands before the head alone.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +27,11 @@ from torch import Tensor, nn
 
 from nanostack.errors import UserError
 from nanostack.growth.moments import Moments
-from nanostack.model import Llama, LlamaConfig, initial_value
+from nanostack.model import Llama, LlamaConfig, RMSNorm, initial_value
 
 OPERATORS = ("split", "zero", "random", "learn")
 NEW, BORROWS = -1, -2  # a channel that is no copy; one of a query head that is no copy but attends to an old head's values
-AXES = {  # which axes a weight has: (out, in); None is the vocabulary, which stays as it is
+AXES: dict[str, tuple] = {  # which axes a weight has: (out, in); None is the vocabulary or a head, which stay as they are
     "head.weight": (None, "model"),
     "norm.weight": ("model",),
     "attn_norm.weight": ("model",),
@@ -38,6 +40,12 @@ AXES = {  # which axes a weight has: (out, in); None is the vocabulary, which st
     "mlp_norm.weight": ("model",),
     "mlp.gate_up.weight": ("gate_up", "model"),
     "mlp.down.weight": ("model", "ff"),
+    "attn.qkv.bias": ("qkv",),
+    "attn.out.bias": ("model",),
+    "mlp.gate_up.bias": ("gate_up",),
+    "mlp.down.bias": ("model",),
+    "attn.q_norm.weight": (None,),
+    "attn.k_norm.weight": (None,),
     "embed.weight": ("model", None),  # a map from the vocabulary, stored as (in, out)
 }
 
@@ -59,12 +67,13 @@ class Width:
         if self.alpha is not None and not (self.op == "split" and 0 < self.alpha < 1):
             raise UserError(f"alpha is a share between 0 and 1 and belongs to split, not {self.alpha} to {self.op}")
         d_model = base.d_model if self.d_model is None else self.d_model
-        if d_model % base.d_head:
-            near = [n * base.d_head for n in (d_model // base.d_head, d_model // base.d_head + 1)]
+        step = base.d_model // math.gcd(base.d_model, base.n_head)
+        if d_model % step:
+            near = [n * step for n in (d_model // step, d_model // step + 1)]
             raise UserError(
-                f"d_model {d_model} is not a whole number of heads of {base.d_head} channels; near are {near[0]} and {near[1]}"
+                f"d_model {d_model} is not a whole number of heads of {step} channels; near are {near[0]} and {near[1]}"
             )
-        sizes: dict[str, Any] = {"d_model": d_model, "n_head": d_model // base.d_head}
+        sizes: dict[str, Any] = {"d_model": d_model, "n_head": base.n_head * d_model // base.d_model}
         for name in ("n_kv_head", "d_ff"):
             old, given = getattr(base, name), getattr(self, name)
             if given is None and old * d_model % base.d_model:
@@ -110,8 +119,8 @@ def axes(base: LlamaConfig, grown: LlamaConfig, width: Width, device: torch.devi
     ff = sources(base.d_ff, grown.d_ff)
     maps = {
         "model": (sources(base.d_model, grown.d_model), 1),
-        "qkv": (q + shifted(kv, base.n_head) + shifted(kv, base.n_head + base.n_kv_head), base.d_head),
-        "heads": (q, base.d_head),
+        "qkv": (q + shifted(kv, base.n_head) + shifted(kv, base.n_head + base.n_kv_head), base.head_dim),
+        "heads": (q, base.head_dim),
         "gate_up": (ff + shifted(ff, base.d_ff), 1),
         "ff": (ff, 1),
     }
@@ -219,8 +228,9 @@ def widen(
     model.embed.embedding_dim = grown.d_model
     for block in model.blocks:
         block.attn.heads = (grown.n_head, grown.n_kv_head, grown.n_kv_head)
-        block.attn_norm.eps = block.mlp_norm.eps = grown.norm_eps
-    model.norm.eps = grown.norm_eps
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = grown.norm_eps
     model.config = grown
     return allocated, copied
 
@@ -233,11 +243,13 @@ def _value(name: str, old: Tensor, maps: Maps, op: str, config: LlamaConfig, see
         for dim, axis in enumerate(maps.get(axis) for axis in stored_axes(name)):
             value = value if axis is None else value.index_select(dim, axis.source)
         reads = out if config.tie_embeddings and name == "norm.weight" else into[0] if into else None
+        value = value.clone() if value is old else value
         return value if reads is None else value.mul_(reads.share)
     if not into:
-        assert out is not None  # a gain has one axis, which has a map
+        if out is None:  # a gain of heads
+            return old.clone()
         value = initial_value(name, out.source.shape, config, seed, old.device).to(old.dtype)
-        value[out.first] = old * (len(old) / len(value)) ** 0.5
+        value[out.first] = _in_new_order(old, out, None) * (1.0 if name.endswith("bias") else (len(old) / len(value)) ** 0.5)
         return value
     reads_from, embedding = into[0], name == "embed.weight"
     if embedding:

@@ -1,7 +1,7 @@
 """A state as a Hugging Face folder, from which `AutoModelForCausalLM.from_pretrained` gives the same logits.
 
-A Llama of theirs has neither loops nor a residual scale: each pass of a loop gets layers of its own, and the scale is
-multiplied into the projections that write to the residual stream. Both compute the same.
+A model of theirs has neither loops nor a residual scale: each pass of a loop gets layers of its own, and the scale is
+multiplied into the projections that write to the residual stream, and their biases. Both compute the same.
 
 `save` writes config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
 """
@@ -22,7 +22,7 @@ from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.hf import weights as hf
-from nanostack.hf.config import to_config
+from nanostack.hf.config import ARCHITECTURES, model_type, to_config
 from nanostack.model import RESIDUAL_OUTPUTS
 from nanostack.state import State
 from nanostack.text.tokenizer import JSON_FILE, Tokenizer
@@ -81,6 +81,7 @@ def save(
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
+        described = to_config(config.unrolled(), eot, dtype)
         _write_weights(state, partial, dtype, shard_bytes)
         receipts = [receipt.as_dict() for receipt in state.growth]
         if config.loops > 1 and receipts:
@@ -96,7 +97,7 @@ def save(
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
             base = tokenizer.resolve().name if manifest_sha256 is None else None
-        _write_json(partial / "config.json", to_config(config.unrolled(), eot, dtype) | special | {"nanostack": about})
+        _write_json(partial / "config.json", described | special | {"nanostack": about})
         _write_json(partial / "generation_config.json", generation)
         if isinstance(tokenizer, Tokenizer):
             _write_tokenizer(tokenizer, partial, config.seq_len)
@@ -179,11 +180,13 @@ def card(name: str, state: State, records: list[dict] | None, text: str | None, 
     """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve. base: the model of others that was grown."""
     config, cursor = state.model.config.unrolled(), state.cursor
     heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, nanostack, stacking]", "---"]
+    kind = model_type(config)
+    tags, family = f"tags: [{kind}, nanostack, stacking]", ARCHITECTURES[kind].name.removesuffix("ForCausalLM")
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---"]
     lines += [
         f"# {name}",
         "",
-        f"A Llama of {n_params(config) / 1e6:.1f}M parameters: {config.outline()},",
+        f"A {family} of {n_params(config) / 1e6:.1f}M parameters: {config.outline()},",
     ]
     made = f"Made of {base} with nanostack, and not trained since" if base else "Trained with nanostack"
     lines += [f"{heads}, context {config.seq_len}. {made}.", ""]

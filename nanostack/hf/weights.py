@@ -1,4 +1,4 @@
-"""Hugging Face's Llama folders: their names and shapes beside ours, and how one is read; nanostack.hf.export writes them.
+"""Hugging Face's folders: their names and shapes beside ours, and how one is read; nanostack.hf.export writes them.
 
 `load(folder)` gives what `checkpoint.load` gives, the weights read when they are asked for, tensor by tensor. What Hugging Face
 has no place for (tokens, FLOPs, growth) stands in config.json under "nanostack": a round trip loses the optimizer only. It
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanostack import checkpoint
 from nanostack.errors import UserError
-from nanostack.hf.config import from_config
+from nanostack.hf.config import from_config, told
 from nanostack.model import LlamaConfig
 from nanostack.state import Cursor
 from nanostack.text.tokenizer import JSON_FILE
@@ -38,10 +38,24 @@ TOKENIZER_FILES = (
 BLOCK = {  # ours: theirs, put side by side in this order
     "attn_norm.weight": ("input_layernorm.weight",),
     "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "attn.out.weight": ("self_attn.o_proj.weight",),
+    "attn.out.bias": ("self_attn.o_proj.bias",),
+    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
     "mlp_norm.weight": ("post_attention_layernorm.weight",),
     "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.gate_up.bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
     "mlp.down.weight": ("mlp.down_proj.weight",),
+    "mlp.down.bias": ("mlp.down_proj.bias",),
+}
+OPTIONAL = {  # the field of LlamaConfig with which a block has it
+    "attn.qkv.bias": "qkv_bias",
+    "attn.out.bias": "out_bias",
+    "attn.q_norm.weight": "qk_norm",
+    "attn.k_norm.weight": "qk_norm",
+    "mlp.gate_up.bias": "mlp_bias",
+    "mlp.down.bias": "mlp_bias",
 }
 ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 
@@ -73,7 +87,7 @@ def in_loop(name: str, n_layer: int) -> str:
 
 def rows_of(name: str, config: LlamaConfig) -> list[int]:
     """How many rows each of `theirs(name)` has."""
-    heads, kv = config.n_head * config.d_head, config.n_kv_head * config.d_head
+    heads, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     fused = {"qkv": [heads, kv, kv], "gate_up": [config.d_ff, config.d_ff]}
     return next((rows for part, rows in fused.items() if f".{part}." in name), [-1])
 
@@ -81,17 +95,20 @@ def rows_of(name: str, config: LlamaConfig) -> list[int]:
 def shapes_of(name: str, config: LlamaConfig) -> list[tuple[int, ...]]:
     """The shape of each of `theirs(name)`."""
     if "norm" in name:
-        return [(config.d_model,)]
-    rows = {"embed": config.vocab_size, "head": config.vocab_size}.get(name.split(".")[0], config.d_model)
-    columns = {"out": config.n_head * config.d_head, "down": config.d_ff}.get(name.split(".")[-2], config.d_model)
-    return [(rows if part == -1 else part, columns) for part in rows_of(name, config)]
+        return [(config.head_dim if ".attn." in name else config.d_model,)]
+    all_rows = {"embed": config.vocab_size, "head": config.vocab_size}.get(name.split(".")[0], config.d_model)
+    rows = [all_rows if part == -1 else part for part in rows_of(name, config)]
+    if name.endswith("bias"):
+        return [(part,) for part in rows]
+    columns = {"out": config.n_head * config.head_dim, "down": config.d_ff}.get(name.split(".")[-2], config.d_model)
+    return [(part, columns) for part in rows]
 
 
 def names_of(config: LlamaConfig) -> Iterator[str]:
     """Our parameters, a tied head left out."""
     yield "embed.weight"
     for number in range(config.n_layer):
-        yield from (f"blocks.{number}.{rest}" for rest in BLOCK)
+        yield from (f"blocks.{number}.{rest}" for rest in BLOCK if rest not in OPTIONAL or getattr(config, OPTIONAL[rest]))
     yield from ("norm.weight",) if config.tie_embeddings else ("norm.weight", "head.weight")
 
 
@@ -107,7 +124,7 @@ class Weights(Mapping):
             raise UserError(f"{folder} lacks {len(missing)} tensors that its config.json asks for, {missing[0]} first")
         known = {*wanted, *theirs("head.weight")}  # what older versions of transformers wrote beside them means nothing
         if unknown := sorted(name for name in self._files if name not in known and not name.endswith("rotary_emb.inv_freq")):
-            raise UserError(f"{folder} has {len(unknown)} tensors that no Llama of ours has, {unknown[0]} first")
+            raise UserError(f"{folder} has {len(unknown)} tensors that its config.json does not ask for, {unknown[0]} first")
 
     def __getitem__(self, name: str) -> Tensor:
         if name == "head.weight" and self.config.tie_embeddings:
@@ -125,6 +142,11 @@ class Weights(Mapping):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def head_of_its_own(self) -> bool:
+        """Whether the file has a head that is not the embedding, whatever its config.json says of tying them."""
+        (embed,), (head,) = (theirs(name) for name in ("embed.weight", "head.weight"))
+        return head in self._files and not torch.equal(self._read(embed), self._read(head))
 
     def fingerprint(self) -> str:
         """SHA-256 of the first row of every tensor, as it is stored: other weights have another."""
@@ -170,6 +192,10 @@ def _files_of(folder: Path) -> dict[str, str]:
     """{tensor: file}, from the index or the one file; UserError for shards that are not there."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
+        if single.is_file():
+            if index.is_file():
+                told(f"{folder} has {single.name} and an index: the single file is read, as in transformers")
+            return dict.fromkeys(_open(single).keys(), single.name)
         if index.is_file():
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -177,8 +203,6 @@ def _files_of(folder: Path) -> dict[str, str]:
             if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
                 raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names")
             return files
-        if single.is_file():
-            return dict.fromkeys(_open(single).keys(), single.name)
     raise UserError(f"{folder} has neither model.safetensors nor an index of shards, nor a pytorch_model.bin")
 
 
@@ -207,6 +231,10 @@ def load(folder: str | Path) -> dict:
     config = from_config(found, folder / "config.json")
     _check_tokenizer(folder, config)
     weights, ours = Weights(folder, config), found.get("nanostack") or {}
+    if config.tie_embeddings and weights.head_of_its_own():
+        told(f"{folder} says that its head is its embedding, and has another: it keeps that, as in transformers")
+        config = dataclasses.replace(config, tie_embeddings=False)
+        weights = Weights(folder, config)
     if ours and (not isinstance(ours, dict) or ours.get("fingerprint") != weights.fingerprint()):
         print(f"note: {folder} was changed since nanostack wrote it: its tokens, FLOPs, growth do not count", file=sys.stderr)
         ours = {}

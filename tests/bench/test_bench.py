@@ -108,7 +108,7 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
     assert flops * anchor.tokens_per_s / anchor.peak == pytest.approx(anchor.mfu, abs=1e-3)
     path = str(ROOT / "config/50m.py")
     model = load(path, []).model
-    assert (model.n_layer, model.d_model, model.d_head, model.vocab_size, model.seq_len) == (8, 512, 128, 8192, 2048)
+    assert (model.n_layer, model.d_model, model.head_dim, model.vocab_size, model.seq_len) == (8, 512, 128, 8192, 2048)
     (found,) = anchors.beside(path, (), model, {"nanostack": 1e6})
     ours = 6 * (8 * (4 * 512**2 + 3 * 512 * 1408) + 8192 * 512) + 12 * 8 * 512 * 2048
     assert found["ours"] == {"nanostack": pytest.approx(ours * 1e6 / 989.5e12)} and f"{ours / 1e6:.0f}" in found["differences"]

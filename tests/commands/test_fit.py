@@ -87,7 +87,7 @@ def test_states_of_a_config_are_counted_to_the_byte():
     found = estimate(CONFIG, SHAPE, torch.bfloat16, on_triton=True)
     n, steps = n_params(SHAPE), 4 * (3 + 6 * SHAPE.n_layer)  # a count for each parameter
     assert found.fixed["moments, float32"] == 8 * n + steps and found.fixed["gradients, fp32"] == 4 * n
-    assert found.fixed["weights, fp32"] == 4 * (n + SHAPE.seq_len * SHAPE.d_head)  # and the tables of rotary
+    assert found.fixed["weights, fp32"] == 4 * (n + SHAPE.seq_len * SHAPE.head_dim)  # and the tables of rotary
     muon = replace(CONFIG, optim=Optim("muon"))
     matrices = SHAPE.n_layer * SHAPE.d_model * (2 * SHAPE.d_model + 2 * 96 + 3 * SHAPE.d_ff)
     steps = 4 * (3 + 2 * SHAPE.n_layer)

@@ -74,7 +74,7 @@ def test_gradient_of_B_is_that_of_the_products_it_stands_for(base):
     for name, (new, narrow) in {"model": (48, 32), "q": (48, 32), "ff": (64, 48)}.items():
         assert torch.equal(B[name][:narrow], torch.eye(narrow, dtype=torch.float64))
         assert B[name][narrow:].std().item() == pytest.approx(new**-0.5, rel=0.15)
-    sizes = [n * base.d_head for n in (base.n_head, base.n_kv_head, base.n_kv_head)]
+    sizes = [n * base.head_dim for n in (base.n_head, base.n_kv_head, base.n_kv_head)]
     weights = {"embed.weight": old["embed.weight"] @ B["model"].T, "norm.weight": B["model"] @ old["norm.weight"]}
     if not base.tie_embeddings:
         weights["head.weight"] = old["head.weight"] @ B["model"].T

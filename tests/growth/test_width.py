@@ -79,7 +79,7 @@ def test_grown_model_computes_what_the_base_did(wider, base, tied):
 def test_query_heads_stay_with_their_keys_whatever_becomes_of_the_groups(op, heads, kv):
     (n_head, n_kv), (new_head, new_kv) = heads, kv
     base = replace(MHA, n_head=n_head, n_kv_head=n_kv)
-    wider = Width(op, d_model=new_head * base.d_head, n_kv_head=new_kv)
+    wider = Width(op, d_model=new_head * base.head_dim, n_kv_head=new_kv)
     group, new_group = n_head // n_kv, new_head // new_kv
     if op != "split" and new_group < group:
         with pytest.raises(ValueError, match="leave no place for old query head"):
@@ -96,7 +96,7 @@ def unfused(model: Llama) -> dict[str, torch.Tensor]:
     c = model.config
     named = {"embed": model.embed.weight, "norm": model.norm.weight, "head": model.head.weight}
     for i, block in enumerate(model.blocks):
-        q, k, v = block.attn.qkv.weight.split([n * c.d_head for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
+        q, k, v = block.attn.qkv.weight.split([n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
         gate, up = block.mlp.gate_up.weight.chunk(2)
         layer = {"q": q, "k": k, "v": v, "o": block.attn.out.weight, "gate": gate, "up": up, "down": block.mlp.down.weight}
         layer |= {"attn_norm": block.attn_norm.weight, "mlp_norm": block.mlp_norm.weight}

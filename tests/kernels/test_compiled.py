@@ -128,7 +128,7 @@ class Shapes(TorchDispatchMode):
 
 def shapes_of(kernel: str, size: int) -> tuple[str, list[tuple[int, ...]]]:
     """The operator that launches a kernel, and the shapes that it takes."""
-    heads, rows = (2, 4096, 4096 // size, size), (2**26 // size, size)
+    heads, rows, turned = (2, 4096, 4096 // size, size), (2**26 // size, size), (4, 4096, 2048 // size, 2 * size)
     if kernel == "attention_forward":
         return "flash_attention", [heads] * 3
     if kernel.startswith("attention"):
@@ -137,6 +137,8 @@ def shapes_of(kernel: str, size: int) -> tuple[str, list[tuple[int, ...]]]:
         "rms_norm_forward": ("add_rms_norm", [rows, rows, (size,)]),
         "rms_norm_backward": ("rms_norm_backward", [rows, rows, rows, (size,)]),
         "rotary": ("rotary", [(4, 4096, n // size, 2 * size) for n in (2048, 512)] + [(4096, size)] * 2),
+        "norm_rotary_forward": ("norm_rotary", [turned, (2 * size,), (4096, size), (4096, size)]),
+        "norm_rotary_backward": ("norm_rotary_backward", [turned, turned, (2 * size,), (4096, size), (4096, size)]),
         "swiglu_forward": ("swiglu", [(16384, 11264)]),
         "swiglu_backward": ("swiglu_backward", [(16384, 5632), (16384, 11264)]),
         "cross_entropy": ("linear_cross_entropy_rows", [(1024, 256), (128256, 256), (1024,)]),

@@ -95,6 +95,27 @@ def test_rotary(batch, seq, n_head, n_kv_head, d_head, target, monkeypatch):
 
 
 @on_gpu
+@pytest.mark.parametrize(("batch", "seq", "n_head", "d_head"), [(2, 4096, 32, 128), (3, 333, 5, 80)])
+def test_norm_rotary(batch, seq, n_head, d_head, target, monkeypatch):
+    x = randn(batch, seq, n_head + 2, d_head, target=target, grad=False)[:, :, :-2].requires_grad_()
+    gain = randn(d_head, target=target, seed=1).detach().float().requires_grad_()
+    angle = torch.outer(torch.arange(seq + 0.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
+
+    def apart(norm):
+        def function(x, gain):
+            tables = [table.to(torch.promote_types(x.dtype, torch.float32)) for table in (angle.cos(), angle.sin())]
+            y = norm(x, gain, EPS)
+            return kernels.rotary_reference(y, y[:, :, :0], *tables)[0]
+
+        return function
+
+    def kernel(x, gain):
+        return kernels.norm_rotary(x, gain, angle.cos(), angle.sin(), EPS)
+
+    check(kernel, apart(plain_rms_norm), apart(kernels.rms_norm_reference), (x, gain), monkeypatch)
+
+
+@on_gpu
 @pytest.mark.parametrize("shape", [(8192, 2 * 5632), (3, 333, 2 * 781)], ids=str)
 def test_swiglu(shape, target, monkeypatch):
     check(kernels.swiglu, plain_swiglu, kernels.swiglu_reference, (randn(*shape, target=target),), monkeypatch)

@@ -113,6 +113,27 @@ def test_rotary_obeys_error_rule_on_slices_of_a_fused_projection(shape, target, 
     assert_obeys_error_rule(kernel, reference, reference, (q, k), monkeypatch)
 
 
+@in_turn(shape=[(2, 1, 1, 32, 0), (1, 37, 8, 80, 3), (2, 5, 6, 256, 0)])
+def test_norm_rotary_obeys_error_rule_on_slices_of_a_fused_projection(shape, target, monkeypatch):
+    batch, seq, n_head, d_head, offset = shape
+    x = randn(batch, seq, n_head + 2, d_head, target=target, grad=False)[:, :, 1:-1].requires_grad_()
+    gain = randn(d_head, target=target, seed=1).detach().float().requires_grad_()
+    angle = torch.outer(torch.arange(offset + seq + 2.0), 1e4 ** -torch.linspace(0, 1, d_head // 2)).to(target[0])
+
+    def apart(norm):
+        def function(x, gain):
+            tables = [table if x.dtype != torch.float64 else table.double() for table in (angle.cos(), angle.sin())]
+            y = norm(x, gain, EPS)
+            return kernels.rotary_reference(y, y[:, :, :0], *tables, offset)[0]
+
+        return function
+
+    def kernel(x, gain):
+        return kernels.norm_rotary(x, gain, angle.cos(), angle.sin(), EPS, offset, backend=target[1])
+
+    assert_obeys_error_rule(kernel, apart(plain_rms_norm), apart(kernels.rms_norm_reference), (x, gain), monkeypatch)
+
+
 @on_every_target
 def test_rotary_turns_by_relative_position_only(target):
     """The scalar product of a rotated q and k depends on the distance of their positions, not on the positions."""
@@ -165,9 +186,10 @@ def test_references_keep_double_precision():
         ("rms_norm", kernels.rms_norm_reference, ((3, 8), (8,), EPS)),
         ("add_rms_norm", kernels.add_rms_norm_reference, ((3, 8), (3, 8), (8,), EPS)),
         ("rotary", kernels.rotary_reference, ((1, 3, 2, 8), (1, 3, 1, 8), (3, 4), (3, 4))),
+        ("norm_rotary", kernels.norm_rotary_reference, ((1, 3, 2, 8), (8,), (3, 4), (3, 4), EPS)),
         ("flash_attention", kernels.flash_attention_reference, ((1, 3, 2, 8), (1, 3, 1, 8), (1, 3, 1, 8))),
         ("swiglu", kernels.swiglu_reference, ((3, 8),)),
-        ("linear", kernels.linear_reference, ((3, 8), (5, 8))),
+        ("linear", kernels.linear_reference, ((3, 8), (5, 8), (5,))),
         (
             "linear_cross_entropy",
             lambda x, w: kernels.linear_cross_entropy_reference(x, w, torch.arange(3), z_loss=0.1),
@@ -292,6 +314,8 @@ def test_triton_operations_pass_opcheck(target):
         (nanostack.add_rms_norm, (x, x.detach() + 1, weight, EPS)),
         (nanostack.rms_norm_backward, (x.detach(), None, x.detach(), weight.detach(), EPS)),
         (nanostack.rotary, (q, k, angle, angle, 0, False)),
+        (nanostack.norm_rotary, (q, randn(32, target=target), angle, angle, EPS, 0)),
+        (nanostack.norm_rotary_backward, (q.detach(), q.detach(), weight.detach()[:32], angle, angle, EPS, 0)),
         (nanostack.swiglu, (x,)),
         (nanostack.swiglu_backward, (x.detach()[:, :20], x.detach())),
         (nanostack.flash_attention, (q, k, v, None, True, 0.2)),

@@ -12,9 +12,13 @@ SHORT = [  # two steps of 16 tokens, two more as two layers; sizes are for the t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [(), ("--data.document_mask",)], ids=["whole rows", "documents"])
-def test_triton_run_gives_the_losses_of_the_torch_run(mask, trainer):
-    changes = [*SHORT, *mask]
+@pytest.mark.parametrize(
+    "how",
+    [("--model.qk_norm", "--model.qkv_bias", "--model.d_head", "24"), ("--data.document_mask",)],
+    ids=["qwen3, whole rows", "documents"],
+)
+def test_triton_run_gives_the_losses_of_the_torch_run(how, trainer):
+    changes = [*SHORT, *how]
     torch_run = records(trainer.good("torch", *changes, "--kernels", "torch"))
     triton_run = records(trainer.good("triton", *changes, "--kernels", "triton", env={"TRITON_INTERPRET": "1"}))
     assert len(torch_run) == 5

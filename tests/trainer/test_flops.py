@@ -11,6 +11,7 @@ from nanostack.flops import flops_exact_per_token, flops_per_token, mfu, n_matmu
 from nanostack.model import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, seq_len=16)
+QWEN3 = dataclasses.replace(CONFIG, d_head=12, qk_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -32,21 +33,23 @@ def test_presets_have_the_papers_sizes(preset, total, non_embedding):
     assert round((n_params(deep) - 2 * 32000 * deep.d_model) / 1e9, digits) == non_embedding
 
 
-def test_matmul_count_is_what_torch_counts_in_a_step():
+@pytest.mark.parametrize("config", [CONFIG, QWEN3], ids=["llama", "qwen3"])
+def test_matmul_count_is_what_torch_counts_in_a_step(config):
     tokens = torch.randint(64, (3, 16))
-    model = Llama(CONFIG)
+    model = Llama(config)
     counter = FlopCounterMode(display=False)
     with counter:
         model(tokens, tokens).backward()
     products = ("aten.mm", "aten.addmm", "aten.bmm", "nanostack.linear_cross_entropy_rows")
     matmuls = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
-    assert matmuls == 6 * n_matmul(CONFIG) * tokens.numel()
+    assert matmuls == 6 * n_matmul(config) * tokens.numel()
 
 
-def test_exact_count_adds_causal_attention():
-    per_key = 4 * CONFIG.d_model * 3  # scores and values, forward and twice that backward
+@pytest.mark.parametrize(("config", "d_attn"), [(CONFIG, 32), (QWEN3, 48)], ids=["llama", "qwen3"])
+def test_exact_count_adds_causal_attention(config, d_attn):
+    per_key = 4 * d_attn * 3  # scores and values, forward and twice that backward
     keys = sum(range(1, 17)) / 16
-    assert flops_exact_per_token(CONFIG) == 6 * n_matmul(CONFIG) + CONFIG.n_layer * per_key * keys
+    assert flops_exact_per_token(config) == 6 * n_matmul(config) + config.n_layer * per_key * keys
 
 
 def test_mfu_is_the_share_of_the_peak():

@@ -21,8 +21,8 @@ def naive_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * gain
 
     def rotate(x, position):
-        half = c.d_head // 2
-        angle = torch.tensor([position * c.rope_theta ** (-2 * i / c.d_head) for i in range(half)], dtype=torch.float64)
+        half = c.head_dim // 2
+        angle = torch.tensor([position * c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)], dtype=torch.float64)
         a, b = x[:half], x[half:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
@@ -32,16 +32,16 @@ def naive_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
         for i in range(c.n_layer):
             b = f"blocks.{i}."
             y = norm(x, w[b + "attn_norm.weight"]) @ w[b + "attn.qkv.weight"].T
-            q, k, v = y.split([c.n_head * c.d_head, c.n_kv_head * c.d_head, c.n_kv_head * c.d_head], dim=-1)
+            q, k, v = y.split([c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim], dim=-1)
             heads = []
             for h in range(c.n_head):
                 g = h // (c.n_head // c.n_kv_head)
                 rows = []
-                part_q, part_k = (z.unflatten(-1, (-1, c.d_head)) for z in (q, k))
+                part_q, part_k = (z.unflatten(-1, (-1, c.head_dim)) for z in (q, k))
                 keys = torch.stack([rotate(part_k[t, g], t) for t in range(len(sequence))])
-                values = v.unflatten(-1, (-1, c.d_head))[:, g]
+                values = v.unflatten(-1, (-1, c.head_dim))[:, g]
                 for t in range(len(sequence)):
-                    scores = keys[: t + 1] @ rotate(part_q[t, h], t) / math.sqrt(c.d_head)
+                    scores = keys[: t + 1] @ rotate(part_q[t, h], t) / math.sqrt(c.head_dim)
                     rows.append(scores.softmax(0) @ values[: t + 1])
                 heads.append(torch.stack(rows))
             x = x + torch.cat(heads, -1) @ w[b + "attn.out.weight"].T

@@ -1,8 +1,8 @@
 """Grow a checkpoint on disk: `python grow.py out/1b_base/ckpt.pt --g 4` writes ckpt-x4.pt beside it.
 
 It is read tensor by tensor from the memory-mapped file to the device (the GPU where there is one), grown there in place, and
-written. Train on with `train.py CONFIG --init_from CHECKPOINT`. A folder of Hugging Face's Llama is taken too, and a folder
-written: `python grow.py smollm --g 2 --out smollm-x2`.
+written. Train on with `train.py CONFIG --init_from CHECKPOINT`. A folder of Hugging Face's is taken too, and a folder written:
+`python grow.py smollm --g 2 --out smollm-x2`.
 """
 
 import json

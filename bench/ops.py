@@ -108,6 +108,26 @@ def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: i
     return Work(inputs, ways, "bytes", size, size)
 
 
+def norm_rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
+    """Of q and of k, as Qwen3 has it."""
+    angle = torch.outer(torch.arange(seq, device=device), 1e4 ** -torch.linspace(0, 1, d_head // 2, device=device))
+    cos, sin = angle.cos(), angle.sin()
+    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].to(dtype_on(device)) for t in (cos, sin))
+
+    def ours(q, k, gain):
+        return kernels.norm_rotary(q, gain, cos, sin, EPS), kernels.norm_rotary(k, gain, cos, sin, EPS)
+
+    def eager(q, k, gain):
+        q, k = (F.rms_norm(x, (d_head,), gain, EPS) for x in (q, k))
+        left_right = ((x, torch.cat((-x[..., d_head // 2 :], x[..., : d_head // 2]), -1)) for x in (q, k))
+        return tuple(x * wide_cos + swapped * wide_sin for x, swapped in left_right)
+
+    ways = {OURS: ours, "torch eager": eager, "torch.compile": compiled(eager)}
+    inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))
+    size = batch * seq * (n_head + n_kv_head) * d_head * dtype_on(device).itemsize
+    return Work((*inputs, randn(d_head, like=device)), ways, "bytes", 2 * size, 3 * size)
+
+
 def swiglu(device: torch.device, rows: int, d_ff: int) -> Work:
     def eager(gate_up):
         gate, up = gate_up.chunk(2, -1)
@@ -165,13 +185,15 @@ def linear_cross_entropy(device: torch.device, rows: int, width: int, vocab: int
 
 
 OPS = {
-    function.__name__: function for function in (rms_norm, add_rms_norm, rotary, swiglu, flash_attention, linear_cross_entropy)
+    function.__name__: function
+    for function in (rms_norm, add_rms_norm, rotary, norm_rotary, swiglu, flash_attention, linear_cross_entropy)
 }
 SHAPES = {  # the 1B, 3B and 7B of the paper, and longer text; a few rows where there is no GPU
     "cuda": {
         "rms_norm": [(16384, 2048), (8192, 4096), (4096, 4096), (4096, 8192)],
         "add_rms_norm": [(16384, 2048), (8192, 4096), (4096, 8192)],
         "rotary": [(4, 4096, 32, 32, 64), (2, 4096, 32, 8, 128)],
+        "norm_rotary": [(2, 4096, 32, 8, 128)],
         "swiglu": [(16384, 5632), (8192, 11008)],
         "flash_attention": [
             (4, 4096, 32, 32, 64),
@@ -186,6 +208,7 @@ SHAPES = {  # the 1B, 3B and 7B of the paper, and longer text; a few rows where 
         "rms_norm": [(4096, 192)],
         "add_rms_norm": [(4096, 192)],
         "rotary": [(16, 256, 3, 3, 64)],
+        "norm_rotary": [(16, 256, 3, 3, 64)],
         "swiglu": [(4096, 512)],
         "flash_attention": [(16, 256, 3, 3, 64)],
         "linear_cross_entropy": [(4096, 192, 1024)],

@@ -1,4 +1,4 @@
-"""A Hugging Face Llama as a checkpoint: `nanostack import HuggingFaceTB/SmolLM2-135M out/smol/ckpt.pt`.
+"""A Hugging Face model as a checkpoint: `nanostack import HuggingFaceTB/SmolLM2-135M out/smol/ckpt.pt`.
 
 Takes a folder, or the name of a model on the Hub (with a network). Train on with `train.py CONFIG --init_from CHECKPOINT`; to
 grow it and stay with Hugging Face, `grow.py` takes such a folder itself.
@@ -21,7 +21,7 @@ from nanostack.text import hub
 
 @dataclass(frozen=True)
 class Command:
-    """Read a model of Hugging Face's Llama architecture."""
+    """Read a Llama, Mistral, Qwen2 or Qwen3 of Hugging Face's."""
 
     source: tyro.conf.Positional[str]
     """A folder, or a model's name on the Hub."""

@@ -50,12 +50,13 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
 
 
 QWEN3 = {"d_head": 12, "qk_norm": True, "qkv_bias": True, "out_bias": True}
+ZERO = {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}
 SHARDED = {  # how many shards, how it grows, by which optimizer it is trained, and its shape
     "stack": (2, {"g": 2, "optimizer": "copy"}, "adamw", {}),
     "muon stack": (2, {"g": 2, "optimizer": "copy"}, "muon", QWEN3),
     "noise": (1, {"g": 2, "optimizer": "reset", "noise": 0.2}, "adamw", {}),
     "muon noise": (1, {"op": "interleave", "g": 2, "moments_old": "keep", "noise": 0.2}, "muon", {}),
-    "zero": (2, {"op": "zero", "g": 3, "moments_old": "keep", "moments_new": "scale", "moments_factor": 0.5}, "adamw", QWEN3 | {"mlp_bias": True}),
+    "zero": (2, ZERO, "adamw", QWEN3 | {"mlp_bias": True}),
     "random": (2, {"op": "random", "g": 2, "moments_old": "keep", "ramp_tokens": 64}, "adamw", {}),
     "insert and freeze": (2, {"op": "insert", "optimizer": "copy"}, "adamw", {}),
     "learn": (2, {"op": "learn", "g": 2, "learn_steps": 3}, "adamw", QWEN3),

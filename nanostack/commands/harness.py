@@ -6,12 +6,14 @@ trim what was generated. What that model fails on, or does in a way that this on
 """
 
 import contextlib
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import tokenizers
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
@@ -24,9 +26,11 @@ from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.model import Llama
 from nanostack.text.tokenizer import Tokenizer
+from nanostack.text.tokenizer_json import JSON_FILE
 
 LOGIQA = "EleutherAI/logiqa"  # a loading script and no data: datasets ≥ 4 cannot read it
 LOGIQA_FILES = "https://raw.githubusercontent.com/lgw863/LogiQA-dataset/master"  # where that script reads
+PROBES = (" a", "a  b", "1234", "a\r\n\n b", "e\u0301", "don't 'll", "\t\tx = 1")  # which ways of cutting a text up differ on
 MAX_GEN_TOKS = 256  # what lm-eval's Hugging Face model generates where a task says nothing
 # What a request or a generation_config.json may say without another text coming of it: whatever it is, or if it is 1. All else
 # may only be nothing, 0 or false.
@@ -61,6 +65,7 @@ class HubTokenizer:
         self.ends = {self.eot, *ends}
         self.n_vocab = max(self.theirs.get_vocab().values()) + 1
         self.generation = self._generation(folder)
+        self._compare(folder)
 
     @classmethod
     def of(cls, text: Tokenizer, seq_len: int, model: Path | None = None) -> "HubTokenizer":
@@ -70,6 +75,21 @@ class HubTokenizer:
             made = cls(Path(folder), text.ends)
         made.generation = cls._generation(model) if model else made.generation
         return made
+
+    def _compare(self, folder: Path) -> None:
+        """Say where AutoTokenizer encodes otherwise than tokenizer.json: some of its classes build their own of the merges."""
+        if not (folder / JSON_FILE).is_file():
+            return
+        plain = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+        for text in PROBES:
+            if plain.encode(text, add_special_tokens=False).ids != self.encode(text, special=False):
+                kind = type(self.theirs).__name__
+                print(
+                    f"note: transformers ({kind}) encodes {text!r} otherwise than {folder / JSON_FILE} says. The numbers are "
+                    "lm-eval's, so with transformers; prepare and sample do what the file says",
+                    file=sys.stderr,
+                )
+                return
 
     @staticmethod
     def _generation(folder: Path) -> GenerationConfig:

@@ -29,7 +29,7 @@ import tiktoken
 from nanostack.errors import UserError
 from nanostack.text import hub, ranks
 from nanostack.text.bounds import Bounds
-from nanostack.text.tokenizer_json import JSON_FILE, named_tokens, read_json, template_of, token_lengths, with_start
+from nanostack.text.tokenizer_json import JSON_FILE, named_tokens, read_json, start_of, template_of, token_lengths, with_start
 
 EOT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"
@@ -339,6 +339,8 @@ def _from_json(path: Path, name: str) -> JsonTokenizer:
     """End-of-text is the eos_token that AutoTokenizer reads beside it, else EOT; a config.json there bounds the ids."""
     named = named_tokens(path.parent)
     made = JsonTokenizer(str(path), path.read_bytes(), EOT if named["eos_token"] is None else named["eos_token"])
+    made.template = start_of(path.parent, made._bpe)
+    made.follow(Bounds())
     made.bos = None if named["bos_token"] is None else made._bpe.token_to_id(named["bos_token"])
     most = read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
     if made.n_vocab > most:

@@ -19,7 +19,6 @@ CONFIG_FILE = "tokenizer_config.json"
 # The tokens that transformers' classes have where no file names one. TokenizersBackend, which reads what it is given, has none.
 NAMED_BY_CLASS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
-    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
     "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "GPTNeoXTokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>"},
@@ -78,7 +77,13 @@ def bounds_of(folder: Path) -> Bounds:
     bpe = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
     bos, eos = (None if token is None else bpe.token_to_id(token) for token in named_tokens(folder).values())
     ends |= set() if eos is None else {eos}
-    return Bounds(template_of(bpe)[0], eos if bos is None else bos, sorted(ends))
+    return Bounds(start_of(folder, bpe), eos if bos is None else bos, sorted(ends))
+
+
+def start_of(folder: Path, bpe: Any) -> list[int]:
+    """The ids that AutoTokenizer puts before every text: those of the template, which its class for GPT-NeoX leaves out."""
+    forgets = _class_of(folder, read_json(folder / CONFIG_FILE)) == "GPTNeoXTokenizer"
+    return [] if forgets else template_of(bpe)[0]
 
 
 def template_of(bpe: Any) -> tuple[list[int], list[int]]:

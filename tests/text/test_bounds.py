@@ -187,6 +187,9 @@ def test_model_of_others_keeps_its_bounds_through_import_training_growth_and_exp
     assert Bounds(**models.read(tmp_path / "out")["bounds"]) == theirs
 
     data = prepared(tmp_path, byte_level(), bos="no")
+    export_command.main(export_command.Command(tmp_path / "ckpt.pt", tmp_path / "exported", data=data))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "exported").encode("") == [BEGIN], "the model has seen it"
+    capsys.readouterr()
     state = checkpoint.begin(train_config(data, shape), str(tmp_path / "ckpt.pt"), False, "m", CPU)
     said = capsys.readouterr().err
     assert f"note: {tmp_path / 'ckpt.pt'} and {data}: tokens [{BEGIN}] stood before every text that the model has seen" in said

@@ -91,10 +91,12 @@ def load_tasks(names: list[str], data: Path | None) -> list:
             except (KeyError, jinja2.UndefinedError) as error:  # a split, or a column in a task's function or its template
                 place = f" in {data}" if data else ""
                 raise UserError(f"the data of {name}{place} lacks what the task reads: {error}") from error
-            except Exception as error:
-                if not isinstance(error, ImportError) and not isinstance(error.__context__, ImportError):
-                    raise
-                raise UserError(f"the task {name} {needed(error)}") from error
+            except UserError:
+                raise
+            except Exception as error:  # of the tasks' own code, which has many
+                if isinstance(error, ImportError) or isinstance(error.__context__, ImportError):
+                    raise UserError(f"the task {name} {needed(error)}") from error
+                raise UserError(f"lm-eval could not load the task {name}: {' '.join(str(error).split())}") from error
             found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
             for task in loaded["tasks"].values():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

@@ -28,6 +28,8 @@ from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement, is_main_rank, on_rank_0
 from nanostack.state import State
+from nanostack.text.bounds import Bounds
+from nanostack.text.manifest import load_manifest
 
 FORMAT = "nanostack-checkpoint-1"
 
@@ -113,7 +115,7 @@ def write(contents: dict | None, path: Path) -> None:
 def load(path: str | Path) -> dict:
     """Read and verify a checkpoint. Tensors are memory-mapped from the file, on the host.
 
-    Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, versions,
+    Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, bounds, versions,
     hashes. Raises `UserError` for a file that is missing, foreign, truncated or altered.
     """
     path = Path(path)
@@ -131,6 +133,8 @@ def load(path: str | Path) -> dict:
         _verify(saved, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    # Before checkpoints said it, nothing was put before the texts of a run; what others put there is their tokenizer's affair.
+    saved.setdefault("bounds", vars(Bounds(start=None if saved["manifest_sha256"] is None else [])))
     return saved
 
 
@@ -139,8 +143,11 @@ def begin(config: Train, source: str | None, resuming: bool, manifest_sha256: st
 
     manifest_sha256 is that of the text at hand. UserError for a checkpoint that the config cannot go on from.
     """
+    data = Bounds.of_data(load_manifest(config.data.path))
     if source is None:
-        return State.create(config.model, config.optim, placement, config.seed)
+        state = State.create(config.model, config.optim, placement, config.seed)
+        state.bounds = data
+        return state
     saved = load(source)
     check_fits(saved, source, config, manifest_sha256 if resuming else None)
     if (kept := name_of(saved["optimizer"])) not in (None, config.optim.name):
@@ -149,6 +156,9 @@ def begin(config: Train, source: str | None, resuming: bool, manifest_sha256: st
             print(f"note: {source} has the state of {kept}; {config.optim.name} begins anew", file=sys.stderr)
     state = State.restore(saved, config.optim, placement)
     state.seed = config.seed
+    if (difference := state.bounds.unlike(data)) and is_main_rank():
+        print(f"note: {source} and {config.data.path}: {difference}", file=sys.stderr)
+    state.bounds = state.bounds.trained_on(data)
     if not resuming:
         state.cursor.stage = state.cursor.stage_tokens = 0
     return state
@@ -218,6 +228,7 @@ def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str,
         "growth": [copy.deepcopy(receipt.as_dict()) for receipt in state.growth],
         "manifest_sha256": manifest_sha256,
         "seed": state.seed,
+        "bounds": dataclasses.asdict(state.bounds),
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
     }
 

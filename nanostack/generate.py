@@ -21,6 +21,7 @@ from nanostack.model import KVCache, Llama
 from nanostack.parallel import reshard
 from nanostack.provenance import tokenizer_name
 from nanostack.text import tokenizer
+from nanostack.text.bounds import Bounds
 from nanostack.text.manifest import MANIFEST, load_manifest
 from nanostack.text.tokenizer import Tokenizer
 
@@ -42,7 +43,7 @@ class Sample:
 
     def text(self, text: Tokenizer) -> str:
         """The prompt and what follows it, to the last whole character."""
-        shown = self.ids if self.prompt else self.ids[self.n_prompt :]  # not the end-of-text that stands for an empty one
+        shown = self.ids if self.prompt else self.ids[self.n_prompt :]  # not the token that stands for an empty one
         return text.decode(shown).rstrip(UNFINISHED)
 
     def record(self, text: Tokenizer) -> dict:
@@ -51,12 +52,12 @@ class Sample:
 
 
 def encode(prompt: str, text: Tokenizer, seq_len: int) -> list[int]:
-    """Token ids of a prompt; of an empty one, end-of-text. UserError where the model cannot take it."""
+    """Token ids of a prompt; of an empty one, what begins a text. UserError where the model cannot take it."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt {prompt[:40]!a} is not valid UTF-8") from error
-    ids = text.encode_prompt(prompt) or [text.eot]
+    ids = text.encode_prompt(prompt) or [text.prefix]
     if len(ids) > seq_len:
         raise UserError(f"the prompt {prompt[:40]!a} has {len(ids)} tokens, the model's context {seq_len}")
     return ids
@@ -157,8 +158,6 @@ def find_tokenizer(saved: dict, source: Path, data: Path | None) -> Tokenizer:
     the model was trained on. UserError where there is none, or not the model's."""
     if data is None and (source / "tokenizer.json").is_file():
         text = tokenizer.get(str(source))
-        text.begins = saved["manifest_sha256"] is None  # trained by others
-        text.ends |= set(saved["eot"] if isinstance(saved["eot"], list) else [saved["eot"]]) - {None}
     else:
         manifests = sorted(Path("data").glob(f"*/{MANIFEST}")) if data is None else [data / MANIFEST]
         trained_on = [m for m in manifests if m.is_file() and sha256(m.read_bytes()).hexdigest() == saved["manifest_sha256"]]
@@ -170,6 +169,7 @@ def find_tokenizer(saved: dict, source: Path, data: Path | None) -> Tokenizer:
             check_tokenizer(folder, source.parent / "metrics.jsonl")
     if text.n_vocab > (vocab_size := saved["config"]["vocab_size"]):
         raise UserError(f"the tokenizer of {data or source} has {text.n_vocab} entries, the model only {vocab_size}")
+    text.follow(Bounds(**saved["bounds"]))
     return text
 
 

@@ -20,6 +20,7 @@ from nanostack.optimizer import AdamW, make_optimizer, name_of, set_rate_of, sta
 from nanostack.parallel import Placement, initialise, reshard
 from nanostack.schedule import rewarming
 from nanostack.shards import assign, local_shard, whole
+from nanostack.text.bounds import Bounds
 
 
 @dataclass
@@ -49,6 +50,7 @@ class State:
     cursor: Cursor = field(default_factory=Cursor)
     growth: list[Receipt] = field(default_factory=list)
     seed: int = 0  # of the order of the text, and of what growth draws
+    bounds: Bounds = field(default_factory=Bounds)  # how the texts begin and end that the model has seen
 
     @classmethod
     def create(cls, config: LlamaConfig, optim: Optim, placement: Placement, seed: int) -> "State":
@@ -80,7 +82,7 @@ class State:
         cursor, receipts = Cursor(**saved["cursor"]), [Receipt.of(receipt) for receipt in saved["growth"]]
         if receipts and receipts[-1].ramps and (share := receipts[-1].ramp_share(cursor.tokens)) < 1:
             growth.attach_ramp(model, receipts[-1], share)
-        return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0)
+        return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0, Bounds(**saved["bounds"]))
 
     def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> Receipt:
         """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.

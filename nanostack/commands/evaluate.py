@@ -21,19 +21,16 @@ Files of one's own do as well: DIR/<dataset>/<configuration, if the task names o
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import json
-import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import tyro
@@ -42,6 +39,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanostack import models
+from nanostack.commands.lm_tasks import PAPER, SHARES, live_model, load_tasks, require_extra, run_tasks, task_names
 from nanostack.config import describe_tokens
 from nanostack.device import choose_device
 from nanostack.errors import UserError, command_line
@@ -53,34 +51,10 @@ from nanostack.model import Llama, LlamaConfig
 from nanostack.parallel import Placement
 from nanostack.provenance import device_name, git_commit, versions
 from nanostack.text import tokenizer
+from nanostack.text.bounds import Bounds
 from nanostack.text.dataset import Tokens
-from nanostack.text.manifest import manifest_sha256
+from nanostack.text.manifest import load_manifest, manifest_sha256
 from nanostack.validation import Validation
-
-
-class PaperTask(NamedTuple):
-    """One of the paper's tasks, and the paper's numbers: % of answers, or perplexity per word."""
-
-    label: str
-    folder: str  # among lm-eval's tasks
-    metric: str
-    scratch: float
-    stack: float
-
-
-# Figure 3 of arXiv 2405.15319: 1.1B from scratch and 6 layers stacked ×4, at 8e20 FLOPs each. It does not say which accuracy
-# was taken. Its table 3 has ARC, PIQA and WinoGrande of TinyLlama as TinyLlama's EVAL.md has them, which is acc_norm.
-PAPER = {
-    "lambada_openai": PaperTask("LAMBADA", "lambada", "acc", 47.87, 48.20),
-    "arc_challenge": PaperTask("ARC-c", "arc", "acc_norm", 27.21, 29.18),
-    "arc_easy": PaperTask("ARC-e", "arc", "acc_norm", 48.86, 54.25),
-    "logiqa": PaperTask("LogiQA", "logiqa", "acc_norm", 25.96, 28.87),
-    "piqa": PaperTask("PIQA", "piqa", "acc_norm", 69.64, 71.98),
-    "sciq": PaperTask("SciQ", "sciq", "acc_norm", 76.8, 81.1),
-    "winogrande": PaperTask("WinoGrande", "winogrande", "acc", 54.53, 56.03),
-    "wikitext": PaperTask("Wikitext", "wikitext", "word_perplexity", 17.98, 16.73),
-}
-SHARES = ("acc", "acc_norm")  # shown in %
 
 
 @dataclass(frozen=True)
@@ -130,6 +104,11 @@ def main(command: Command) -> dict:
         if saved["manifest_sha256"] not in (None, manifest_sha256(folder)):
             check_tokenizer(folder, command.checkpoint.parent / "metrics.jsonl")
             print(f"note: the model was trained on other data than {folder}: is it the same tokenizer?", file=sys.stderr)
+    bounds = Bounds(**saved["bounds"])
+    if isinstance(text, tokenizer.Tokenizer):
+        text.follow(bounds)
+    if command.val and (difference := bounds.unlike(Bounds.of_data(load_manifest(command.val)))):
+        print(f"note: {command.checkpoint} and {command.val}: {difference}", file=sys.stderr)
     device = choose_device("auto")
     placement = Placement(device, getattr(torch, command.dtype))
     state = models.restore(saved, placement)
@@ -152,7 +131,8 @@ def main(command: Command) -> dict:
         if command.val:
             answer["val"] = validation(state.model, command.val, command.batch)
         if tasks:
-            answer |= run_tasks(state.model, text, tasks, command)
+            live = live_model(state.model, text, command.checkpoint, command.batch, progress)
+            answer |= run_tasks(live, tasks, command.num_fewshot, command.limit)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error
     write(finite(answer), out)
@@ -186,72 +166,16 @@ def checked(command: Command) -> Path:
     return out
 
 
-def task_names(given: str) -> list[str]:
-    """The tasks asked for, each once."""
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    return list(dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else [name])))
-
-
-def require_extra(data: Path | None) -> None:
-    """Import lm-eval and what it needs. UserError with the line that installs what is missing."""
-    if data:  # read when they are imported
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval forks to bootstrap, which hung: torch's threads do not survive a fork
-    try:
-        import datasets
-        import lm_eval.evaluator  # noqa: F401
-
-        import nanostack.commands.harness  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"tasks need {error.name}: pip install 'nanostack[eval]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
-def load_tasks(names: list[str], data: Path | None) -> list:
-    """lm-eval's tasks and groups of these names, with their data. UserError for what is unknown or cannot be had."""
-    import jinja2
-    import lm_eval.tasks
-
-    from nanostack.commands.harness import data_from
-
-    where = None
-    if all(name in PAPER for name in names):  # reading the other ten thousand files takes longer than a small evaluation
-        root = Path(lm_eval.tasks.__file__).parent
-        where = sorted({str(root / PAPER[name].folder) for name in names})
-    manager = lm_eval.tasks.TaskManager(include_path=where, include_defaults=where is None)
-    for name in names:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, ["paper", *manager.all_tasks], 3)
-            raise UserError(f"lm-eval has no task {name}" + (f". Perhaps you meant {', '.join(near)}" if near else ""))
-    found = []
-    with data_from(data):
-        for name in names:
-            try:
-                loaded = manager.load([name])
-            except (KeyError, jinja2.UndefinedError) as error:  # a split, or a column in a task's function or its template
-                place = f" in {data}" if data else ""
-                raise UserError(f"the data of {name}{place} lacks what the task reads: {error}") from error
-            except ImportError as error:
-                raise UserError(f"the task {name} needs {error.name}: pip install {error.name}") from error
-            found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
-            for task in loaded["tasks"].values():
-                if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                    raise UserError(f"the task {name} runs code that the model wrote, or shows it pictures or sounds: not here")
-    return found
-
-
 def tokenizer_of(command: Command, saved: dict | None):
     """The tokenizer named, that of --val, or that of the Hugging Face folder itself."""
     if folder := command.tokenizer or command.val:
         return tokenizer.load(folder)
     if saved and any((command.checkpoint / name).is_file() for name in hf.TOKENIZER_FILES):
-        if saved["manifest_sha256"]:  # trained here, where texts begin with no token of their own
+        if saved["manifest_sha256"]:  # trained here: older folders say no more than the tokenizer's own files
             return tokenizer.get(str(command.checkpoint))
         from nanostack.commands.harness import HubTokenizer
 
-        return HubTokenizer(command.checkpoint)
+        return HubTokenizer(command.checkpoint, saved["bounds"]["ends"])
     raise UserError("tasks are text: name the prepared folder whose tokenizer the model was trained with (--tokenizer)")
 
 
@@ -276,44 +200,6 @@ def validation(model: Llama, folder: Path, batch: int) -> dict:
         "perplexity": math.exp(loss.nats_per_token),
         "bits_per_byte": loss.bits_per_byte,
     }
-
-
-def run_tasks(model: Llama, text, tasks: list, command: Command) -> dict:
-    """{"tasks": {name: version, n_shot, n (examples), metrics {name: {value, stderr}}}, "limit", "average_accuracy"}.
-
-    The average is that of the paper: its seven accuracies, where all of them were measured, in %.
-    """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from nanostack.commands.harness import LiveModel
-
-    live = LiveModel(model, text, command.batch, progress)
-    options = {"num_fewshot": command.num_fewshot, "limit": command.limit, "bootstrap_iters": 1000, "log_samples": False}
-    options["task_manager"] = TaskManager(include_defaults=False)  # the tasks are here; another index would take a minute
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answer
-        found = simple_evaluate(live, tasks=tasks, **options)
-    answer = {}
-    for name, values in found["results"].items():
-        metrics = {}
-        for key, value in values.items():
-            metric, comma, chosen = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            error = values.get(f"{metric}_stderr,{chosen}")
-            error = error if isinstance(error, float) else None  # "N/A" where lm-eval estimates none
-            metrics[metric if chosen == "none" else key] = {"value": value, "stderr": error}
-        answer[name] = {
-            "version": found["versions"].get(name),
-            "n_shot": found["n-shot"].get(name),
-            "n": found["n-samples"].get(name, {}).get("effective"),
-            "metrics": metrics,
-        }
-    shares = [name for name, task in PAPER.items() if task.metric in SHARES]
-    average = None
-    if all(name in answer for name in shares):
-        average = sum(100 * answer[name]["metrics"][PAPER[name].metric]["value"] for name in shares) / len(shares)
-    return {"tasks": answer, "limit": command.limit, "average_accuracy": average}
 
 
 @contextlib.contextmanager

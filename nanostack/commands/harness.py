@@ -1,52 +1,113 @@
 """A live model as EleutherAI's lm-eval sees it, and its tasks' data from the Hub or from local files.
 
-Needs the extra `eval`, so only what asks for tasks imports this. How texts are cut is lm-eval's own rule and that of its
-Hugging Face model, to which every number is equal: context and continuation are encoded together, trailing spaces of the
-context belong to the continuation, an empty context is end-of-text, what does not fit is cut on the left.
+Needs the extra `eval`, so only what asks for tasks imports this. Every number is that of lm-eval's own Hugging Face model with
+one text at a time (`--model hf --batch_size 1`): its functions read the arguments of a request, cut windows, find stops, and
+trim what was generated. What that model fails on, or does in a way that this one does not know, is refused by name.
 """
 
 import contextlib
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import tokenizers
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, StoppingCriteriaList
 
 from nanostack.errors import UserError
+from nanostack.hf import export
 from nanostack.model import Llama
 from nanostack.text.tokenizer import Tokenizer
+from nanostack.text.tokenizer_json import JSON_FILE
 
 LOGIQA = "EleutherAI/logiqa"  # a loading script and no data: datasets ≥ 4 cannot read it
 LOGIQA_FILES = "https://raw.githubusercontent.com/lgw863/LogiQA-dataset/master"  # where that script reads
+PROBES = (" a", "a  b", "1234", "a\r\n\n b", "e\u0301", "don't 'll", "\t\tx = 1")  # which ways of cutting a text up differ on
+MAX_GEN_TOKS = 256  # what lm-eval's Hugging Face model generates where a task says nothing
+# What a request or a generation_config.json may say without another text coming of it: whatever it is, or if it is 1. All else
+# may only be nothing, 0 or false.
+NO_MATTER = """
+    do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff length_penalty early_stopping max_length
+    bos_token_id eos_token_id pad_token_id decoder_start_token_id use_cache cache_implementation cache_config max_cache_len
+    output_attentions output_hidden_states output_scores output_logits return_dict_in_generate renormalize_logits
+    remove_invalid_values low_memory disable_compile compile_config prefill_chunk_size transformers_version _from_model_config
+"""
+ONES = "repetition_penalty encoder_repetition_penalty guidance_scale num_beams num_beam_groups num_return_sequences"
 
 
 class HubTokenizer:
-    """The tokenizer in a Hugging Face folder, with what the model below asks of ours. UserError if it cannot be read."""
+    """transformers' AutoTokenizer of a folder, as lm-eval's Hugging Face model uses it. UserError if it cannot be read.
 
-    def __init__(self, folder: Path):
+    ends: ids that end a text beside the tokenizer's own, those of the model's configs.
+    """
+
+    def __init__(self, folder: Path, ends: Iterable[int] = ()):
         try:
-            self._theirs = AutoTokenizer.from_pretrained(folder)
+            self.theirs = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # of transformers, tokenizers, json: it has many
             raise UserError(
                 f"the tokenizer in {folder} cannot be read ({_reason(error)}); name another (--tokenizer)"
             ) from error
-        self.eot = self._theirs.eos_token_id
-        self.prefix = self.eot if self._theirs.bos_token_id is None else self._theirs.bos_token_id
-        if self.prefix is None:
+        self.eot = self.theirs.eos_token_id
+        if self.eot is None:
             raise UserError(
-                f"the tokenizer in {folder} has neither a first nor a last token of a text; name another (--tokenizer)"
+                f"the tokenizer in {folder} names no token that ends a text (eos_token); name another (--tokenizer)"
             )
-        self.n_vocab = len(self._theirs)
+        self.prefix = self.eot if self.theirs.bos_token_id is None else self.theirs.bos_token_id
+        self.ends = {self.eot, *ends}
+        self.n_vocab = max(self.theirs.get_vocab().values()) + 1
+        self.generation = self._generation(folder)
+        self._compare(folder)
+
+    @classmethod
+    def of(cls, text: Tokenizer, seq_len: int, model: Path | None = None) -> "HubTokenizer":
+        """One of ours: what `nanostack export` would write of it, read again. model: the folder of the model, if it has one."""
+        with tempfile.TemporaryDirectory() as folder:
+            export._write_tokenizer(text, Path(folder), seq_len)
+            made = cls(Path(folder), text.ends)
+        made.generation = cls._generation(model) if model else made.generation
+        return made
+
+    def _compare(self, folder: Path) -> None:
+        """Say where AutoTokenizer encodes otherwise than tokenizer.json: some of its classes build their own of the merges."""
+        if not (folder / JSON_FILE).is_file():
+            return
+        plain = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+        for text in PROBES:
+            if plain.encode(text, add_special_tokens=False).ids != self.encode(text, special=False):
+                kind = type(self.theirs).__name__
+                print(
+                    f"note: transformers ({kind}) encodes {text!r} otherwise than {folder / JSON_FILE} says. The numbers are "
+                    "lm-eval's, so with transformers; prepare and sample do what the file says",
+                    file=sys.stderr,
+                )
+                return
+
+    @staticmethod
+    def _generation(folder: Path) -> GenerationConfig:
+        """How the model in a folder generates unless told otherwise."""
+        try:
+            if (folder / "generation_config.json").is_file():
+                return GenerationConfig.from_pretrained(folder)
+            if (folder / "config.json").is_file():
+                return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+            return GenerationConfig()
+        except Exception as error:
+            raise UserError(f"{folder / 'generation_config.json'} cannot be read: {_reason(error)}") from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        return self._theirs.encode(text, add_special_tokens=special)
+        return self.theirs.encode(text, add_special_tokens=special)
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self._theirs.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        return str(self.theirs.decode(ids, skip_special_tokens=not special))
 
 
 class LiveModel(TemplateLM):
@@ -55,10 +116,12 @@ class LiveModel(TemplateLM):
     `progress(batches, label)` yields the batches and tells how far it is.
     """
 
-    def __init__(self, model: Llama, text: Tokenizer | HubTokenizer, batch: int, progress: Callable[[list, str], Iterable]):
+    def __init__(self, model: Llama, text: HubTokenizer, batch: int, progress: Callable[[list, str], Iterable]):
         super().__init__()
         self.model, self.text, self.batch, self.progress = model, text, batch, progress
         self._device = model.embed.weight.device
+        self._tasks: dict[tuple, str | None] = {}  # of each request, to name it
+        self._prefix = text.decode([text.prefix], special=True)
 
     @property
     def eot_token_id(self) -> int:
@@ -66,30 +129,43 @@ class LiveModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.text.eot if isinstance(self.text, Tokenizer) else self.text.prefix
+        return self.text.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        if isinstance(self.text, Tokenizer):  # ours adds none
-            return self.text.encode(string)
-        return self.text.encode(string, special=add_special_tokens is not False)
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self._prefix)
+        return self.text.encode(string, special=add_special_tokens)
+
+    def refused(self, what: tuple | None, why: str) -> UserError:
+        """The error that names the task of a request, and the request."""
+        name = self._tasks.get(what) if what else None
+        asked = f" {' | '.join(map(repr, what))[:120]}:" if what else ""
+        return UserError(f"the task {name or 'that is scored'} cannot be evaluated as lm-eval does:{asked} {why}")
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for request in requests:
+            self._tasks[request.args] = request.task_name
+            context, continuation = request.args
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise self.refused(request.args, "there is no token to score")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(sum of log-probabilities in nats, whether each token is the likeliest) of each request's continuation.
 
-        A request is (anything, context ids, continuation ids). Requests that feed the model the same tokens share a row, as the
-        choices A, B, C, D do. A continuation longer than seq_len goes in pieces of seq_len, each with what stands before it as
-        context, so that every token is scored once: lm-eval's rolling windows.
+        A request is (its texts or None, context ids, continuation ids). Requests that feed the model the same tokens share a
+        row, as the choices A, B, C, D do. UserError for those that lm-eval's Hugging Face model has no number for.
         """
         seq_len = self.model.config.seq_len
         asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)  # row: [(request, targets at its end)]
         for number, (what, context, continuation) in enumerate(requests):
+            if not context:
+                raise self.refused(what, "the context is encoded to no token, so that nothing predicts the first one")
             if not continuation:
-                raise UserError(f"nothing is left of the continuation in {what}: the tokenizer merges it with its context")
-            whole = context + continuation
-            for start in range(0, len(continuation), seq_len):
-                targets = continuation[start : start + seq_len]
-                end = len(context) + start + len(targets)
-                asked[tuple(whole[max(0, end - 1 - seq_len) : end - 1])].append((number, targets))
+                raise self.refused(what, "nothing is left of the continuation: the tokenizer merges it with its context")
+            if len(continuation) > seq_len:
+                raise self.refused(what, f"the continuation has {len(continuation)} tokens, the model's context {seq_len}")
+            asked[tuple((context + continuation)[-seq_len - 1 : -1])].append((number, continuation))
         sums, greedy = [0.0] * len(requests), [True] * len(requests)
         rows = sorted(asked, key=len, reverse=True)  # memory runs out at once or not at all
         batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
@@ -114,46 +190,30 @@ class LiveModel(TemplateLM):
         return list(zip(sums, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        texts = [(None, [self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
-        scores = iter(self._loglikelihood_tokens([one for one in texts if one[2]]))
-        return [next(scores)[0] if ids else 0.0 for _, _, ids in texts]
+        """The sum of log-probabilities of each text, in windows of seq_len behind the prefix token; of no tokens, 0."""
+        seq_len = self.model.config.seq_len
+        windows: list[tuple] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            of_text = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, seq_len, context_len=1)
+            windows += [(None, *make_disjoint_window(window)) for window in of_text]
+            owners += [number] * (len(windows) - len(owners))
+        sums = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[number] += value
+        return sums
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """The likeliest continuation of each context, up to max_gen_toks tokens, end-of-text or one of `until`."""
-        answers = [""] * len(requests)
-        batches = [range(i, min(i + self.batch, len(requests))) for i in range(0, len(requests), self.batch)]
+        """The likeliest continuation of each context, to an end of text, or to the length or a stop that the request names."""
+        asked = [Asked(self, request) for request in requests]
+        batches = [asked[i : i + self.batch] for i in range(0, len(asked), self.batch)]
         for batch in self.progress(batches, "generating"):
-            for number, answer in zip(batch, self._generate([requests[number].args for number in batch]), strict=True):
-                answers[number] = answer
-        return answers
-
-    def _generate(self, arguments: list[tuple[str, dict]]) -> list[str]:
-        seq_len, rows, until, left = self.model.config.seq_len, [], [], []
-        made: list[list[int]] = []
-        for context, options in arguments:
-            if options.get("do_sample") or options.get("temperature"):
-                raise UserError("a task asks for text drawn at random; only the likeliest is generated here")
-            stops, most = options.get("until") or [], options.get("max_gen_toks", 256)
-            until.append([stops] if isinstance(stops, str) else stops)
-            left.append(most)
-            rows.append((self.tok_encode(context) or [self.prefix_token_id])[-max(1, seq_len - most) :])
-            made.append([])
-        while going := [i for i, n in enumerate(left) if n > 0]:
-            inputs = [(rows[i] + made[i])[-seq_len:] for i in going]
-            likeliest = self._log_probs(inputs, [1] * len(going))[:, : self.text.n_vocab].argmax(-1).tolist()
-            for i, token in zip(going, likeliest, strict=True):
-                left[i] -= 1
-                if token == self.text.eot:
-                    left[i] = 0
-                    continue
-                made[i].append(token)
-                if until[i] and any(stop in self.text.decode(made[i]) for stop in until[i]):
-                    left[i] = 0
-        texts = [self.text.decode(ids) for ids in made]
-        return [
-            text[: min((text.index(s) for s in stops if s in text), default=None)]
-            for text, stops in zip(texts, until, strict=True)
-        ]
+            while going := [one for one in batch if not one.done]:
+                inputs = [one.prompt + one.made for one in going]
+                likeliest = self._log_probs(inputs, [1] * len(going))[:, : self.text.n_vocab].argmax(-1).tolist()
+                for one, token in zip(going, likeliest, strict=True):
+                    one.add(token)
+        return [one.text() for one in asked]
 
     @torch.no_grad()
     def _log_probs(self, rows: list, lengths: list[int]) -> Tensor:
@@ -170,6 +230,54 @@ class LiveModel(TemplateLM):
             return self.model(tokens_BT).float().log_softmax(-1)
         finally:
             hook.remove()
+
+
+class Asked:
+    """A text to be generated, and what was made of it so far. UserError where lm-eval's Hugging Face model would not do it."""
+
+    def __init__(self, live: LiveModel, request):
+        context, given = request.args
+        live._tasks[(context,)] = request.task_name
+        self.hub, self.done = live.text, False
+        self.made: list[int] = []
+        how, seq_len = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS)), live.model.config.seq_len
+        self.stops = handle_stop_sequences(how.pop("until"), eos=self.hub.decode([self.hub.eot], special=True))
+        most = how.pop("max_gen_toks")
+        if most >= seq_len:
+            room = (
+                f"{most} tokens are to be generated, and the model's context is {seq_len}: nothing of the prompt would remain"
+            )
+            raise live.refused((context,), room)
+        special = not has_bos_prefix(context, self.hub.theirs.bos_token)
+        self.prompt = self.hub.encode(context, special=special)[most - seq_len :]
+        if not self.prompt:
+            raise live.refused((context,), "the prompt is encoded to no token, so that nothing predicts the first one")
+        self.length = how.pop("max_length", len(self.prompt) + most)
+        if not len(self.prompt) < self.length <= seq_len:
+            raise live.refused((context,), f"prompt and text are to have {self.length} tokens, the prompt {len(self.prompt)}")
+        if odd := unlike_greedy(self.hub.generation, how):
+            raise live.refused((context,), f"with {odd} another text would come than the likeliest, which is all that is known")
+        self.stopping: StoppingCriteriaList = stop_sequences_criteria(self.hub.theirs, self.stops, 0, 1)
+
+    def add(self, token: int) -> None:
+        self.made.append(token)
+        stopped = bool(self.stopping(torch.tensor([self.made]), None).all())
+        self.done = stopped or token in self.hub.ends or len(self.prompt) + len(self.made) >= self.length
+
+    def text(self) -> str:
+        return postprocess_generated_text(self.hub.decode(self.made), self.stops, None)
+
+
+def unlike_greedy(generation: GenerationConfig, how: dict) -> str | None:
+    """What of a request's arguments, else of the model's own, makes transformers take another token than the likeliest."""
+    if how.get("do_sample"):
+        return "do_sample (or a temperature)"
+    known, own = GenerationConfig().to_dict(), generation.to_dict()
+    for name, value in ({name: own.get(name) for name in known} | how).items():
+        neutral = name in NO_MATTER.split() or not value or (value == 1 and name in ONES.split())
+        if name not in known or not neutral:
+            return f"{name} {value!r}" + ("" if name in how else " in generation_config.json")
+    return None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ A source is a folder, a file, a dataset of Hugging Face's, packages, or one of t
 2. With --val SOURCE..., all documents of these sources are for validation, and are left out of the others. Else a document is
    for validation if the leading 64 bits of the BLAKE2b hash of its text are below --val_fraction: a text is always on the
    same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
-3. Documents, each followed by end-of-text, are encoded by all cores, about a megabyte at a time.
+3. Documents, each followed by end-of-text and behind what the tokenizer begins a text with (--bos), are encoded by all
+   cores, about a megabyte at a time.
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
    leaves OUT as it was, and the next one clears away what it left.
 

@@ -77,6 +77,7 @@ def save(
     if isinstance(tokenizer, Tokenizer):
         if tokenizer.n_vocab > config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.n_vocab} entries, the model only {config.vocab_size}")
+        tokenizer.follow(state.bounds)  # the files say what training did
         eot = tokenizer.eot
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
@@ -88,8 +89,10 @@ def save(
             print(f"note: {folder} has a layer for each pass of a loop; how the looped ones grew is left out", file=sys.stderr)
             receipts = []
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
-        about |= {"manifest_sha256": manifest_sha256, "fingerprint": hf.Weights(partial, config.unrolled()).fingerprint()}
-        generation = {"eos_token_id": eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        about |= {"manifest_sha256": manifest_sha256, "bounds": dataclasses.asdict(state.bounds)}
+        about |= {"fingerprint": hf.Weights(partial, config.unrolled()).fingerprint()}
+        ends = sorted({*state.bounds.ends, *([] if eot is None else [eot])})
+        generation = {"eos_token_id": ends if len(ends) > 1 else eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
         special, base = {}, None
         if isinstance(tokenizer, Path):
             found = hf.read_json(tokenizer / "config.json")
@@ -173,6 +176,7 @@ def _write_json(path: Path, value: dict) -> None:
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     (folder / JSON_FILE).write_bytes(ours.to_json())
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
+    about |= {"bos_token": ours.token(ours.prefix), "add_bos_token": bool(ours.start)}
     _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
 
 

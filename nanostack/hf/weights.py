@@ -25,7 +25,8 @@ from nanostack.errors import UserError
 from nanostack.hf.config import from_config, told
 from nanostack.model import LlamaConfig
 from nanostack.state import Cursor
-from nanostack.text.tokenizer import JSON_FILE
+from nanostack.text.bounds import Bounds
+from nanostack.text.tokenizer_json import JSON_FILE, bounds_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -252,9 +253,21 @@ def load(folder: str | Path) -> dict:
         "growth": ours.get("growth") or [],
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
+        "bounds": vars(_bounds(folder, ours)),
         "dtype": weights["norm.weight"].dtype,
         "eot": found.get("eos_token_id"),
     }
+
+
+def _bounds(folder: Path, ours: dict) -> Bounds:
+    """How texts begin and end for the model in a folder: as one of ours was trained, or as the files of another say."""
+    found = bounds_of(folder)
+    if ours.get("manifest_sha256") is None:
+        return found
+    try:
+        return Bounds(**ours.get("bounds", {"start": [], "ends": found.ends}))  # older folders say nothing: there was no start
+    except TypeError as error:
+        raise UserError(f"{folder / 'config.json'}: its nanostack.bounds were not written by this version") from error
 
 
 def _check_tokenizer(folder: Path, config: LlamaConfig) -> None:

@@ -6,7 +6,8 @@
 2. With sources of its own for validation (`val`), all of their documents are for validation, and are left out of the others.
    Else a document is for validation if the leading 64 bits of the BLAKE2b hash of its text are below val_fraction: a text is
    always on the same side, whatever comes with it. If that leaves none, the document with the lowest hash is.
-3. Documents, each followed by end-of-text, are encoded by all cores, about a megabyte at a time.
+3. Documents, each followed by end-of-text and behind what the tokenizer begins a text with (--bos), are encoded by all
+   cores, about a megabyte at a time.
 4. Tokens go to shards in OUT.partial; `manifest.json` comes last; the folder is then renamed to OUT. A killed run
    leaves OUT as it was, and the next one clears away what it left.
 
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import tyro
@@ -59,6 +60,8 @@ class CorpusConfig:
     """gpt2, cl100k_base, o200k_base, bytes, bpe:N (N entries, trained on the sources), a file of ranks, a tokenizer.json or
     a folder that has one, OWNER/NAME on Hugging Face's Hub, or a folder of prepared data; bpe:1024 suits 10 MB of text, more
     deserves a larger one"""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """whether a begin-of-text token stands before every document; auto: as the template of a tokenizer.json has it"""
     field: str = "text"
     """the field of .jsonl and column of .parquet that holds the text"""
     val: tuple[str, ...] = ()
@@ -146,6 +149,8 @@ def _check_options(config: CorpusConfig):
         if not n.isdecimal():
             raise UserError(f"in --tokenizer bpe:N, N is a number of entries, as in bpe:1024, not {n!r}")
         check_size(int(n))
+        if config.bos == "yes":
+            raise UserError(f"{config.tokenizer} has no begin-of-text token to put before a text: leave out --bos yes")
 
 
 def _check_documents(config: CorpusConfig, splits: dict, dropped: dict):
@@ -222,7 +227,7 @@ def _tokenizer(config: CorpusConfig, files: list[File], bound: int, held_out: se
     Under a limit it is trained on the first SAMPLE bytes within, so that no other file of a dataset is fetched.
     """
     if not config.tokenizer.startswith("bpe:"):
-        return get(config.tokenizer), {}
+        return get(config.tokenizer, config.bos), {}
     limits = [getattr(config, name) for name in LIMITS]
     by_hash = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.name)).digest())
     groups = [files] if any(limits) else [[file] for file in by_hash]  # with a limit, the text that is used comes first

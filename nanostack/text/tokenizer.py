@@ -2,7 +2,8 @@
 or, slower, a tokenizer.json run by Hugging Face's tokenizers.
 
 A tokenizer is a table of ranks (bytes → id; the lower id merges first), a regular expression that cuts text into pieces
-which no merge crosses, and special tokens, of which we use one: end-of-text, behind every document. Names:
+which no merge crosses, and special tokens, of which we use end-of-text, behind every document, and begin-of-text, before it
+where the template of a tokenizer.json says so (nanostack.text.bounds). Names:
 
     gpt2, cl100k_base, o200k_base, …   tiktoken's own; the ranks are downloaded once and kept in TIKTOKEN_CACHE_DIR
     bytes                              256 bytes and end-of-text
@@ -17,7 +18,6 @@ rustbpe breaks ties by token ids, so the same texts give the same ranks whatever
 import base64
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,11 +27,12 @@ import numpy as np
 import tiktoken
 
 from nanostack.errors import UserError
-from nanostack.text import hub
+from nanostack.text import hub, ranks
+from nanostack.text.bounds import Bounds
+from nanostack.text.tokenizer_json import JSON_FILE, named_tokens, read_json, start_of, template_of, token_lengths, with_start
 
 EOT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"
-JSON_FILE = "tokenizer.json"
 NAMES = (
     "gpt2, cl100k_base, o200k_base, bytes, bpe:N (as in bpe:1024), a file of ranks, a tokenizer.json, a folder of a model or "
     "of prepared data, and OWNER/NAME on Hugging Face's Hub"
@@ -54,10 +55,28 @@ class Tokenizer:
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.eot_token, self.eot = EOT, special[EOT]
-        self.ends = {self.eot}  # the ids at which a text ends
-        self.begins = False  # whether a prompt goes behind what the tokenizer itself begins a text with
         self._bpe: Any = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
+        self.template: list[int] = []  # what it puts before a text of its own accord: ranks know of nothing
+        self.follow(Bounds())
+
+    def follow(self, bounds: Bounds) -> None:
+        """Begin and end texts as a model does.
+
+        start: ids before every text; prefix: stands for an empty one; ends: ids at which a text ends. UserError for a start
+        that is none of the tokenizer's tokens.
+        """
+        self.start = list(self.template if bounds.start is None else bounds.start)
+        if strange := [one for one in self.start if self.token(one) is None]:
+            raise UserError(
+                f"texts of the model begin with token {strange[0]}, and {self.name} has no such token to begin with"
+            )
+        self.prefix = bounds.prefix if bounds.prefix is not None else self.start[0] if self.start else self.eot
+        self.ends = {self.eot, *bounds.ends}
+
+    def token(self, number: int) -> str | None:
+        """The special token of this id, as it stands in files of Hugging Face's."""
+        return {one: token for token, one in self.special.items()}.get(number)
 
     def encode(self, text: str) -> list[int]:
         return [token for part in _parts(text) for token in self._bpe.encode_ordinary(part)]
@@ -66,13 +85,14 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to go on with."""
-        return self.encode(text)
+        """Ids of a text to go on with: those of `encode`, behind `start`."""
+        return self.start + self.encode(text)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        """All documents in one array of `dtype`, each followed by end-of-text."""
+        """All documents in one array of `dtype`, each behind `start` and followed by end-of-text."""
         pieces = []
         for text in texts:
+            pieces.append(np.array(self.start, np.uint32))
             pieces += [self._bpe.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)]
             pieces.append(np.array([self.eot], np.uint32))
         return np.concatenate(pieces).astype(self.dtype) if pieces else np.zeros(0, self.dtype)
@@ -167,13 +187,25 @@ class JsonTokenizer(Tokenizer):
         if eot_token not in vocab:
             raise UserError(f"{name} has no token {eot_token!r}, which is to end the documents (eos_token)")
         self.eot = vocab[eot_token]
-        self.special, self.ends, self.begins = {eot_token: self.eot}, {self.eot}, False
-        self._lengths = self._measured(vocab)
+        self.special = {eot_token: self.eot}
+        self.bos: int | None = None  # what the files beside it name so
+        self.template, behind = template_of(self._bpe)
+        if behind not in ([], [self.eot]):
+            raise UserError(
+                f"the template of {name} puts {self.token(behind[0])!r} behind every text: only end-of-text is known"
+            )
+        self.follow(Bounds())
+        self._lengths = token_lengths(name, self._bpe, data, self.n_vocab)
+        self._lengths[[*self.template, self.eot]] = 0
+        self._lengths[self.eot] = len("a") - self._lengths[self.encode("a")].sum()
         if self.eot in self.encode(eot_token):
             raise UserError(f"{name} takes the text {eot_token!r} for the end of a document, so not every text can be encoded")
 
     def __reduce__(self):
-        return JsonTokenizer, (self.name, self.data, self.eot_token)
+        return JsonTokenizer, (self.name, self.data, self.eot_token), {"start": self.start}
+
+    def token(self, number: int) -> str | None:
+        return self._bpe.id_to_token(number)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -181,15 +213,8 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt: those of `encode`, with `begins` behind those with which the tokenizer itself begins a text."""
-        if not self.begins:
-            return self.encode(text)
-        ids = self._bpe.encode(text).ids
-        return ids[:-1] if ids[-1:] == [self.eot] else ids
-
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        pieces = [np.array([*ids, self.eot], self.dtype) for ids in self.encode_batch(texts)]
+        pieces = [np.array([*self.start, *ids, self.eot], self.dtype) for ids in self.encode_batch(texts)]
         return np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -202,40 +227,22 @@ class JsonTokenizer(Tokenizer):
         Llama 2's and its like put a space before every text, which its first token has and the text has not. End-of-text
         stands for −1 byte there, so that the sum over documents is right.
         """
-        return self._lengths
-
-    def _measured(self, vocab: dict[str, int]) -> np.ndarray:
-        from tokenizers.pre_tokenizers import ByteLevel
-
-        made = json.loads(self.data)
-        decoder = made.get("decoder") or {}
-        steps = {step.get("type") for step in (decoder, *decoder.get("decoders", ()))}
-        if "ByteLevel" in steps:
-            complete, fallback = vocab.keys() >= set(ByteLevel.alphabet()), None  # a character stands for a byte
-        else:
-            fallback = {f"<0x{byte:02X}>": 1 for byte in range(256)} if "ByteFallback" in steps else {}
-            complete = bool(fallback) and made["model"].get("byte_fallback") and vocab.keys() >= fallback.keys()
-
-        def length(token: str) -> int:
-            return len(token) if fallback is None else fallback.get(token) or len(token.replace("▁", " ").encode())
-
-        if not complete:
-            raise UserError(f"{self.name} cannot encode every text: it has neither all 256 bytes nor a fallback to them")
-        lengths = np.zeros(self.n_vocab, np.int64)
-        lengths[list(vocab.values())] = [length(token) for token in vocab]
-        for number, token in self._bpe.get_added_tokens_decoder().items():
-            lengths[number] = 0 if token.special else len(token.content.encode())
-        lengths[self.eot] = 0
-        lengths[self.eot] = len("a") - lengths[self.encode("a")].sum()
+        lengths = self._lengths.copy()
+        lengths[[one for one in self.start if one != self.eot]] = 0
         return lengths
 
     def to_json(self) -> bytes:
-        return self.data
+        """The file as it was, with a template that does what `start` says."""
+        if template_of(self._bpe) == (self.start, []):
+            return self.data
+        return with_start(self.data, [(self._bpe.id_to_token(one), one) for one in self.start])
 
     def save(self, folder: str | Path) -> dict:
         """Write tokenizer.json to `folder` as it was; returns the manifest's entry, as `Tokenizer.save` does."""
+        if self.eot in self.start and self._lengths[self.eot]:  # which then stands twice in every document
+            raise UserError(f"{self.name} begins and ends texts with one token, and its bytes cannot be counted: --bos no")
         (Path(folder) / JSON_FILE).write_bytes(self.data)
-        return {
+        entry = {
             "name": self.name,
             "file": JSON_FILE,
             "sha256": hashlib.sha256(self.data).hexdigest(),
@@ -243,6 +250,7 @@ class JsonTokenizer(Tokenizer):
             "eot": self.eot,
             "n_vocab": self.n_vocab,
         }
+        return entry | ({"start": self.start} if self.start else {})
 
 
 def train(texts: Iterable[str], n: int) -> Tokenizer:
@@ -252,12 +260,12 @@ def train(texts: Iterable[str], n: int) -> Tokenizer:
     check_size(n)
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator((part for text in texts for part in _parts(text)), n - 1, pattern=PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < n - 1:
+    made = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(made) < n - 1:
         raise UserError(
-            f"the text has only enough repetition for bpe:{len(ranks) + 1}, not bpe:{n}; give more text or a smaller N"
+            f"the text has only enough repetition for bpe:{len(made) + 1}, not bpe:{n}; give more text or a smaller N"
         )
-    return Tokenizer(f"bpe:{n}", PATTERN, ranks, {EOT: n - 1})
+    return Tokenizer(f"bpe:{n}", PATTERN, made, {EOT: n - 1})
 
 
 def check_size(n: int):
@@ -265,19 +273,38 @@ def check_size(n: int):
         raise UserError(f"bpe:{n} is too small: 256 bytes and end-of-text make at least bpe:257")
 
 
-def get(name: str) -> Tokenizer:
-    """The tokenizer called `name` (see the top of the file); bpe:N needs `train`. UserError if there is none."""
+def get(name: str, bos: str = "auto") -> Tokenizer:
+    """The tokenizer called `name` (see the top of the file); bpe:N needs `train`. UserError if there is none.
+
+    bos: `auto`, before every text stands what the tokenizer's template puts there; `no`, nothing; `yes`, its begin-of-text
+    token also where the template has none. UserError where there is no such token.
+    """
+    found = _find(name)
+    if bos == "no":
+        found.follow(Bounds([]))
+    elif bos == "yes" and not found.start:
+        begin = found.bos if isinstance(found, JsonTokenizer) else None
+        if begin is None and not found.template:
+            raise UserError(
+                f"the tokenizer {name} has no begin-of-text token (bos_token) to put before a text: leave out --bos yes"
+            )
+        found.follow(Bounds(found.template if begin is None else [begin]))
+    return found
+
+
+def _find(name: str) -> Tokenizer:
     path = Path(name)
     if name == "bytes":
         return Tokenizer("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)}, {EOT: 256})
     if name in tiktoken.list_encoding_names():
-        return _download(name)
+        bpe = ranks.fetched(name)
+        return Tokenizer(name, bpe._pat_str, bpe._mergeable_ranks, {EOT: bpe.eot_token} | bpe._special_tokens)
     if path.is_dir():
         return _from_folder(path, path.resolve().name)
     if path.is_file():
         return _from_file(path)
     if hub.is_name(name):
-        folder = hub.model(name, [JSON_FILE, "tokenizer_config.json", "config.json"])
+        folder = hub.model(name, [JSON_FILE, "tokenizer_config.json", "special_tokens_map.json", "config.json"])
         return _from_folder(folder, f"{name.partition('@')[0]}@{folder.name}")
     raise UserError(f"there is no tokenizer {name!r}; known are {NAMES}")
 
@@ -286,13 +313,16 @@ def load(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder that `nanostack prepare` wrote; needs no network. UserError if its ranks were changed."""
     from nanostack.text.manifest import load_manifest
 
-    entry = load_manifest(folder)["tokenizer"]
+    manifest = load_manifest(folder)
+    entry = manifest["tokenizer"]
     path = Path(folder) / entry["file"]
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is missing or is not the file its manifest describes; prepare the data again")
     if path.name == JSON_FILE:
-        return JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
-    return Tokenizer(entry["name"], entry["pattern"], _read_ranks(path), entry["special"])
+        made = JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
+        made.follow(Bounds.of_data(manifest))
+        return made
+    return Tokenizer(entry["name"], entry["pattern"], ranks.read(path), entry["special"])
 
 
 def _from_folder(folder: Path, name: str) -> Tokenizer:
@@ -306,26 +336,17 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
 
 
 def _from_json(path: Path, name: str) -> JsonTokenizer:
-    """End-of-text is the eos_token of tokenizer_config.json beside it, else EOT; a config.json there bounds the ids."""
-    eot_token = _read_json(path.with_name("tokenizer_config.json")).get("eos_token") or EOT
-    if isinstance(eot_token, dict):  # with its properties, as older versions wrote it
-        eot_token = eot_token.get("content")
-    made = JsonTokenizer(str(path), path.read_bytes(), str(eot_token))
-    most = _read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
+    """End-of-text is the eos_token that AutoTokenizer reads beside it, else EOT; a config.json there bounds the ids."""
+    named = named_tokens(path.parent)
+    made = JsonTokenizer(str(path), path.read_bytes(), EOT if named["eos_token"] is None else named["eos_token"])
+    made.template = start_of(path.parent, made._bpe)
+    made.follow(Bounds())
+    made.bos = None if named["bos_token"] is None else made._bpe.token_to_id(named["bos_token"])
+    most = read_json(path.with_name("config.json")).get("vocab_size") or made.n_vocab
     if made.n_vocab > most:
         raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
     made.name = name  # without the path: data are the same wherever the file lay
     return made
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a file, {} if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} does not hold a JSON object: {error}") from None
 
 
 def _from_file(path: Path) -> Tokenizer:
@@ -335,36 +356,8 @@ def _from_file(path: Path) -> Tokenizer:
         return load(path.parent)
     if path.suffix == ".json":
         return _from_json(path, path.name)
-    ranks = _read_ranks(path)
-    return Tokenizer(path.name, PATTERN, ranks, {EOT: max(ranks.values()) + 1})
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError as error:
-        raise UserError(f"{path} is not a file of ranks (lines of base64 bytes, a space, the rank): {error}") from None
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} lacks some of the 256 single bytes, so it cannot encode every text")
-    if len(ranks) != len(lines) or len(set(ranks.values())) != len(lines) or min(ranks.values()) < 0:
-        raise UserError(f"{path} gives two ranks to one token, one rank to two, or a negative rank")
-    return ranks
-
-
-def _download(name: str) -> Tokenizer:
-    try:
-        bpe = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        cause: BaseException = error
-        while cause.__context__:  # what was wrong lies under three layers of retrying
-            cause = cause.__context__
-        raise UserError(
-            f"the ranks of {name} could not be fetched ({type(cause).__name__}: {cause}). Let TIKTOKEN_CACHE_DIR name a "
-            f"folder where another machine's tiktoken has put them, or use bpe:N or bytes, which need no network"
-        ) from None
-    special = {EOT: bpe.eot_token} | bpe._special_tokens
-    return Tokenizer(name, bpe._pat_str, bpe._mergeable_ranks, special)
+    found = ranks.read(path)
+    return Tokenizer(path.name, PATTERN, found, {EOT: max(found.values()) + 1})
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Evaluation: log-likelihoods against the model itself and against lm-eval's Hugging Face model; the eight tasks end to end."""
 
-import importlib.util
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from nanostack.text.dataset import Tokens
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 pytest.importorskip("lm_eval")
 import datasets
+from hflm import hflm
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -58,8 +57,8 @@ def state() -> State:
 
 
 @pytest.fixture(scope="module")
-def text(corpus):
-    return tokenizer.load(corpus)
+def text(corpus) -> HubTokenizer:
+    return HubTokenizer.of(tokenizer.load(corpus), CONFIG.seq_len)
 
 
 def batches_only(batches, label):
@@ -100,25 +99,9 @@ def test_loglikelihood_is_the_models_own(state, text, batch):
     assert model.loglikelihood(requests("loglikelihood", *PAIRS)) == found[:-2]
 
 
-@pytest.fixture
-def theirs_on(monkeypatch):
-    """lm-eval's own model of a Hugging Face folder. It imports accelerate for several devices, which one does not need."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if importlib.util.find_spec("accelerate") is None:
-        names = ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size")
-        monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(**dict.fromkeys(names)))
-        monkeypatch.setitem(sys.modules, "accelerate.utils", SimpleNamespace(get_max_memory=None))
-    from lm_eval.models.huggingface import HFLM
-
-    return lambda folder: HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=2
-    )
-
-
-def test_numbers_are_those_of_lm_evals_own_model_on_the_export(state, text, tmp_path, theirs_on):
-    export.save(state, tmp_path / "out", None, tokenizer=text)
-    theirs = theirs_on(tmp_path / "out")
+def test_numbers_are_those_of_lm_evals_own_model_on_the_export(state, text, corpus, tmp_path):
+    export.save(state, tmp_path / "out", None, tokenizer=tokenizer.load(corpus))
+    theirs = hflm(tmp_path / "out")
     for ours in (live(state, text), live(state, HubTokenizer(tmp_path / "out"))):
         pairs = requests("loglikelihood", *PAIRS)
         for (value, greedy), (wanted, wanted_greedy) in zip(
@@ -133,11 +116,12 @@ def test_numbers_are_those_of_lm_evals_own_model_on_the_export(state, text, tmp_
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 100])
-def test_rolling_windows_are_lm_evals(state, text, n):
+def test_rolling_windows_are_lm_evals(state, text, n, monkeypatch):
     ids = torch.randint(300, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     windows = map(make_disjoint_window, get_rolling_token_windows(ids, text.eot, CONFIG.seq_len, 1))
     wanted = sum(directly(state.model, context, continuation)[0] for context, continuation in windows)
-    ((value, _),) = live(state, text)._loglikelihood_tokens([(None, [text.eot], ids)])
+    monkeypatch.setattr(LiveModel, "tok_encode", lambda *_: ids)
+    (value,) = live(state, text).loglikelihood_rolling(requests("loglikelihood_rolling", ("",)))
     assert value == pytest.approx(wanted, abs=1e-3)
 
 
@@ -154,8 +138,8 @@ def test_generation_ends_at_a_stop_and_refuses_to_draw(state, text):
     stop = free[5:7]
     stopped = model.generate_until(requests("generate_until", ("import", {"until": stop, "max_gen_toks": 20})))[0]
     assert stopped == free[: free.index(stop)]
-    with pytest.raises(UserError, match="drawn at random"):
-        model.generate_until(requests("generate_until", ("import", {"until": [], "temperature": 0.8})))
+    with pytest.raises(UserError, match=r"with do_sample \(or a temperature\) another text would come than the likeliest"):
+        model.generate_until(requests("generate_until", ("import", {"until": [], "temperature": 0.8, "max_gen_toks": 20})))
 
 
 @pytest.mark.slow

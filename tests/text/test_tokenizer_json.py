@@ -17,6 +17,7 @@ from test_tokenizer import BPE, TEXT, TEXTS, prepared
 from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.text import tokenizer
+from nanostack.text.bounds import Bounds
 from nanostack.text.tokenizer import JsonTokenizer
 
 
@@ -113,20 +114,21 @@ def test_special_tokens_in_text_are_text_for_a_tokenizer_json_too(data, eot_toke
     ours = JsonTokenizer("mine", data, eot_token)
     text = f"a{eot_token}b<s>c"
     assert ours.eot not in ours.encode(text) and ours.decode(ours.encode(text)) == text
-    assert ours.encode_documents([text]).tolist() == [*ours.encode(text), ours.eot]
+    assert ours.encode_documents([text]).tolist() == [*ours.start, *ours.encode(text), ours.eot]
 
 
 def test_prompt_begins_as_text_in_training_did():
-    """prepare adds no special tokens; models of others have seen what their template adds, but for an end at the end."""
+    """With what the template puts before a text; not with the end that it may put behind."""
     data, eot_token = BUILT["llama-2"]
     made = tokenizers.Tokenizer.from_str(data.decode())
     begin, end = made.token_to_id("<s>"), made.token_to_id(eot_token)
     template = {"single": f"<s> $A {eot_token}", "special_tokens": [("<s>", begin), (eot_token, end)]}
     made.post_processor = tokenizers.processors.TemplateProcessing(**template)
     ours = JsonTokenizer("mine", made.to_str().encode(), eot_token)
-    assert ours.encode_prompt("def") == ours.encode("def")
-    ours.begins = True
     assert ours.encode_prompt("def") == [begin, *ours.encode("def")] and ours.decode(ours.encode_prompt("def")) == "def"
+    assert ours.encode_documents(["def"]).tolist() == [begin, *ours.encode("def"), end]
+    ours.follow(Bounds([]))
+    assert ours.encode_prompt("def") == ours.encode("def")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def main(command: Command) -> dict:
             answer["val"] = validation(state.model, command.val, command.batch)
         if tasks:
             live = live_model(state.model, text, command.checkpoint, command.batch, progress)
+            live.context = saved.get("context", config.seq_len)
             answer |= run_tasks(live, tasks, command.num_fewshot, command.limit)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error

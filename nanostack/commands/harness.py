@@ -119,6 +119,7 @@ class LiveModel(TemplateLM):
     def __init__(self, model: Llama, text: HubTokenizer, batch: int, progress: Callable[[list, str], Iterable]):
         super().__init__()
         self.model, self.text, self.batch, self.progress = model, text, batch, progress
+        self.context = model.config.seq_len  # of the model that was read: longer, where a sliding window bounds ours
         self._device = model.embed.weight.device
         self._tasks: dict[tuple, str | None] = {}  # of each request, to name it
         self._prefix = text.decode([text.prefix], special=True)
@@ -142,6 +143,13 @@ class LiveModel(TemplateLM):
         asked = f" {' | '.join(map(repr, what))[:120]}:" if what else ""
         return UserError(f"the task {name or 'that is scored'} cannot be evaluated as lm-eval does:{asked} {why}")
 
+    def check_window(self, what: tuple | None, length: int) -> None:
+        """UserError where a model with a sliding window would see further than ours, which would cut the text instead."""
+        if length > (seq_len := self.model.config.seq_len) and self.context > seq_len:
+            raise self.refused(
+                what, f"it takes {length} tokens, and beyond {seq_len} the model's attention is a sliding window"
+            )
+
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         for request in requests:
             self._tasks[request.args] = request.task_name
@@ -163,6 +171,7 @@ class LiveModel(TemplateLM):
                 raise self.refused(what, "the context is encoded to no token, so that nothing predicts the first one")
             if not continuation:
                 raise self.refused(what, "nothing is left of the continuation: the tokenizer merges it with its context")
+            self.check_window(what, len(context) + len(continuation) - 1)
             if len(continuation) > seq_len:
                 raise self.refused(what, f"the continuation has {len(continuation)} tokens, the model's context {seq_len}")
             asked[tuple((context + continuation)[-seq_len - 1 : -1])].append((number, continuation))
@@ -195,7 +204,9 @@ class LiveModel(TemplateLM):
         windows: list[tuple] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            of_text = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, seq_len, context_len=1)
+            self._tasks[request.args] = request.task_name
+            self.check_window(request.args, len(tokens := self.tok_encode(request.args[0])))
+            of_text = get_rolling_token_windows(tokens, self.prefix_token_id, seq_len, context_len=1)
             windows += [(None, *make_disjoint_window(window)) for window in of_text]
             owners += [number] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)
@@ -249,7 +260,9 @@ class Asked:
             )
             raise live.refused((context,), room)
         special = not has_bos_prefix(context, self.hub.theirs.bos_token)
-        self.prompt = self.hub.encode(context, special=special)[most - seq_len :]
+        ids = self.hub.encode(context, special=special)
+        live.check_window((context,), len(ids) + most)
+        self.prompt = ids[most - seq_len :]
         if not self.prompt:
             raise live.refused((context,), "the prompt is encoded to no token, so that nothing predicts the first one")
         self.length = how.pop("max_length", len(self.prompt) + most)

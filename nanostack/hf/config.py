@@ -107,7 +107,7 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
             raise UserError(f"{where}: its {key} is {found[key]!r}, no whole number")
     silent = ARCHITECTURES[kind]
     attention_bias = bool(found.get("attention_bias", False)) and kind in ("llama", "qwen3")
-    seq_len = found.get("max_position_embeddings", silent.seq_len)
+    seq_len = context_of(found)
     theta, scaling = _rope(found, seq_len, where)
     try:
         heads = found["num_attention_heads"]
@@ -142,6 +142,11 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
         raise UserError(f"{where} does not say {error.args[0]}") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where} does not describe a model: {error}") from error
+
+
+def context_of(found: dict) -> int:
+    """The context of the model that a config.json describes, whatever each layer sees of it."""
+    return found.get("max_position_embeddings", ARCHITECTURES[found["model_type"]].seq_len)
 
 
 def _window(found: dict, where: Path) -> int | None:

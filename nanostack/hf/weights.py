@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanostack import checkpoint
 from nanostack.errors import UserError
-from nanostack.hf.config import from_config, told
+from nanostack.hf.config import context_of, from_config, told
 from nanostack.model import LlamaConfig
 from nanostack.state import Cursor
 from nanostack.text.bounds import Bounds
@@ -221,8 +221,8 @@ def read_json(path: Path) -> dict:
 def load(folder: str | Path) -> dict:
     """What `checkpoint.load` gives, of a Hugging Face folder: no optimizer; the ledger where we wrote it, else a new one.
 
-    "model" reads from the files as it is asked; "dtype" is what they hold. Raises `UserError` for another architecture, missing
-    shards, damaged files.
+    "model" reads from the files as it is asked; "dtype" is what they hold; "context" what the folder's model takes, more than
+    ours where it has a sliding window. Raises `UserError` for another architecture, missing shards, damaged files.
     """
     folder = Path(folder)
     require_extra()
@@ -254,6 +254,7 @@ def load(folder: str | Path) -> dict:
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
         "bounds": vars(_bounds(folder, ours)),
+        "context": context_of(found),
         "dtype": weights["norm.weight"].dtype,
         "eot": found.get("eos_token_id"),
     }

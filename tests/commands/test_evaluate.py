@@ -125,6 +125,20 @@ def test_rolling_windows_are_lm_evals(state, text, n, monkeypatch):
     assert value == pytest.approx(wanted, abs=1e-3)
 
 
+def test_what_a_sliding_window_would_see_more_of_is_refused_and_not_cut(state, text):
+    model = live(state, text)
+    model.context = 2 * CONFIG.seq_len
+    assert model.loglikelihood(requests("loglikelihood", ("a", " b")))[0][0] < 0
+    asked = {
+        model.loglikelihood: requests("loglikelihood", (LONG, " b")),
+        model.loglikelihood_rolling: requests("loglikelihood_rolling", (LONG,)),
+        model.generate_until: requests("generate_until", (LONG, {"until": ["."], "max_gen_toks": 4})),
+    }
+    for method, one in asked.items():
+        with pytest.raises(UserError, match=r"tokens, and beyond 32 the model's attention is a sliding window"):
+            method(one)
+
+
 def test_empty_text_has_probability_one_and_a_vanished_continuation_is_an_error(state, text):
     model = live(state, text)
     assert model.loglikelihood_rolling(requests("loglikelihood_rolling", ("",), ("x",)))[0] == 0.0

@@ -87,9 +87,9 @@ def _rope_of(config: LlamaConfig) -> tuple[dict, dict]:
         says["original_max_position_embeddings"] = scaling.original_seq_len
     if scaling.kind == "llama3":
         says |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
-    if scaling.kind == "yarn":
-        says |= {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
-        says |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    if scaling.kind == "yarn":  # what stands there by default is left out, as other programs know less of it
+        own = {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate", "attention_factor")}
+        says |= {name: value for name, value in own.items() if value != getattr(RopeScaling, name)}
     return says | theta, {**theta, "rope_scaling": says}
 
 

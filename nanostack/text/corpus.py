@@ -60,7 +60,7 @@ class CorpusConfig:
     a folder that has one, OWNER/NAME on Hugging Face's Hub, or a folder of prepared data; bpe:1024 suits 10 MB of text, more
     deserves a larger one"""
     field: str = "text"
-    """the field of .jsonl and column of .parquet that holds the text"""
+    """the field of JSON records, and the column of .parquet, that holds the text"""
     val: tuple[str, ...] = ()
     """sources of the validation text, as those of the rest: a benchmark's split, say; documents that stand on both sides are
     for validation alone"""

@@ -171,8 +171,8 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     (folder / JSON_FILE).write_bytes(ours.to_json())
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
-    _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ours.config
+    _write_json(folder / "tokenizer_config.json", about | {"eos_token": ours.eot_token, "model_max_length": seq_len})
 
 
 def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:

@@ -56,6 +56,8 @@ class Tokenizer:
         self.eot_token, self.eot = EOT, special[EOT]
         self.ends = {self.eot}  # the ids at which a text ends
         self.begins = False  # whether a prompt goes behind what the tokenizer itself begins a text with
+        # What tokenizer_config.json is to say: as GPT-2, one special token, which no text begins with
+        self.config: dict = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "add_bos_token": False}
         self._bpe: Any = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
 
@@ -132,6 +134,8 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library has no other class
             raise UserError(f"{name} is no {JSON_FILE} that the tokenizers library can read: {error}") from None
         self.name, self.data, self.eot_token = name, data, eot_token
+        unknown = getattr(self._bpe.model, "unk_token", None) or eot_token
+        self.config = {"bos_token": eot_token, "eos_token": eot_token, "unk_token": unknown}
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self._bpe.encode_special_tokens = True
@@ -220,6 +224,7 @@ class JsonTokenizer(Tokenizer):
             "special": self.special,
             "eot": self.eot,
             "n_vocab": self.n_vocab,
+            "config": self.config,
         }
 
 
@@ -269,7 +274,9 @@ def load(folder: str | Path) -> Tokenizer:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is missing or is not the file its manifest describes; prepare the data again")
     if path.name == JSON_FILE:
-        return JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
+        made = JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
+        made.config |= entry.get("config", {})
+        return made
     return Tokenizer(entry["name"], entry["pattern"], _read_ranks(path), entry["special"])
 
 
@@ -293,7 +300,18 @@ def _from_json(path: Path, name: str) -> JsonTokenizer:
     if made.n_vocab > most:
         raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
     made.name = name  # without the path: data are the same wherever the file lay
+    made.config |= _own_config(path)
     return made
+
+
+def _own_config(path: Path) -> dict:
+    """What tokenizer_config.json beside a tokenizer.json says, but for files and code that are not taken along."""
+    own = _read_json(path.with_name("special_tokens_map.json")) | _read_json(path.with_name("tokenizer_config.json"))
+    own = {key: value for key, value in own.items() if key not in ("auto_map", "name_or_path", "tokenizer_file", "vocab_file")}
+    if own.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for PreTrainedTokenizerFast
+        del own["tokenizer_class"]
+    named = {key: value["content"] for key, value in own.items() if isinstance(value, dict) and "content" in value}
+    return own | named  # tokenizer.json itself has the properties of tokens
 
 
 def _read_json(path: Path) -> dict:

@@ -21,6 +21,7 @@ import torch
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import n_params
+from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.config import to_config
 from nanostack.model import RESIDUAL_OUTPUTS
@@ -30,7 +31,7 @@ from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
 WRITTEN = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|"
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|.*\.gguf|"
     + "|".join(map(re.escape, hf.TOKENIZER_FILES))
     + f"|({'|'.join(LEGAL)}).*",
     re.IGNORECASE,
@@ -62,13 +63,14 @@ def save(
     eot: int | None = None,
     records: list[dict] | None = None,
     text: str | None = None,
+    as_gguf: bool = False,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
     tokenizer: ours, translated unless it is a tokenizer.json already, or the folder of the model that this one was made of,
-    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on. Everything
-    is written beside the folder first: it is whole or it is not there. A folder that is there is replaced: ask `check_place`
-    before. Raises `UserError` where it cannot be.
+    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on; as_gguf:
+    write FOLDER/NAME.gguf too, for llama.cpp. Everything is written beside the folder first: it is whole or it is not there. A
+    folder that is there is replaced: ask `check_place` before. Raises `UserError` where it cannot be.
     """
     hf.require_extra()
     from safetensors import SafetensorError
@@ -104,6 +106,8 @@ def save(
             for path in tokenizer.iterdir():
                 if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
                     shutil.copyfile(path, partial / path.name)
+        if as_gguf:
+            gguf.write(partial, partial / f"{folder.name}.gguf", folder.name)
         (partial / "README.md").write_text(card(folder.name, state, records, text, base))
         if records:
             from nanostack.curves import draw

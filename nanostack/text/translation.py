@@ -43,7 +43,7 @@ def tokenizer_json(name: str, pattern: str, ranks: dict[bytes, int], special: di
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-    shown = _bytes_to_unicode()
+    shown = bytes_to_unicode()
     text = {token: "".join(shown[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -109,7 +109,7 @@ def _merged(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
     return parts
 
 
-def _bytes_to_unicode() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's printable stand-in for every byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]

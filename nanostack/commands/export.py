@@ -52,11 +52,11 @@ class Command:
 def main(command: Command) -> dict:
     if command.shard_gb <= 0:
         raise UserError(f"shard_gb must be positive, not {command.shard_gb:g}")
-    hf.require_extra()
     if command.gguf:
         gguf.require_extra()
         if not command.data:
             raise UserError("a GGUF holds its tokenizer: name the data that the model was trained on (--data)")
+    hf.require_extra()
     check_place(command.folder, command.checkpoint, command.overwrite)
     saved = checkpoint.load(command.checkpoint)
     if left := ramp_left(saved["growth"], saved["cursor"]["tokens"]):

@@ -48,6 +48,13 @@ BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+YARN = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+}  # others are not known to mean the same
 IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -99,14 +106,17 @@ def _rope(found: dict) -> dict:
 
 
 def _add_shape(writer: Any, found: dict, folder: Path) -> None:
+    from gguf import RopeScalingType
+
     width, heads, longest = found["hidden_size"], found["num_attention_heads"], found["max_position_embeddings"]
     d_head = found.get("head_dim") or width // heads
     rope = _rope(found)
     window = found.get("sliding_window") if found.get("use_sliding_window", found["model_type"] == "mistral") else None
     if window and window < longest:
         raise UserError(f"{folder} has a sliding window of {window} and a context of {longest}; llama.cpp would attend to all")
-    if (scaling := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
-        raise UserError(f"{folder} scales rotary positions by {scaling!r}, which is not written to a GGUF; 'llama3' is")
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling not in ("default", "llama3", "linear", "yarn"):
+        raise UserError(f"{folder} scales rotary positions by {scaling!r}, which is not written to a GGUF")
     writer.add_context_length(longest)
     writer.add_embedding_length(width)
     writer.add_block_count(found["num_hidden_layers"])
@@ -117,6 +127,13 @@ def _add_shape(writer: Any, found: dict, folder: Path) -> None:
     writer.add_value_length(d_head)
     writer.add_rope_dimension_count(d_head)
     writer.add_rope_freq_base(float(rope.get("rope_theta", found.get("rope_theta", 1e4))))
+    if scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if scaling == "yarn":
+        if unknown := sorted(rope.keys() - YARN):
+            raise UserError(f"{folder} scales rotary positions by yarn with {unknown[0]}, which is not written to a GGUF")
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     writer.add_layer_norm_rms_eps(found.get("rms_norm_eps", 1e-6))
     writer.add_vocab_size(found["vocab_size"])
 

@@ -1,6 +1,5 @@
 """What leaves as tokenizer.json cuts and merges text as tiktoken does, for the patterns that the project names."""
 
-import random
 import re
 
 import pytest
@@ -8,43 +7,16 @@ import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_text import BYTES, ODD, neighbours
 from tiktoken_ext import openai_public
 
 from nanostack.errors import UserError
 from nanostack.text import tokenizer, translation
 
-BYTES = {bytes([byte]): byte for byte in range(256)}
-RANDOM = random.Random(0)
-ALPHABETS = [
-    "0123456789٣५½Ⅷ",
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    "中文字符漢字かなカナ한국어𠀀𱍐",
-    "🙂👩‍💻🇩🇪❤️☃é̂ñßſK",
-    "\r\n",
-    " \t\u00a0\u3000\u2028\u0085\v\f",
-    "".join(map(chr, range(32))) + "\x7f\u200b\ufeff",
-    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
-]
-SAID = ["'s", "'S", "'ſ", "'ll", "'LL", "'Ve", "don't", "I'M"]
-
-
-def odd_text() -> str:
-    """Runs of characters of one kind, as real text has them, and of all kinds."""
-    runs = []
-    for _ in range(RANDOM.randint(0, 8)):
-        alphabet = RANDOM.choice(ALPHABETS)
-        runs.append(RANDOM.choice(SAID) if RANDOM.random() < 0.1 else "".join(RANDOM.choices(alphabet, k=RANDOM.randint(1, 7))))
-    return "".join(runs)
-
-
-ODD = [odd_text() for _ in range(10_000)]
-
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
-    """256 bytes and a token for every two bytes that are neighbours somewhere, so that another cut gives other ids."""
-    pairs = {data[i : i + 2]: 0 for text in ODD for data in [text.encode()] for i in range(len(data) - 1)}
-    return BYTES | {pair: 256 + i for i, pair in enumerate(pairs)}
+    return neighbours()
 
 
 @pytest.fixture(scope="module")

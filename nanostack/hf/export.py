@@ -175,7 +175,9 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     (folder / JSON_FILE).write_bytes(ours.to_json())
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ours.config
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    about["model_input_names"] = ["input_ids", "attention_mask"]  # what transformers 4 passes to a Llama, which takes no more
+    about |= ours.config
     _write_json(folder / "tokenizer_config.json", about | {"eos_token": ours.eot_token, "model_max_length": seq_len})
 
 

@@ -48,13 +48,8 @@ BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-YARN = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-}  # others are not known to mean the same
+# Fields of yarn that mean the same there; others are refused.
+YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
 IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -79,11 +74,11 @@ def write(folder: Path, path: Path, name: str) -> None:
     found = read_json(folder / "config.json")
     kind = ARCHITECTURES.get(found["model_type"])
     if kind is None:
-        raise UserError(f"{folder} is of architecture {found['model_type']!r}; a GGUF can be of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{name} is of architecture {found['model_type']!r}; a GGUF can be of {', '.join(ARCHITECTURES)}")
     writer = GGUFWriter(None, kind.name)
     writer.add_name(name)
-    _add_shape(writer, found, folder)
-    add_vocabulary(writer, folder, found["vocab_size"])
+    _add_shape(writer, found, name)
+    add_vocabulary(writer, folder, name, found["vocab_size"])
     stored = _rope_factors(found, folder, kind) | _stored(folder, found, kind)
     kinds = {dtype for _, dtype, _ in stored.values()}
     files = {torch.float16: LlamaFileType.MOSTLY_F16, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
@@ -105,7 +100,7 @@ def _rope(found: dict) -> dict:
     return (found.get("rope_scaling") or {}) | (found.get("rope_parameters") or {})
 
 
-def _add_shape(writer: Any, found: dict, folder: Path) -> None:
+def _add_shape(writer: Any, found: dict, name: str) -> None:
     from gguf import RopeScalingType
 
     width, heads, longest = found["hidden_size"], found["num_attention_heads"], found["max_position_embeddings"]
@@ -113,10 +108,10 @@ def _add_shape(writer: Any, found: dict, folder: Path) -> None:
     rope = _rope(found)
     window = found.get("sliding_window") if found.get("use_sliding_window", found["model_type"] == "mistral") else None
     if window and window < longest:
-        raise UserError(f"{folder} has a sliding window of {window} and a context of {longest}; llama.cpp would attend to all")
+        raise UserError(f"{name} has a sliding window of {window} and a context of {longest}; llama.cpp would attend to all")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3", "linear", "yarn"):
-        raise UserError(f"{folder} scales rotary positions by {scaling!r}, which is not written to a GGUF")
+        raise UserError(f"{name} scales rotary positions by {scaling!r}, which is not written to a GGUF")
     writer.add_context_length(longest)
     writer.add_embedding_length(width)
     writer.add_block_count(found["num_hidden_layers"])
@@ -131,8 +126,8 @@ def _add_shape(writer: Any, found: dict, folder: Path) -> None:
         writer.add_rope_scaling_type(RopeScalingType(scaling))
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if scaling == "yarn":
-        if unknown := sorted(rope.keys() - YARN):
-            raise UserError(f"{folder} scales rotary positions by yarn with {unknown[0]}, which is not written to a GGUF")
+        if unknown := sorted({key for key, value in rope.items() if value is not None} - YARN):
+            raise UserError(f"{name} scales rotary positions by yarn with {unknown[0]}, which is not written to a GGUF")
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     writer.add_layer_norm_rms_eps(found.get("rms_norm_eps", 1e-6))
     writer.add_vocab_size(found["vocab_size"])
@@ -143,7 +138,7 @@ def _rope_factors(found: dict, folder: Path, kind: Architecture) -> dict[str, St
     if _rope(found).get("rope_type") != "llama3":
         return {}
     if kind.name != "llama":
-        raise UserError(f"{folder} scales rotary positions by 'llama3', which llama.cpp knows for its llama only")
+        raise UserError("rotary positions that are scaled by 'llama3' are known to llama.cpp for its llama only")
     scaled = replace(from_config(found, folder / "config.json"), seq_len=2)
     plain = replace(scaled, rope_scaling=None)
     factors = rope_angles(plain, torch.device("cpu"))[1] / rope_angles(scaled, torch.device("cpu"))[1]
@@ -160,7 +155,7 @@ def _stored(folder: Path, found: dict, kind: Architecture) -> dict[str, Stored]:
     for path in sorted(folder.glob("model*.safetensors")):
         opened = safe_open(path, "pt")
         for theirs in sorted(opened.keys()):
-            part, name = _name(theirs, folder)
+            part, name = _name(theirs)
             values = opened.get_slice(theirs)
             shape = tuple(values.get_shape())
             dtype = dtypes[values.get_dtype()] if len(shape) > 1 else torch.float32
@@ -175,11 +170,11 @@ def _read(opened: Any, name: str, dtype: torch.dtype, heads: int | None) -> Tens
     return values.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else values
 
 
-def _name(theirs: str, folder: Path) -> tuple[str, str]:
+def _name(theirs: str) -> tuple[str, str]:
     """(which of a block's tensors, llama.cpp's name) of one of Hugging Face's."""
     whole, _, values = theirs.rpartition(".")
     block = IN_BLOCK.fullmatch(whole)
     part = BLOCK.get(block[2]) if block else ENDS.get(whole)
     if part is None:
-        raise UserError(f"{folder} has the tensor {theirs}, for which a GGUF has no name")
+        raise UserError(f"a GGUF has no name for the tensor {theirs}")
     return part, f"blk.{block[1]}.{part}.{values}" if block else f"{part}.{values}"

@@ -32,18 +32,18 @@ WITHOUT_CASE = ("llama-bpe", "qwen2")
 LONG_S = [data.encode() for data in ("ſ", "'ſ")] + ["ſ".encode()[-1:]]
 
 
-def add_vocabulary(writer: Any, folder: Path, n_vocab: int) -> None:
+def add_vocabulary(writer: Any, folder: Path, name: str, n_vocab: int) -> None:
     """Add the tokenizer in a folder to a GGUFWriter. UserError where llama.cpp would give other ids."""
     from gguf import TokenType
 
     if not (folder / JSON_FILE).is_file():
         raise UserError("a GGUF holds its tokenizer: name the data that the model was trained on (--data)")
-    made = read_json(folder / JSON_FILE)
-    way = _way(made, folder / JSON_FILE)
+    made, whose = read_json(folder / JSON_FILE), f"the {JSON_FILE} of {name}"
+    way = _way(made, whose)
     entries = {number: (text, TokenType.NORMAL) for text, number in made["model"]["vocab"].items()}
     for token in made["added_tokens"]:
         if any(token[how] for how in ("lstrip", "rstrip", "single_word")) and not token["special"]:
-            raise UserError(f"{folder / JSON_FILE}: {token['content']!r} is found with conditions, which a GGUF cannot say")
+            raise UserError(f"{whose}: {token['content']!r} is found with conditions, which a GGUF cannot say")
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         entries[token["id"]] = (token["content"], kind)
     listed = [entries.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(n_vocab)]
@@ -52,25 +52,25 @@ def add_vocabulary(writer: Any, folder: Path, n_vocab: int) -> None:
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in made["model"]["merges"]])
-    _add_special(writer, folder, made, {text: number for number, (text, _) in entries.items()})
+    _add_special(writer, folder, whose, made, {text: number for number, (text, _) in entries.items()})
 
 
-def _way(made: dict, path: Path) -> str:
+def _way(made: dict, whose: str) -> str:
     """llama.cpp's name for the way a tokenizer.json cuts and merges."""
     model, decoder = made["model"], made.get("decoder") or {}
     if model["type"] != "BPE" or decoder.get("type") != "ByteLevel" or model.get("byte_fallback"):
         kind = "BPE that falls back to bytes" if model.get("byte_fallback") else f"{model['type']}, not byte-level"
-        raise UserError(f"{path} is of a kind that is not written to a GGUF ({kind}); byte-level BPE is")
+        raise UserError(f"{whose} is of a kind that is not written to a GGUF ({kind}); byte-level BPE is")
     if (normalizer := made.get("normalizer")) and normalizer["type"] != "NFC":
-        raise UserError(f"{path} changes text by {normalizer['type']} before it cuts, which llama.cpp does not do")
+        raise UserError(f"{whose} changes text by {normalizer['type']} before it cuts, which llama.cpp does not do")
     if normalizer:
         print("note: llama.cpp does not compose characters (NFC): of text that is not, its ids are others", file=sys.stderr)
     steps = list(_steps(made.get("pre_tokenizer") or {"type": "nothing"}))
     if (way := WAYS.get(", ".join(steps))) is None:
-        raise UserError(f"{path} cuts text by {', '.join(steps)}, for which llama.cpp has no name")
+        raise UserError(f"{whose} cuts text by {', '.join(steps)}, for which llama.cpp has no name")
     whole = {"llama-bpe": True}.get(way, False)  # whether a piece that is an entry is taken as it is, whatever merges give
     if whole != bool(model.get("ignore_merges")) and (odd := _not_merged(made)) is not None:
-        raise UserError(f"{path}: no merges make {odd!r}, which llama.cpp would find where this does not, or the reverse")
+        raise UserError(f"{whose}: no merges make {odd!r}, which llama.cpp would find where this does not, or the reverse")
     if way in WITHOUT_CASE and _tells_long_s(model["vocab"]):
         print("note: llama.cpp takes 'ſ for the beginning of a word: of text with it, its ids may be others", file=sys.stderr)
     return way
@@ -112,19 +112,19 @@ def _tells_long_s(vocab: dict[str, int]) -> bool:
     return any(text.startswith(beginnings) and text not in beginnings for text in vocab)
 
 
-def _add_special(writer: Any, folder: Path, made: dict, number_of: dict[str, int]) -> None:
+def _add_special(writer: Any, folder: Path, whose: str, made: dict, number_of: dict[str, int]) -> None:
     """Which tokens begin and end a text, and whether they are put there, as the tokenizer's template does."""
     found = read_json(folder / "config.json")
     path = folder / "tokenizer_config.json"
     own = read_json(path) if path.is_file() else {}
-    before, after = _template(made.get("post_processor") or {}, folder / JSON_FILE)
+    before, after = _template(made.get("post_processor") or {}, whose)
     named = {
         key: value["content"] if isinstance(value, dict) else value for key, value in own.items() if key.endswith("_token")
     }
     ends = found.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     if after and number_of[after] not in ends:
-        raise UserError(f"{folder / JSON_FILE} puts {after!r} behind a text, which is not the model's eos_token_id {ends}")
+        raise UserError(f"{whose} puts {after!r} behind a text, which is not the model's eos_token_id {ends}")
     begin, pad = before or named.get("bos_token"), named.get("pad_token")
     eos = number_of[after] if after else ends[0] if ends[0] is not None else number_of.get(named.get("eos_token") or "")
     writer.add_add_bos_token(bool(before))
@@ -142,7 +142,7 @@ def _add_special(writer: Any, folder: Path, made: dict, number_of: dict[str, int
         writer.add_chat_template(chat)
 
 
-def _template(processor: dict, path: Path) -> tuple[str | None, str | None]:
+def _template(processor: dict, whose: str) -> tuple[str | None, str | None]:
     """The token that is put before a text, and the one behind it."""
     parts = processor.get("processors") or [processor]
     single = next((part["single"] for part in parts if part.get("type") == "TemplateProcessing"), None)
@@ -151,5 +151,5 @@ def _template(processor: dict, path: Path) -> tuple[str | None, str | None]:
     names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in single]
     text = names.index(None)
     if text > 1 or len(names) - text > 2:
-        raise UserError(f"{path} puts several tokens before or behind a text, which a GGUF cannot say")
+        raise UserError(f"{whose} puts several tokens before or behind a text, which a GGUF cannot say")
     return (names[0] if text else None), (names[-1] if text < len(names) - 1 else None)

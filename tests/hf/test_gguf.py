@@ -107,7 +107,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         (lambda folder: (folder / "tokenizer.json").unlink(), r"a GGUF holds its tokenizer: .*\(--data\)"),
         (
             tokenizer_with(model={"type": "Unigram"}),
-            r"tokenizer\.json is of a kind .* \(Unigram, not byte-level\); byte-level BPE",
+            r"the tokenizer\.json of again is of a kind .* \(Unigram, not byte-level\); byte-level BPE",
         ),
         (tokenizer_with(model={"byte_fallback": True}), r"\(BPE that falls back to bytes\)"),
         (tokenizer_with(normalizer={"type": "Lowercase"}), r"changes text by Lowercase before it cuts"),
@@ -115,7 +115,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         (tokenizer_with(pre_tokenizer={"type": "Whitespace"}), r'cuts text by {"type": "Whitespace"}'),
         (tokenizer_with(post_processor=TWICE), "puts several tokens before or behind a text"),
         (tokenizer_with(model={"ignore_merges": True, "vocab": BYTES_AND | {"ab": 257}}), "no merges make 'ab'"),
-        (config_with(model_type="gemma"), "is of architecture 'gemma'; a GGUF can be of llama, mistral, qwen2, qwen3"),
+        (config_with(model_type="gemma"), "again is of architecture 'gemma'; a GGUF can be of llama, mistral, qwen2, qwen3"),
         (config_with(model_type="mistral", sliding_window=16), "has a sliding window of 16 and a context of 32"),
         (config_with(rope_parameters={"rope_type": "dynamic"}), "scales rotary positions by 'dynamic'"),
         (config_with(rope_parameters=YARN), "by yarn with beta_fast, which is not written"),

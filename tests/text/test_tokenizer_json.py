@@ -197,6 +197,7 @@ def test_what_the_config_of_a_given_tokenizer_says_is_passed_on(tmp_path):
     assert about == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": "<s>",
         "eos_token": eot_token,
         "unk_token": "<unk>",

@@ -66,7 +66,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) data out
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt constraints-clients.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nanostack needs Python 3.11 or newer, this is " + sys.version'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt "torch==2.13.0"

@@ -1,7 +1,8 @@
 """A checkpoint as a Hugging Face folder: `nanostack export out/1b/ckpt.pt exported/ --data data/texts`.
 
 `AutoModelForCausalLM.from_pretrained("exported/")` gives the same logits. A tokenizer goes with it only if --data names one.
-Written are config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card.
+Written are config.json, safetensors (sharded by size), generation_config.json, the files of a tokenizer and a model card; with
+--gguf also one file for llama.cpp.
 """
 
 import signal
@@ -17,6 +18,7 @@ from nanostack import checkpoint, models
 from nanostack.errors import UserError, command_line
 from nanostack.generate import check_tokenizer
 from nanostack.growth import ramp_left
+from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.export import check_place, save
 from nanostack.parallel import Placement
@@ -37,6 +39,8 @@ class Command:
     """The prepared folder whose tokenizer the model was trained with."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of the weights that are written; the checkpoint's are float32."""
+    gguf: bool = False
+    """Write FOLDER/NAME.gguf too, for llama.cpp, in the same dtype and with the tokenizer; takes --data."""
     shard_gb: float = 5.0
     """Size of a safetensors file at most, in 10^9 bytes."""
     overwrite: bool = False
@@ -48,6 +52,10 @@ class Command:
 def main(command: Command) -> dict:
     if command.shard_gb <= 0:
         raise UserError(f"shard_gb must be positive, not {command.shard_gb:g}")
+    if command.gguf:
+        gguf.require_extra()
+        if not command.data:
+            raise UserError("a GGUF holds its tokenizer: name the data that the model was trained on (--data)")
     hf.require_extra()
     check_place(command.folder, command.checkpoint, command.overwrite)
     saved = checkpoint.load(command.checkpoint)
@@ -68,7 +76,7 @@ def main(command: Command) -> dict:
     how = {"dtype": getattr(torch, command.dtype), "shard_bytes": int(command.shard_gb * 1e9), "records": records}
     if command.data and text:
         how |= {"tokenizer": text, "text": f"{', '.join(load_manifest(command.data)['sources'])}, in tokens of {text.name}"}
-    save(state, command.folder, saved["manifest_sha256"], **how)
+    save(state, command.folder, saved["manifest_sha256"], as_gguf=command.gguf, **how)
     if not command.json:
         print(f"wrote {command.folder}" + ("" if text else "; no tokenizer, as --data was not given"))
     return {"folder": str(command.folder), "files": sorted(path.name for path in command.folder.iterdir())}

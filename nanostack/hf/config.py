@@ -74,6 +74,7 @@ def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype) -> dict:
         "eos_token_id": eot,
         "pad_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the name of the same for transformers 4
     } | old
 
 

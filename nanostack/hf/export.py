@@ -21,6 +21,7 @@ import torch
 from nanostack.config import describe_tokens
 from nanostack.errors import UserError
 from nanostack.flops import n_params
+from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.config import ARCHITECTURES, model_type, to_config
 from nanostack.model import RESIDUAL_OUTPUTS
@@ -30,7 +31,7 @@ from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
 WRITTEN = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|"
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|.*\.gguf|"
     + "|".join(map(re.escape, hf.TOKENIZER_FILES))
     + f"|({'|'.join(LEGAL)}).*",
     re.IGNORECASE,
@@ -62,13 +63,14 @@ def save(
     eot: int | None = None,
     records: list[dict] | None = None,
     text: str | None = None,
+    as_gguf: bool = False,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load. One process, no mesh.
 
     tokenizer: ours, translated unless it is a tokenizer.json already, or the folder of the model that this one was made of,
-    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on. Everything
-    is written beside the folder first: it is whole or it is not there. A folder that is there is replaced: ask `check_place`
-    before. Raises `UserError` where it cannot be.
+    whose tokenizer and licence are copied. records: of the run, for the card's curve; text: what it was trained on; as_gguf:
+    write FOLDER/NAME.gguf too, for llama.cpp. Everything is written beside the folder first: it is whole or it is not there. A
+    folder that is there is replaced: ask `check_place` before. Raises `UserError` where it cannot be.
     """
     hf.require_extra()
     from safetensors import SafetensorError
@@ -108,6 +110,8 @@ def save(
             for path in tokenizer.iterdir():
                 if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
                     shutil.copyfile(path, partial / path.name)
+        if as_gguf:
+            gguf.write(partial, partial / f"{folder.name}.gguf", folder.name)
         (partial / "README.md").write_text(card(folder.name, state, records, text, base))
         if records:
             from nanostack.curves import draw
@@ -175,9 +179,11 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     (folder / JSON_FILE).write_bytes(ours.to_json())
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ours.eot_token, "model_max_length": seq_len}
-    about |= {"bos_token": ours.token(ours.prefix), "add_bos_token": bool(ours.start)}
-    _write_json(folder / "tokenizer_config.json", about | {"clean_up_tokenization_spaces": False})
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    about["model_input_names"] = ["input_ids", "attention_mask"]  # what transformers 4 passes to a Llama, which takes no more
+    about |= ours.config | {"eos_token": ours.eot_token, "bos_token": ours.token(ours.prefix)}
+    about |= {"add_bos_token": bool(ours.start), "model_max_length": seq_len}
+    _write_json(folder / "tokenizer_config.json", about)
 
 
 def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:

@@ -63,7 +63,7 @@ class CorpusConfig:
     bos: Literal["auto", "yes", "no"] = "auto"
     """whether a begin-of-text token stands before every document; auto: as the template of a tokenizer.json has it"""
     field: str = "text"
-    """the field of .jsonl and column of .parquet that holds the text"""
+    """the field of JSON records, and the column of .parquet, that holds the text"""
     val: tuple[str, ...] = ()
     """sources of the validation text, as those of the rest: a benchmark's split, say; documents that stand on both sides are
     for validation alone"""

@@ -2,12 +2,11 @@
 
 `list_files` finds the files of a source, in the order of their names; `Reader` iterates over the documents of files.
 `nanostack prepare --help` lists sources, kinds of files and what is left out. A file is read piece by piece: what is held
-at a time is LONGEST bytes of plain text, a line of .jsonl, or 256 rows of .parquet.
+at a time is LONGEST bytes of plain text, a line or an element of JSON, or 256 rows of .parquet.
 """
 
 import gzip
 import io
-import json
 import os
 import re
 import sysconfig
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from nanostack.errors import UserError
-from nanostack.text import hub
+from nanostack.text import hub, records
 from nanostack.text.manifest import MANIFEST
 from nanostack.text.tokenizer import JSON_FILE, RANKS_FILE
 
 LONGEST = 1 << 18  # bytes of a document made of plain text: far above any seq_len, and a book still gives several
-LONGEST_LINE = 1 << 26  # bytes of a line of .json that is taken for a record
+LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".ldjson")  # suffixes of JSON lines
 PACKAGES = "packages:"
 REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[.*?\])?\s*(?:==\s*([^\s;,*]+)\s*(?:[;#]|$))?")  # name, pin
 OF_A_BUILD = {"version.py", "_version.py", "__config__.py"}  # which say how a package was built, and where
@@ -100,7 +99,7 @@ def _dataset_files(source: str) -> list[File]:
         raise UserError(f"{source!r} is not of the form hf:OWNER/NAME[@REVISION][,name=CONFIGURATION][,split=SPLIT]")
     pinned, found = hub.dataset(repository, chosen.get("name"), chosen.get("split", "train"))
     files = [File(Path(path), path, size, pinned) for path, size in sorted(found.items())]
-    if unknown := [file.name for file in files if _kind(file)[0] not in (".jsonl", ".parquet", ".txt")]:
+    if unknown := [file.name for file in files if _kind(file)[0] not in (*LINES, ".json", ".parquet", ".txt")]:
         raise UserError(f"{source} holds {unknown[0]}; of datasets, parquet, jsonl and txt can be read, also as .gz and .zst")
     return files
 
@@ -115,11 +114,10 @@ def name_of(source: str, files: list[File]) -> str:
 
 
 def _kind(file: File) -> tuple[str, str | None]:
-    """(what a file holds, how it is packed), as suffixes; .json of a dataset is JSON lines, elsewhere it may be (_is_lines)."""
+    """(what the name says that a file holds, how it is packed), as suffixes."""
     suffixes = [suffix.lower() for suffix in file.path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else None
-    kind = suffixes[-1] if suffixes else ""
-    return ".jsonl" if file.repository and kind == ".json" else kind, packing
+    return suffixes[-1] if suffixes else "", packing
 
 
 def _walk(root: Path, dropped: Counter, skip: Iterable[str] = ()) -> Iterator[Path]:
@@ -153,26 +151,34 @@ class Reader:
         done = 0
         for file in self.files:
             path = hub.download(file.repository, file.name, file.size) if file.repository else file.path
-            with open(path, "rb") as raw:
-                for text in self._documents(path, *_kind(file), raw):
-                    self.position = done + min(raw.tell(), file.size)
-                    yield text
+            try:
+                with open(path, "rb") as raw:
+                    for text in self._documents(path, file, raw):
+                        self.position = done + min(raw.tell(), file.size)
+                        yield text
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{path} is damaged or cut short: {error}") from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
             if file.repository and not self.keep:
                 path.unlink(missing_ok=True)  # another prepare may have done it
             done += file.size
             self.position = done
 
-    def _documents(self, path: Path, kind: str, packing: str | None, raw: BinaryIO) -> Iterator[str]:
+    def _documents(self, path: Path, file: File, raw: BinaryIO) -> Iterator[str]:
+        kind, packing = _kind(file)
         if kind == ".parquet" and not packing:
             yield from self._parquet(path)
             return
-        try:
-            lines = kind == ".jsonl" or (kind == ".json" and _is_lines(_unpacked(raw, packing)))
+
+        def opened() -> BinaryIO:
             raw.seek(0)
-            stream = _unpacked(raw, packing)
-            yield from self._jsonl(stream, path) if lines else self._plain(stream)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or cut short: {error}") from None
+            return _unpacked(raw, packing)
+
+        form = "lines" if kind in LINES else records.form(opened, kind == ".json")
+        if form == "text" and file.repository and kind == ".json":
+            form = "lines"  # a dataset has no settings
+        yield from self._plain(opened()) if form == "text" else self._records(opened(), path, form)
 
     def _plain(self, stream: BinaryIO) -> Iterator[str]:
         tail, first = b"", True
@@ -191,18 +197,22 @@ class Reader:
                     return
             first = False
 
-    def _jsonl(self, stream: BinaryIO, path: Path) -> Iterator[str]:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or self.field not in record:
-                there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise UserError(f"{path}, line {number}: no field {self.field!r} (there is {there}); choose it with --field")
-            yield self._text(record[self.field], f"{path}, line {number}")
+    def _records(self, stream: BinaryIO, path: Path, form: str) -> Iterator[str]:
+        """The texts of records. The first one tells whether the field is there; a later one may lack it, and is counted."""
+        unit, first = "line" if form == "lines" else "record", True
+        for number, record in _numbered(stream, path, form):
+            where = f"{path}, {unit} {number}"
+            if first and form == "array" and not isinstance(record, dict):
+                self.dropped["array_of_no_records"] += 1
+                return
+            if not isinstance(record, dict) or (first and self.field not in record):
+                there = ", ".join(record) or "nothing" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise UserError(f"{where}: no field {self.field!r} (there is {there}); choose it with --field")
+            first = False
+            if self.field in record:
+                yield self._text(record[self.field], where)
+            else:
+                self.dropped["without_field"] += 1
 
     def _parquet(self, path: Path) -> Iterator[str]:
         try:
@@ -211,7 +221,7 @@ class Reader:
         except ImportError:
             raise UserError(f"{path}: reading parquet takes pyarrow; pip install 'nanostack[data]'") from None
         try:
-            table = pyarrow.parquet.ParquetFile(path)
+            table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             if self.field not in table.schema_arrow.names:
                 there = ", ".join(table.schema_arrow.names)
                 raise UserError(f"{path}: no column {self.field!r} (there is {there}); choose it with --field")
@@ -220,8 +230,8 @@ class Reader:
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield self._text(value, f"{path}, row {row}")
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where a page cannot be unpacked
+            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
     def _text(self, value: object, where: str) -> str:
         if value is not None and not isinstance(value, str):
@@ -234,12 +244,20 @@ def _last_character(block: bytes) -> int:
     return next((i for i in range(len(block) - 1, len(block) - 5, -1) if block[i] & 0xC0 != 0x80), len(block))
 
 
-def _is_lines(stream: BinaryIO) -> bool:
-    """Whether a .json is JSON lines, as those of many datasets are: its first two lines are objects."""
+def _numbered(stream: BinaryIO, path: Path, form: str) -> Iterator[tuple[int, object]]:
+    """(its number, what it holds) of each line that is not empty, or of each element of an array."""
+    number = 0
     try:
-        return all(isinstance(json.loads(stream.readline(LONGEST_LINE)), dict) for _ in range(2))
-    except (ValueError, RecursionError):
-        return False
+        if form == "lines":
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, records.decode(line)
+        else:
+            for number, record in enumerate(records.elements(stream), 1):
+                yield number, record
+    except ValueError as error:
+        where = f"line {number}: not JSON ({error})" if form == "lines" else f"behind record {number}: not JSON"
+        raise UserError(f"{path}, {where}") from None
 
 
 def _unpacked(raw: BinaryIO, packing: str | None) -> BinaryIO:

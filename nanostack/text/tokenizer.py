@@ -17,7 +17,6 @@ rustbpe breaks ties by token ids, so the same texts give the same ranks whatever
 
 import base64
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,7 +28,17 @@ import tiktoken
 from nanostack.errors import UserError
 from nanostack.text import hub, ranks
 from nanostack.text.bounds import Bounds
-from nanostack.text.tokenizer_json import JSON_FILE, named_tokens, read_json, start_of, template_of, token_lengths, with_start
+from nanostack.text.tokenizer_json import (
+    JSON_FILE,
+    named_tokens,
+    own_config,
+    read_json,
+    start_of,
+    template_of,
+    token_lengths,
+    with_start,
+)
+from nanostack.text.translation import tokenizer_json
 
 EOT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"
@@ -55,6 +64,7 @@ class Tokenizer:
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.eot_token, self.eot = EOT, special[EOT]
+        self.config: dict = {"unk_token": EOT}  # what tokenizer_config.json is to say beside: as GPT-2's
         self._bpe: Any = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.n_vocab = self._bpe.max_token_value + 1
         self.template: list[int] = []  # what it puts before a text of its own accord: ranks know of nothing
@@ -114,30 +124,8 @@ class Tokenizer:
         return lengths
 
     def to_json(self) -> bytes:
-        """The same ids as a tokenizer.json of Hugging Face's. Needs the extra `hf`.
-
-        tiktoken keeps ranks of byte strings, Hugging Face an ordered list of merges: the merge that made a token is found by
-        merging its bytes with the lower ranks only, until two are left. Special tokens stand among the others too, or they
-        would be numbered anew where ids are left out, as in cl100k_base. Text that looks like end-of-text becomes that token,
-        as is the custom there; ours takes it as text.
-        """
-        import tokenizers
-        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-
-        shown = _bytes_to_unicode()
-        text = {token: "".join(shown[byte] for byte in token) for token in self.ranks}
-        merges = []
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            if len(token) > 1 and len(parts := _merged(self.ranks, token, rank)) == 2:
-                merges.append((text[parts[0]], text[parts[1]]))
-        vocab = {text[token]: rank for token, rank in self.ranks.items()} | self.special
-        made = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=bool(merges)))
-        split = pre_tokenizers.Split(Regex(self.pattern), behavior="isolated")
-        made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        made.decoder = decoders.ByteLevel()
-        names = sorted(self.special, key=lambda name: self.special[name])
-        made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-        return made.to_str(pretty=True).encode()
+        """The same ids as a tokenizer.json of Hugging Face's. UserError for a pattern that cannot be said there."""
+        return tokenizer_json(self.name, self.pattern, self.ranks, self.special).encode()
 
     def save(self, folder: str | Path) -> dict:
         """Write the ranks to `folder`; returns the manifest's entry, from which `load` makes the same tokenizer."""
@@ -174,6 +162,8 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library has no other class
             raise UserError(f"{name} is no {JSON_FILE} that the tokenizers library can read: {error}") from None
         self.name, self.data, self.eot_token = name, data, eot_token
+        unknown = getattr(self._bpe.model, "unk_token", None) or eot_token
+        self.config = {"unk_token": unknown}
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self._bpe.encode_special_tokens = True
@@ -249,6 +239,7 @@ class JsonTokenizer(Tokenizer):
             "special": self.special,
             "eot": self.eot,
             "n_vocab": self.n_vocab,
+            "config": self.config,
         }
         return entry | ({"start": self.start} if self.start else {})
 
@@ -320,6 +311,7 @@ def load(folder: str | Path) -> Tokenizer:
         raise UserError(f"{path} is missing or is not the file its manifest describes; prepare the data again")
     if path.name == JSON_FILE:
         made = JsonTokenizer(entry["name"], path.read_bytes(), *entry["special"])
+        made.config |= entry.get("config", {})
         made.follow(Bounds.of_data(manifest))
         return made
     return Tokenizer(entry["name"], entry["pattern"], ranks.read(path), entry["special"])
@@ -346,6 +338,7 @@ def _from_json(path: Path, name: str) -> JsonTokenizer:
     if made.n_vocab > most:
         raise UserError(f"{path} has ids up to {made.n_vocab - 1}, and the model beside it a vocabulary of {most}")
     made.name = name  # without the path: data are the same wherever the file lay
+    made.config |= own_config(path.parent)
     return made
 
 
@@ -369,22 +362,3 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:] if start else text
-
-
-def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """The bytes of a token, merged as far as ranks below `below` go."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        found = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        rank, i = min(found)
-        if rank >= below:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -43,6 +43,21 @@ def named_tokens(folder: Path) -> dict[str, str | None]:
     return tokens
 
 
+def own_config(folder: Path) -> dict:
+    """What tokenizer_config.json in a folder says that holds for the same tokens elsewhere: paddings, templates of a chat.
+
+    How texts begin and end is said by training, and files and code are not taken along. The class is not either: some build a
+    tokenizer of their own out of the merges, and tokenizer.json is what the ids are of.
+    """
+    found = read_json(folder / CONFIG_FILE)
+    if "added_tokens_decoder" not in found:
+        found |= read_json(folder / "special_tokens_map.json")
+    gone = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "tokenizer_class", "add_bos_token", "add_eos_token")
+    found = {key: value for key, value in found.items() if key not in (*gone, "bos_token", "eos_token")}
+    named = {key: value["content"] for key, value in found.items() if isinstance(value, dict) and "content" in value}
+    return found | named  # tokenizer.json itself has the properties of tokens
+
+
 def _class_of(folder: Path, config: dict) -> str:
     """The class that AutoTokenizer makes of a folder, of those in NAMED_BY_CLASS."""
     model = read_json(folder / "config.json")

@@ -120,6 +120,7 @@ def test_everything_else_works(bare):
     ("command", "package", "extra"),
     [
         ("-m nanostack export out/run/ckpt.pt exported --data data", "safetensors", "hf"),
+        ("-m nanostack export out/run/ckpt.pt exported --data data --gguf", "gguf", "gguf"),
         ("-m nanostack import model out/imported.pt", "safetensors", "hf"),
         ("-m nanostack import OWNER/NAME out/imported.pt", "", "hf"),
         ("grow.py model --g 2", "safetensors", "hf"),

@@ -14,7 +14,8 @@ from conftest import ROOT, TINY
 from pages import Shell, commands, lines_of, workshop
 
 DOCS = ROOT / "docs"
-PAGES = ("data", "train", "evaluate", "grow_yours", "scale", "add_a_kernel")  # in the order in which they build on each other
+# In the order in which they build on each other
+PAGES = ("data", "train", "evaluate", "grow_yours", "use_it_elsewhere", "scale", "add_a_kernel")
 
 
 @pytest.mark.slow

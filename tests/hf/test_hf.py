@@ -201,7 +201,10 @@ def test_tokenizer_gives_the_same_ids_as_tiktoken(corpus, tmp_path):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text), text[:40]
         assert theirs.decode(ids) == text
-    assert theirs.eos_token_id == ours.eot and len(theirs) == ours.n_vocab
+    assert theirs.eos_token_id == theirs.bos_token_id == theirs.unk_token_id == ours.eot and len(theirs) == ours.n_vocab
+    assert theirs(texts)["input_ids"] == [ours.encode(text) for text in texts], "no token is added by itself"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32"
 
 
 @pytest.mark.slow

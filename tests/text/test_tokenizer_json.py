@@ -177,10 +177,36 @@ def test_prepared_data_hold_the_tokenizer_json_and_export_writes_it_again(tmp_pa
     exported.mkdir()
     export._write_tokenizer(loaded, exported, 64)
     assert (exported / "tokenizer.json").read_bytes() == data
-    assert json.loads((exported / "tokenizer_config.json").read_text())["eos_token"] == eot_token
+    about = json.loads((exported / "tokenizer_config.json").read_text())
+    unknown = "<unk>" if b"<unk>" in data else eot_token
+    assert (about["eos_token"], about["bos_token"], about["unk_token"]) == (eot_token, eot_token, unknown)
     (out / "tokenizer.json").write_bytes(data + b"\n")
     with pytest.raises(UserError, match=r"tokenizer\.json .*not the file its manifest describes"):
         tokenizer.load(out)
+
+
+def test_what_the_config_of_a_given_tokenizer_says_is_passed_on(tmp_path):
+    """But for code and files that stay where they are, and the length, which is the model's."""
+    data, eot_token = BUILT["llama-2"]
+    model = model_folder(tmp_path / "model", data)
+    own = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": eot_token, "tokenizer_class": "TokenizersBackend"}
+    own |= {"chat_template": "{{ messages }}", "model_max_length": 10**30, "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "<unk>"}))
+    loaded = tokenizer.load(prepared(tmp_path, str(model)))
+    export._write_tokenizer(loaded, tmp_path, 64)
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "bos_token": "<s>",
+        "eos_token": eot_token,
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "chat_template": "{{ messages }}",
+        "model_max_length": 64,
+    }
 
 
 WORDS = {"type": "WordLevel", "vocab": {"a": 0, "?": 1, "</s>": 2}, "unk_token": "?"}

@@ -179,7 +179,9 @@ def test_prepared_data_hold_the_tokenizer_json_and_export_writes_it_again(tmp_pa
     assert (exported / "tokenizer.json").read_bytes() == data
     about = json.loads((exported / "tokenizer_config.json").read_text())
     unknown = "<unk>" if b"<unk>" in data else eot_token
-    assert (about["eos_token"], about["bos_token"], about["unk_token"]) == (eot_token, eot_token, unknown)
+    begin = "<s>" if b"TemplateProcessing" in data else eot_token
+    assert (about["eos_token"], about["bos_token"], about["unk_token"]) == (eot_token, begin, unknown)
+    assert about["add_bos_token"] == (begin != eot_token)
     (out / "tokenizer.json").write_bytes(data + b"\n")
     with pytest.raises(UserError, match=r"tokenizer\.json .*not the file its manifest describes"):
         tokenizer.load(out)
@@ -201,6 +203,7 @@ def test_what_the_config_of_a_given_tokenizer_says_is_passed_on(tmp_path):
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": "<s>",
+        "add_bos_token": True,
         "eos_token": eot_token,
         "unk_token": "<unk>",
         "pad_token": "</s>",

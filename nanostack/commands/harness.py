@@ -30,7 +30,7 @@ from nanostack.text.tokenizer_json import JSON_FILE
 
 LOGIQA = "EleutherAI/logiqa"  # a loading script and no data: datasets ≥ 4 cannot read it
 LOGIQA_FILES = "https://raw.githubusercontent.com/lgw863/LogiQA-dataset/master"  # where that script reads
-PROBES = (" a", "a  b", "1234", "a\r\n\n b", "e\u0301", "don't 'll", "\t\tx = 1")  # which ways of cutting a text up differ on
+PROBES = (" a", "a  b", "1234", "a\r\n\n b", "e\u0301", "don't 'll", "\t\tx = 1")  # texts that are cut up in different ways
 MAX_GEN_TOKS = 256  # what lm-eval's Hugging Face model generates where a task says nothing
 # What a request or a generation_config.json may say without another text coming of it: whatever it is, or if it is 1. All else
 # may only be nothing, 0 or false.

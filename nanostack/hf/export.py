@@ -24,10 +24,13 @@ from nanostack.flops import n_params
 from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.config import ARCHITECTURES, model_type, to_config
-from nanostack.model import RESIDUAL_OUTPUTS
+from nanostack.model import RESIDUAL_OUTPUTS, LlamaConfig
 from nanostack.state import State
 from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
 WRITTEN = re.compile(
@@ -84,15 +87,16 @@ def save(
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        described = to_config(config.unrolled(), eot, dtype)
-        _write_weights(state, partial, dtype, shard_bytes)
+        written = written_shape(config.unrolled(), tokenizer)
+        described = to_config(written, eot, dtype)
+        _write_weights(state, written, partial, dtype, shard_bytes)
         receipts = [receipt.as_dict() for receipt in state.growth]
         if config.loops > 1 and receipts:
             print(f"note: {folder} has a layer for each pass of a loop; how the looped ones grew is left out", file=sys.stderr)
             receipts = []
         about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
         about |= {"manifest_sha256": manifest_sha256, "bounds": dataclasses.asdict(state.bounds)}
-        about |= {"fingerprint": hf.Weights(partial, config.unrolled()).fingerprint()}
+        about |= {"fingerprint": hf.Weights(partial, written).fingerprint()}
         ends = sorted({*state.bounds.ends, *([] if eot is None else [eot])})
         generation = {"eos_token_id": ends if len(ends) > 1 else eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
         special, base = {}, None
@@ -112,7 +116,7 @@ def save(
                     shutil.copyfile(path, partial / path.name)
         if as_gguf:
             gguf.write(partial, partial / f"{folder.name}.gguf", folder.name)
-        (partial / "README.md").write_text(card(folder.name, state, records, text, base))
+        (partial / "README.md").write_text(card(folder.name, described["model_type"], state, records, text, base))
         if records:
             from nanostack.curves import draw
 
@@ -123,6 +127,16 @@ def save(
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
+
+
+def written_shape(config: LlamaConfig, tokenizer: Tokenizer | Path | None) -> LlamaConfig:
+    """The shape that is written: the model's own, but for a Qwen2 whose tokenizer cuts text in another way than Qwen's.
+
+    transformers takes the tokenizer of every qwen2 folder for Qwen's, whatever its files say, and would give other ids. Such a
+    model is written as a Llama, whose out projections have biases, too: they are 0.
+    """
+    foreign = isinstance(tokenizer, Tokenizer) and json.dumps(QWEN2_PATTERN)[1:-1] not in tokenizer.to_json().decode()
+    return dataclasses.replace(config, out_bias=True) if foreign and model_type(config) == "qwen2" else config
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -140,12 +154,12 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _write_weights(state: State, config: LlamaConfig, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """safetensors, each of at most shard_bytes unless a tensor alone is larger; only a shard at a time is held."""
     from safetensors.torch import save_file
 
     parameters, scale = dict(state.model.named_parameters()), state.model.config.branch_scale
-    config, n_layer = state.model.config.unrolled(), state.model.config.n_layer
+    n_layer = state.model.config.n_layer
     shards: list[list[tuple[str, int]]] = [[]]  # (our name, which of its parts)
     total = filled = 0
     for name in hf.names_of(config):
@@ -161,7 +175,8 @@ def _write_weights(state: State, folder: Path, dtype: torch.dtype, shard_bytes: 
         file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name, part in parts:
-            whole = parameters[hf.in_loop(name, n_layer)].detach()
+            ours = parameters.get(hf.in_loop(name, n_layer))
+            whole = torch.zeros(hf.shapes_of(name, config)[0]) if ours is None else ours.detach()
             if name.endswith(RESIDUAL_OUTPUTS) and scale != 1:
                 whole = whole * scale
             rows = hf.rows_of(name, config)
@@ -186,11 +201,13 @@ def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
     _write_json(folder / "tokenizer_config.json", about)
 
 
-def card(name: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:
-    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve. base: the model of others that was grown."""
+def card(name: str, kind: str, state: State, records: list[dict] | None, text: str | None, base: str | None = None) -> str:
+    """README.md of the folder: shape, text, tokens, FLOPs, how it grew, its curve.
+
+    kind: the architecture that is written; base: the model of others that was grown.
+    """
     config, cursor = state.model.config.unrolled(), state.cursor
     heads = f"{config.n_head} heads ({config.n_kv_head} for keys and values)"
-    kind = model_type(config)
     tags, family = f"tags: [{kind}, nanostack, stacking]", ARCHITECTURES[kind].name.removesuffix("ForCausalLM")
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", tags, "---"]
     lines += [

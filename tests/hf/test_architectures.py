@@ -19,6 +19,7 @@ from nanostack.hf import weights as hf
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
 from nanostack.state import State
+from nanostack.text import tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -189,3 +190,17 @@ def test_what_no_architecture_of_theirs_computes_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="no architecture of transformers has qk_norm, mlp_bias and nothing more of the kind"):
         export.save(state, tmp_path / "out", None)
     assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_that_is_not_qwens_leaves_as_it_is(tmp_path):
+    """transformers reads the tokenizer of every qwen2 folder as Qwen's own: a model with another goes as a Llama."""
+    state = State.create(replace(SHAPE, qkv_bias=True, vocab_size=384), Optim(), Placement(CPU), seed=2)
+    text = "1234 numbers,  and\t words\r\n in 12345678 lines"
+    ours = tokenizer.train([text] * 4, 270)
+    export.save(state, tmp_path / "out", None, tokenizer=ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.encode(text) == ours.encode(text)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == "llama" and not any(layer.self_attn.o_proj.bias.any() for layer in model.model.layers)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, state.model(TOKENS), rtol=0, atol=1e-4)

@@ -31,8 +31,10 @@ ARCHITECTURES = {
     "qwen2": Architecture("Qwen2ForCausalLM", 32768, n_kv_head=32),
     "qwen3": Architecture("Qwen3ForCausalLM", 32768, n_kv_head=32, d_head=128),
 }
-SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-SIZES += ("vocab_size", "max_position_embeddings", "head_dim", "sliding_window", "max_window_layers")
+SIZES = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "head_dim", "sliding_window", "max_window_layers"),
+)
 
 
 def model_type(config: LlamaConfig) -> str:
@@ -83,7 +85,7 @@ def _rope_of(config: LlamaConfig) -> tuple[dict, dict]:
     theta, scaling = {"rope_theta": config.rope_theta}, config.rope_scaling
     if scaling is None:
         return {"rope_type": "default"} | theta, dict(theta)
-    says = {"rope_type": scaling.kind, "factor": scaling.factor}
+    says: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
         says["original_max_position_embeddings"] = scaling.original_seq_len
     if scaling.kind == "llama3":

@@ -123,6 +123,16 @@ FAULTS = (
           'if pin not in (None, package.version, package.version.partition("+")[0]):', "if False:"),
     fault("prose_in_code", "test_prose", 'NOT_PROSE = {"pre", ', 'NOT_PROSE = {"prey", '),
     fault("seeds_told_twice", "test_quickstart:together", 'if twice := arms[arm]["seeds"].keys()', 'if twice := set()'),
+    fault("bias_of_a_silent_layer", "test_variants:depth",
+          '"attn.out.weight", "attn.out.bias", "mlp.down.weight", "mlp.down.bias")', '"attn.out.weight", "mlp.down.weight")'),
+    fault("biases_as_gains", "test_variants:width", '(1.0 if name.endswith("bias") else', '(1.0 if False else'),
+    fault("gain_of_heads", "test_operations:norm_rotary", "mine1[i] += turned1 * n1;", "mine1[i] += g1 * n1;"),
+    fault("yarn_of_angles", "test_architectures", "places[0]), math.ceil(places[1])", "places[0]), math.floor(places[1])"),
+    fault("sliding_window", "test_architectures:random", "if window is not None and window < seq_len:", "if False:"),
+    fault("tied_head_of_its_own", "test_architectures:random", "if config.tie_embeddings and weights.head_of_its_own():",
+          "if False:"),
+    fault("tokenizer_of_qwen2", "test_architectures:qwens", 'if foreign and model_type(config) == "qwen2" else config',
+          "if False else config"),
 )  # fmt: skip
 
 

@@ -84,23 +84,35 @@ def add_rms_norm(device: torch.device, rows: int, width: int) -> Work:
     return Work(inputs, ways, "bytes", 4 * size, 4 * size)
 
 
-def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
+def angles(device: torch.device, seq: int, d_head: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (seq, d_head/2)."""
     angle = torch.outer(torch.arange(seq, device=device), 1e4 ** -torch.linspace(0, 1, d_head // 2, device=device))
-    cos, sin = angle.cos(), angle.sin()
-    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].to(dtype_on(device)) for t in (cos, sin))
+    return angle.cos(), angle.sin()
 
-    def turned(x):
-        left, right = x.chunk(2, -1)
-        return x * wide_cos + torch.cat((-right, left), -1) * wide_sin
 
-    def eager(q, k):  # Hugging Face's
-        return turned(q), turned(k)
+def wide(tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """cos and sin for whole heads (seq, 1, d_head), as Hugging Face has them."""
+    return [torch.cat((table, table), -1)[:, None].to(dtype_on(table.device)) for table in tables]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary as Hugging Face has it."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
+    tables = angles(device, seq, d_head)
+    cos, sin = wide(tables)
+
+    def eager(q, k):
+        return turned(q, cos, sin), turned(k, cos, sin)
 
     def liger(q, k):  # works on (batch, head, seq, d_head)
-        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), wide_cos[:, 0][None], wide_sin[:, 0][None])
+        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos[:, 0][None], sin[:, 0][None])
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    ways = {OURS: lambda q, k: kernels.rotary(q, k, cos, sin), "torch eager": eager, "torch.compile": compiled(eager)}
+    ways = {OURS: lambda q, k: kernels.rotary(q, k, *tables), "torch eager": eager, "torch.compile": compiled(eager)}
     inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))
     if LigerRMSNormFunction:  # turns its inputs in place
         ways["Liger"] = Apart(liger, tuple(x.detach().clone().requires_grad_() for x in inputs))
@@ -110,17 +122,14 @@ def rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: i
 
 def norm_rotary(device: torch.device, batch: int, seq: int, n_head: int, n_kv_head: int, d_head: int) -> Work:
     """Of q and of k, as Qwen3 has it."""
-    angle = torch.outer(torch.arange(seq, device=device), 1e4 ** -torch.linspace(0, 1, d_head // 2, device=device))
-    cos, sin = angle.cos(), angle.sin()
-    wide_cos, wide_sin = (torch.cat((t, t), -1)[:, None].to(dtype_on(device)) for t in (cos, sin))
+    tables = angles(device, seq, d_head)
+    cos, sin = wide(tables)
 
     def ours(q, k, gain):
-        return kernels.norm_rotary(q, gain, cos, sin, EPS), kernels.norm_rotary(k, gain, cos, sin, EPS)
+        return kernels.norm_rotary(q, gain, *tables, EPS), kernels.norm_rotary(k, gain, *tables, EPS)
 
     def eager(q, k, gain):
-        q, k = (F.rms_norm(x, (d_head,), gain, EPS) for x in (q, k))
-        left_right = ((x, torch.cat((-x[..., d_head // 2 :], x[..., : d_head // 2]), -1)) for x in (q, k))
-        return tuple(x * wide_cos + swapped * wide_sin for x, swapped in left_right)
+        return tuple(turned(F.rms_norm(x, (d_head,), gain, EPS), cos, sin) for x in (q, k))
 
     ways = {OURS: ours, "torch eager": eager, "torch.compile": compiled(eager)}
     inputs = (randn(batch, seq, n_head, d_head, like=device), randn(batch, seq, n_kv_head, d_head, like=device))

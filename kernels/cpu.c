@@ -77,6 +77,12 @@ void swiglu_backward(const element *dy, const element *gate_up, element *dgate_u
     }
 }
 
+// Where a head of x with these strides begins, row = batch · seq + position.
+static inline const element *head_of(const element *x, long row, long seq, long head, long stride_batch, long stride_seq,
+                                     long stride_head) {
+    return x + row / seq * stride_batch + row % seq * stride_seq + head * stride_head;
+}
+
 // x of (rows, heads, 2·half) with these strides, row = batch · seq + position; out contiguous; tables (seq, half).
 void rotary(const element *x, element *out, const float *cosines, const float *sines, long batch, long seq, long heads,
             long half, long stride_batch, long stride_seq, long stride_head, float sign, int threads) {
@@ -85,7 +91,7 @@ void rotary(const element *x, element *out, const float *cosines, const float *s
         long position = row % seq;
         const float *c = cosines + position * half, *s = sines + position * half;
         for (long head = 0; head < heads; head++) {
-            const element *x1 = x + row / seq * stride_batch + position * stride_seq + head * stride_head, *x2 = x1 + half;
+            const element *x1 = head_of(x, row, seq, head, stride_batch, stride_seq, stride_head), *x2 = x1 + half;
             element *out1 = out + (row * heads + head) * 2 * half, *out2 = out1 + half;
 #pragma omp simd
             for (long i = 0; i < half; i++) {
@@ -107,7 +113,7 @@ void norm_rotary_forward(const element *x, const float *gain, const float *cosin
         long position = row % seq;
         const float *c = cosines + position * half, *s = sines + position * half;
         for (long head = 0; head < heads; head++) {
-            const element *x1 = x + row / seq * stride_batch + position * stride_seq + head * stride_head, *x2 = x1 + half;
+            const element *x1 = head_of(x, row, seq, head, stride_batch, stride_seq, stride_head), *x2 = x1 + half;
             element *out1 = out + (row * heads + head) * 2 * half, *out2 = out1 + half;
             float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
@@ -137,7 +143,7 @@ void norm_rotary_backward(const element *dout, const element *x, const float *ga
             long position = row % seq;
             const float *c = cosines + position * half, *s = sines + position * half;
             for (long head = 0; head < heads; head++) {
-                const element *x1 = x + row / seq * stride_batch + position * stride_seq + head * stride_head, *x2 = x1 + half;
+                const element *x1 = head_of(x, row, seq, head, stride_batch, stride_seq, stride_head), *x2 = x1 + half;
                 const element *d1 = dout + (row * heads + head) * 2 * half, *d2 = d1 + half;
                 element *dx1 = dx + (row * heads + head) * 2 * half, *dx2 = dx1 + half;
                 float squares = 0.0f, projection = 0.0f;

@@ -35,14 +35,11 @@ from .rotary import MAX_D_HEAD, check_tables, require_heads, rotary_reference, r
 
 
 @triton.jit
-def norm_rotary_forward_kernel(
-    x_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr,
-    stride_x_batch, stride_x_seq, stride_x_head, stride_cos_seq, stride_sin_seq, rows, seq_len, n_head, offset,
-    EPS: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+def load_heads(
+    x_ptr, cos_ptr, sin_ptr, row, dim, mask, seq_len, n_head, offset,
+    stride_x_batch, stride_x_seq, stride_x_head, stride_cos_seq, stride_sin_seq, HALF: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    dim = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = (row < rows) & (dim < HALF)
+    """Both halves of the heads `row` of x, normalised without a gain; 1 / root mean square; cos and sin of their positions."""
     token = row // n_head
     position = token % seq_len
     x_ptrs = x_ptr + token // seq_len * stride_x_batch + position * stride_x_seq + row % n_head * stride_x_head + dim
@@ -51,8 +48,24 @@ def norm_rotary_forward_kernel(
     cos = tl.load(cos_ptr + (position + offset) * stride_cos_seq + dim, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + (position + offset) * stride_sin_seq + dim, mask=mask, other=0.0)
     rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + EPS)[:, None]
-    n1 = x1 * rstd * tl.load(gain_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-    n2 = x2 * rstd * tl.load(gain_ptr + HALF + dim, mask=dim < HALF, other=0.0).to(tl.float32)
+    return x1 * rstd, x2 * rstd, rstd, cos, sin
+
+
+@triton.jit
+def norm_rotary_forward_kernel(
+    x_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr,
+    stride_x_batch, stride_x_seq, stride_x_head, stride_cos_seq, stride_sin_seq, rows, seq_len, n_head, offset,
+    EPS: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    dim = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (row < rows) & (dim < HALF)
+    x1, x2, _, cos, sin = load_heads(
+        x_ptr, cos_ptr, sin_ptr, row, dim, mask, seq_len, n_head, offset,
+        stride_x_batch, stride_x_seq, stride_x_head, stride_cos_seq, stride_sin_seq, HALF, EPS,
+    )  # fmt: skip
+    n1 = x1 * tl.load(gain_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
+    n2 = x2 * tl.load(gain_ptr + HALF + dim, mask=dim < HALF, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + row * (2 * HALF) + dim
     tl.store(out_ptrs, (n1 * cos - n2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptrs + HALF, (n2 * cos + n1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
@@ -72,19 +85,13 @@ def norm_rotary_backward_kernel(
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & (dim < HALF)
-        token = row // n_head
-        position = token % seq_len
-        x_ptrs = x_ptr + token // seq_len * stride_x_batch + position * stride_x_seq + row % n_head * stride_x_head + dim
-        x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+        x1, x2, rstd, cos, sin = load_heads(
+            x_ptr, cos_ptr, sin_ptr, row, dim, mask, seq_len, n_head, offset,
+            stride_x_batch, stride_x_seq, stride_x_head, stride_cos_seq, stride_sin_seq, HALF, EPS,
+        )  # fmt: skip
         d1 = tl.load(dout_ptr + row * (2 * HALF) + dim, mask=mask, other=0.0).to(tl.float32)
         d2 = tl.load(dout_ptr + row * (2 * HALF) + HALF + dim, mask=mask, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + (position + offset) * stride_cos_seq + dim, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + (position + offset) * stride_sin_seq + dim, mask=mask, other=0.0)
         dn1, dn2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
-        rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + EPS)[:, None]
-        x1 *= rstd
-        x2 *= rstd
         dgain1 += dn1 * x1
         dgain2 += dn2 * x2
         dn1 *= gain1

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 FORMER = {  # names that test files had
     "test_operations": "test_kernels",
+    "test_rotary": "test_operations",
     "test_attention": "test_kernels_attention",
     "test_c": "test_kernels_c",
     "test_interface": "test_kernels_interface",
@@ -43,7 +44,7 @@ def fault(name: str, tests: str, *texts: str, interpreted: bool = False) -> Faul
 FAULTS = (
     fault("rms_norm_backward", "test_operations:rms_norm", "dx = (dy_weight - x_hat * projection) * rstd",
           "dx = (dy_weight + x_hat * projection) * rstd", interpreted=True),
-    fault("rotary_kernel", "test_operations:rotary", "(x2 * cos + x1 * sin).to(out_ptr", "(x2 * cos - x1 * sin).to(out_ptr",
+    fault("rotary_kernel", "test_rotary:rotary", "(x2 * cos + x1 * sin).to(out_ptr", "(x2 * cos - x1 * sin).to(out_ptr",
           interpreted=True),
     fault("swiglu_backward", "test_operations:swiglu", "(sigmoid * (1 + gate * (1 - sigmoid)))",
           "(sigmoid * (1 - gate * (1 - sigmoid)))", interpreted=True),
@@ -126,7 +127,7 @@ FAULTS = (
     fault("bias_of_a_silent_layer", "test_variants:depth",
           '"attn.out.weight", "attn.out.bias", "mlp.down.weight", "mlp.down.bias")', '"attn.out.weight", "mlp.down.weight")'),
     fault("biases_as_gains", "test_variants:width", '(1.0 if name.endswith("bias") else', '(1.0 if False else'),
-    fault("gain_of_heads", "test_operations:norm_rotary", "mine1[i] += turned1 * n1;", "mine1[i] += g1 * n1;"),
+    fault("gain_of_heads", "test_rotary:norm_rotary", "mine1[i] += turned1 * n1;", "mine1[i] += g1 * n1;"),
     fault("yarn_of_angles", "test_architectures", "places[0]), math.ceil(places[1])", "places[0]), math.floor(places[1])"),
     fault("sliding_window", "test_architectures:random", "if window is not None and window < seq_len:", "if False:"),
     fault("tied_head_of_its_own", "test_architectures:random", "if config.tie_embeddings and weights.head_of_its_own():",

@@ -71,7 +71,7 @@ class HubTokenizer:
     def of(cls, text: Tokenizer, seq_len: int, model: Path | None = None) -> "HubTokenizer":
         """One of ours: what `nanostack export` would write of it, read again. model: the folder of the model, if it has one."""
         with tempfile.TemporaryDirectory() as folder:
-            export._write_tokenizer(text, Path(folder), seq_len)
+            export.write_tokenizer(text, Path(folder), seq_len)
             made = cls(Path(folder), text.ends)
         made.generation = cls._generation(model) if model else made.generation
         return made

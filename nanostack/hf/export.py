@@ -24,13 +24,11 @@ from nanostack.flops import n_params
 from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.config import ARCHITECTURES, model_type, to_config
+from nanostack.hf.gguf_vocabulary import QWEN2_PATTERN
 from nanostack.model import RESIDUAL_OUTPUTS, LlamaConfig
 from nanostack.state import State
 from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
 WRITTEN = re.compile(
@@ -90,13 +88,7 @@ def save(
         written = written_shape(config.unrolled(), tokenizer)
         described = to_config(written, eot, dtype)
         _write_weights(state, written, partial, dtype, shard_bytes)
-        receipts = [receipt.as_dict() for receipt in state.growth]
-        if config.loops > 1 and receipts:
-            print(f"note: {folder} has a layer for each pass of a loop; how the looped ones grew is left out", file=sys.stderr)
-            receipts = []
-        about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
-        about |= {"manifest_sha256": manifest_sha256, "bounds": dataclasses.asdict(state.bounds)}
-        about |= {"fingerprint": hf.Weights(partial, written).fingerprint()}
+        about = _ledger(state, folder, manifest_sha256) | {"fingerprint": hf.Weights(partial, written).fingerprint()}
         ends = sorted({*state.bounds.ends, *([] if eot is None else [eot])})
         generation = {"eos_token_id": ends if len(ends) > 1 else eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
         special, base = {}, None
@@ -109,11 +101,9 @@ def save(
         _write_json(partial / "config.json", described | special | {"nanostack": about})
         _write_json(partial / "generation_config.json", generation)
         if isinstance(tokenizer, Tokenizer):
-            _write_tokenizer(tokenizer, partial, config.seq_len)
+            write_tokenizer(tokenizer, partial, config.seq_len)
         elif tokenizer is not None:
-            for path in tokenizer.iterdir():
-                if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
-                    shutil.copyfile(path, partial / path.name)
+            _copy_tokenizer(tokenizer, partial)
         if as_gguf:
             gguf.write(partial, partial / f"{folder.name}.gguf", folder.name)
         (partial / "README.md").write_text(card(folder.name, described["model_type"], state, records, text, base))
@@ -129,14 +119,33 @@ def save(
             shutil.rmtree(partial)
 
 
+def _ledger(state: State, folder: Path, manifest_sha256: str | None) -> dict:
+    """What config.json keeps under "nanostack", as Hugging Face has no place for it."""
+    receipts = [receipt.as_dict() for receipt in state.growth]
+    if state.model.config.loops > 1 and receipts:
+        print(f"note: {folder} has a layer for each pass of a loop; how the looped ones grew is left out", file=sys.stderr)
+        receipts = []
+    about = {"cursor": dataclasses.asdict(state.cursor), "growth": receipts, "seed": state.seed}
+    return about | {"manifest_sha256": manifest_sha256, "bounds": dataclasses.asdict(state.bounds)}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer and the licence of another model, as they are."""
+    for path in source.iterdir():
+        if path.is_file() and (path.name in hf.TOKENIZER_FILES or path.name.upper().startswith(LEGAL)):
+            shutil.copyfile(path, folder / path.name)
+
+
 def written_shape(config: LlamaConfig, tokenizer: Tokenizer | Path | None) -> LlamaConfig:
     """The shape that is written: the model's own, but for a Qwen2 whose tokenizer cuts text in another way than Qwen's.
 
     transformers takes the tokenizer of every qwen2 folder for Qwen's, whatever its files say, and would give other ids. Such a
     model is written as a Llama, whose out projections have biases, too: they are 0.
     """
-    foreign = isinstance(tokenizer, Tokenizer) and json.dumps(QWEN2_PATTERN)[1:-1] not in tokenizer.to_json().decode()
-    return dataclasses.replace(config, out_bias=True) if foreign and model_type(config) == "qwen2" else config
+    if not isinstance(tokenizer, Tokenizer) or model_type(config) != "qwen2":
+        return config
+    own = json.dumps(QWEN2_PATTERN)[1:-1] in tokenizer.to_json().decode()
+    return config if own else dataclasses.replace(config, out_bias=True)
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -192,7 +201,8 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
+def write_tokenizer(ours: Tokenizer, folder: Path, seq_len: int) -> None:
+    """tokenizer.json and tokenizer_config.json of a tokenizer of ours, which begins texts as training did."""
     (folder / JSON_FILE).write_bytes(ours.to_json())
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     about["model_input_names"] = ["input_ids", "attention_mask"]  # what transformers 4 passes to a Llama, which takes no more

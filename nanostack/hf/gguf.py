@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from nanostack.errors import UserError
-from nanostack.hf.config import from_config
+from nanostack.hf.config import context_of, from_config
 from nanostack.hf.gguf_vocabulary import add_vocabulary
 from nanostack.hf.weights import read_json
-from nanostack.model import rope_angles
+from nanostack.model import LlamaConfig, RopeScaling, rope_angles
 
 
 class Architecture(NamedTuple):
@@ -48,8 +48,7 @@ BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# Fields of yarn that mean the same there; others are refused.
-YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate")  # what llama.cpp may compute otherwise, if it is not as usual
 IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -76,10 +75,14 @@ def write(folder: Path, path: Path, name: str) -> None:
     if kind is None:
         raise UserError(f"{name} is of architecture {found['model_type']!r}; a GGUF can be of {', '.join(ARCHITECTURES)}")
     writer = GGUFWriter(None, kind.name)
+    config = from_config(found, folder / "config.json")
+    if config.seq_len < context_of(found):
+        window = f"a sliding window of {config.seq_len} and a context of {context_of(found)}"
+        raise UserError(f"{name} has {window}; llama.cpp would attend to all")
     writer.add_name(name)
-    _add_shape(writer, found, name)
-    add_vocabulary(writer, folder, name, found["vocab_size"])
-    stored = _rope_factors(found, folder, kind) | _stored(folder, found, kind)
+    _add_shape(writer, config, name)
+    add_vocabulary(writer, folder, name, config.vocab_size)
+    stored = _rope_factors(config, kind) | _stored(folder, config, kind)
     kinds = {dtype for _, dtype, _ in stored.values()}
     files = {torch.float16: LlamaFileType.MOSTLY_F16, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
     writer.add_file_type(next((files[dtype] for dtype in files if dtype in kinds), LlamaFileType.ALL_F32))
@@ -96,61 +99,51 @@ def write(folder: Path, path: Path, name: str) -> None:
     writer.close()
 
 
-def _rope(found: dict) -> dict:
-    return (found.get("rope_scaling") or {}) | (found.get("rope_parameters") or {})
-
-
-def _add_shape(writer: Any, found: dict, name: str) -> None:
+def _add_shape(writer: Any, config: LlamaConfig, name: str) -> None:
     from gguf import RopeScalingType
 
-    width, heads, longest = found["hidden_size"], found["num_attention_heads"], found["max_position_embeddings"]
-    d_head = found.get("head_dim") or width // heads
-    rope = _rope(found)
-    window = found.get("sliding_window") if found.get("use_sliding_window", found["model_type"] == "mistral") else None
-    if window and window < longest:
-        raise UserError(f"{name} has a sliding window of {window} and a context of {longest}; llama.cpp would attend to all")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in ("default", "llama3", "linear", "yarn"):
-        raise UserError(f"{name} scales rotary positions by {scaling!r}, which is not written to a GGUF")
-    writer.add_context_length(longest)
-    writer.add_embedding_length(width)
-    writer.add_block_count(found["num_hidden_layers"])
-    writer.add_feed_forward_length(found["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(found.get("num_key_value_heads") or heads)
-    writer.add_key_length(d_head)
-    writer.add_value_length(d_head)
-    writer.add_rope_dimension_count(d_head)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", found.get("rope_theta", 1e4))))
-    if scaling in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType(scaling))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    if scaling == "yarn":
-        if unknown := sorted({key for key, value in rope.items() if value is not None} - YARN):
-            raise UserError(f"{name} scales rotary positions by yarn with {unknown[0]}, which is not written to a GGUF")
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_layer_norm_rms_eps(found.get("rms_norm_eps", 1e-6))
-    writer.add_vocab_size(found["vocab_size"])
+    writer.add_context_length(config.seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "llama3":  # which is a tensor, _rope_factors
+        return
+    writer.add_rope_scaling_type(RopeScalingType(scaling.kind))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "yarn":
+        changed = (one for one in YARN if getattr(scaling, one) != getattr(RopeScaling, one))
+        if (unknown := next(changed, None)) is not None:
+            raise UserError(f"{name} scales rotary positions by yarn with {unknown}, which is not written to a GGUF")
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_seq_len)
 
 
-def _rope_factors(found: dict, folder: Path, kind: Architecture) -> dict[str, Stored]:
+def _rope_factors(scaled: LlamaConfig, kind: Architecture) -> dict[str, Stored]:
     """What rotary's frequencies are divided by, where they are scaled as Llama 3's."""
-    if _rope(found).get("rope_type") != "llama3":
+    if scaled.rope_scaling is None or scaled.rope_scaling.kind != "llama3":
         return {}
     if kind.name != "llama":
         raise UserError("rotary positions that are scaled by 'llama3' are known to llama.cpp for its llama only")
-    scaled = replace(from_config(found, folder / "config.json"), seq_len=2)
-    plain = replace(scaled, rope_scaling=None)
-    factors = rope_angles(plain, torch.device("cpu"))[1] / rope_angles(scaled, torch.device("cpu"))[1]
+    two = replace(scaled, seq_len=2)
+    plain, divided = (rope_angles(one, torch.device("cpu"))[1] for one in (replace(two, rope_scaling=None), two))
+    factors = plain / divided
     return {"rope_freqs.weight": Stored(tuple(factors.shape), torch.float32, lambda: factors)}
 
 
-def _stored(folder: Path, found: dict, kind: Architecture) -> dict[str, Stored]:
+def _stored(folder: Path, config: LlamaConfig, kind: Architecture) -> dict[str, Stored]:
     """The tensors of a folder by llama.cpp's names. Gains and biases are float32 there."""
     from safetensors import safe_open
 
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    heads = {"attn_q": found["num_attention_heads"], "attn_k": found.get("num_key_value_heads") or found["num_attention_heads"]}
+    heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
         opened = safe_open(path, "pt")

@@ -14,11 +14,13 @@ from typing import Any
 from nanostack.errors import UserError
 from nanostack.hf.weights import read_json
 from nanostack.text.tokenizer import BYTES_PATTERN, JSON_FILE, PATTERN
+from nanostack.text.tokenizer_json import template_of
 from nanostack.text.translation import bytes_to_unicode
 
 ENGLISH, WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT_2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
+QWEN2_PATTERN = rf"{ENGLISH}|{WORDS}|\p{{N}}|{REST}"
 WAYS = {  # by what pre-tokenizes: one Split, or the steps in words
     BYTES_PATTERN: "gpt-2",  # nothing merges, so any would do
     GPT_2: "gpt-2",
@@ -26,7 +28,7 @@ WAYS = {  # by what pre-tokenizes: one Split, or the steps in words
     "Digits, ByteLevel": "smollm",
     PATTERN: "llama-bpe",
     rf"{ENGLISH}|{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",  # Llama 3's
-    rf"{ENGLISH}|{WORDS}|\p{{N}}|{REST}": "qwen2",
+    QWEN2_PATTERN: "qwen2",
 }
 WITHOUT_CASE = ("llama-bpe", "qwen2")
 LONG_S = [data.encode() for data in ("ſ", "'ſ")] + ["ſ".encode()[-1:]]
@@ -52,7 +54,7 @@ def add_vocabulary(writer: Any, folder: Path, name: str, n_vocab: int) -> None:
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in made["model"]["merges"]])
-    _add_special(writer, folder, whose, made, {text: number for number, (text, _) in entries.items()})
+    _add_special(writer, folder, whose, {text: number for number, (text, _) in entries.items()})
 
 
 def _way(made: dict, whose: str) -> str:
@@ -112,25 +114,30 @@ def _tells_long_s(vocab: dict[str, int]) -> bool:
     return any(text.startswith(beginnings) and text not in beginnings for text in vocab)
 
 
-def _add_special(writer: Any, folder: Path, whose: str, made: dict, number_of: dict[str, int]) -> None:
+def _add_special(writer: Any, folder: Path, whose: str, number_of: dict[str, int]) -> None:
     """Which tokens begin and end a text, and whether they are put there, as the tokenizer's template does."""
+    import tokenizers
+
     found = read_json(folder / "config.json")
     path = folder / "tokenizer_config.json"
     own = read_json(path) if path.is_file() else {}
-    before, after = _template(made.get("post_processor") or {}, whose)
+    before, after = template_of(tokenizers.Tokenizer.from_file(str(folder / JSON_FILE)))
+    if max(len(before), len(after)) > 1:
+        raise UserError(f"{whose} puts several tokens before or behind a text, which a GGUF cannot say")
     named = {
         key: value["content"] if isinstance(value, dict) else value for key, value in own.items() if key.endswith("_token")
     }
     ends = found.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    if after and number_of[after] not in ends:
-        raise UserError(f"{whose} puts {after!r} behind a text, which is not the model's eos_token_id {ends}")
-    begin, pad = before or named.get("bos_token"), named.get("pad_token")
-    eos = number_of[after] if after else ends[0] if ends[0] is not None else number_of.get(named.get("eos_token") or "")
+    if after and after[0] not in ends:
+        raise UserError(f"{whose} puts token {after[0]} behind a text, which is not the model's eos_token_id {ends}")
+    begin = before[0] if before else number_of.get(named.get("bos_token") or "")
+    eos = after[0] if after else ends[0] if ends[0] is not None else number_of.get(named.get("eos_token") or "")
+    pad = named.get("pad_token")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
-    if begin in number_of:
-        writer.add_bos_token_id(number_of[begin])
+    if begin is not None:
+        writer.add_bos_token_id(begin)
     if eos is not None:
         writer.add_eos_token_id(eos)
     if others := [number for number in ends if number not in (eos, None)]:
@@ -140,16 +147,3 @@ def _add_special(writer: Any, folder: Path, whose: str, made: dict, number_of: d
     template = folder / "chat_template.jinja"
     if chat := (template.read_text() if template.is_file() else own.get("chat_template")):
         writer.add_chat_template(chat)
-
-
-def _template(processor: dict, whose: str) -> tuple[str | None, str | None]:
-    """The token that is put before a text, and the one behind it."""
-    parts = processor.get("processors") or [processor]
-    single = next((part["single"] for part in parts if part.get("type") == "TemplateProcessing"), None)
-    if single is None:
-        return None, None
-    names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in single]
-    text = names.index(None)
-    if text > 1 or len(names) - text > 2:
-        raise UserError(f"{whose} puts several tokens before or behind a text, which a GGUF cannot say")
-    return (names[0] if text else None), (names[-1] if text < len(names) - 1 else None)

@@ -97,7 +97,9 @@ def pattern(text: str) -> dict:
     return {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False}
 
 
-TWICE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}] * 2 + [{"Sequence": {"id": "A"}}]}
+FIRST, SECOND = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+TWICE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a", "type_id": 0}}] * 2 + [FIRST]}
+TWICE |= {"pair": [FIRST, SECOND], "special_tokens": {"a": {"id": "a", "ids": [97], "tokens": ["a"]}}}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, "beta_fast": 8}
 
 
@@ -117,8 +119,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         (tokenizer_with(model={"ignore_merges": True, "vocab": BYTES_AND | {"ab": 257}}), "no merges make 'ab'"),
         (config_with(model_type="gemma"), "again is of architecture 'gemma'; a GGUF can be of llama, mistral, qwen2, qwen3"),
         (config_with(model_type="mistral", sliding_window=16), "has a sliding window of 16 and a context of 32"),
-        (config_with(rope_parameters={"rope_type": "dynamic"}), "scales rotary positions by 'dynamic'"),
-        (config_with(rope_parameters=YARN), "by yarn with beta_fast, which is not written"),
+        (config_with(rope_scaling={"rope_type": "dynamic"}), "scales rotary positions by 'dynamic'"),
+        (config_with(rope_scaling=YARN), "by yarn with beta_fast, which is not written"),
     ],
 )
 def test_what_cannot_be_said_is_refused_by_name(folder, change, message):

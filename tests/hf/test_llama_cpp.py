@@ -151,7 +151,7 @@ def test_architectures_of_transformers_compute_the_same_there(kind, parts, tmp_p
     config = getattr(transformers, f"{kind}Config")(**shape | {"bos_token_id": None} | parts)
     model = spread(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     model.save_pretrained(tmp_path / "model")
-    export._write_tokenizer(BPE, tmp_path / "model", 256)
+    export.write_tokenizer(BPE, tmp_path / "model", 256)
     gguf.write(tmp_path / "model", tmp_path / "model.gguf", kind)
     theirs = LlamaCpp(tmp_path / "model.gguf")
     for n in (1, 5, 150):

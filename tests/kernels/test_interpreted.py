@@ -12,7 +12,7 @@ from conftest import ROOT
 import kernels.dispatch
 
 TESTS = Path(__file__).parent
-FILES = [TESTS / f"test_{name}.py" for name in ("operations", "attention", "extremes")]
+FILES = [TESTS / f"test_{name}.py" for name in ("operations", "rotary", "attention", "extremes")]
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_prepared_data_hold_the_tokenizer_json_and_export_writes_it_again(tmp_pa
         assert again.encode(TEXT) == loaded.encode(TEXT) and again.eot_token == loaded.eot_token == eot_token
     exported = tmp_path / "exported"
     exported.mkdir()
-    export._write_tokenizer(loaded, exported, 64)
+    export.write_tokenizer(loaded, exported, 64)
     assert (exported / "tokenizer.json").read_bytes() == data
     about = json.loads((exported / "tokenizer_config.json").read_text())
     unknown = "<unk>" if b"<unk>" in data else eot_token
@@ -196,7 +196,7 @@ def test_what_the_config_of_a_given_tokenizer_says_is_passed_on(tmp_path):
     (model / "tokenizer_config.json").write_text(json.dumps(own))
     (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "<unk>"}))
     loaded = tokenizer.load(prepared(tmp_path, str(model)))
-    export._write_tokenizer(loaded, tmp_path, 64)
+    export.write_tokenizer(loaded, tmp_path, 64)
     about = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert about == {
         "tokenizer_class": "PreTrainedTokenizerFast",

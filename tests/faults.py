@@ -132,8 +132,10 @@ FAULTS = (
     fault("sliding_window", "test_architectures:random", "if window is not None and window < seq_len:", "if False:"),
     fault("tied_head_of_its_own", "test_architectures:random", "if config.tie_embeddings and weights.head_of_its_own():",
           "if False:"),
-    fault("tokenizer_of_qwen2", "test_architectures:qwens", 'if foreign and model_type(config) == "qwen2" else config',
-          "if False else config"),
+    fault("tokenizer_of_qwen2", "test_architectures:qwens",
+          "return config if own else dataclasses.replace(config, out_bias=True)", "return config"),
+    fault("single_file_first", "test_architectures:random", "        if single.is_file():\n            if index",
+          "        if single.is_file() and not index.is_file():\n            if index"),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from nanostack import models
@@ -130,7 +130,47 @@ def logits_of_ours(folder: Path) -> tuple[torch.Tensor, int]:
         return model(TOKENS[:, : model.config.seq_len]), model.config.seq_len
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def fields_of(kind: str, **given) -> dict:
+    """Fields as FIELDS draws them, of a folder of this architecture that says what is given."""
+    return {"model_type": kind, "num_attention_heads": 4} | {name: {"is": value} for name, value in given.items()}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8}
+TWO_ROPES = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}
+HALF = {"use_sliding_window": True, "sliding_window": 16, "num_key_value_heads": 2}
+SLIDES = ["full_attention", "sliding_attention"]
+# What two files or two fields say differently, and windows: each is drawn too seldom to be left to chance.
+KNOWN = [
+    (fields_of("llama", tie_word_embeddings=True), "single", True),
+    (fields_of("qwen2", tie_word_embeddings=True, num_key_value_heads=2), "both", False),
+    (fields_of("mistral", sliding_window=16, num_key_value_heads=2), "single", False),
+    (fields_of("qwen2", max_window_layers=1, **HALF), "index", False),
+    (fields_of("qwen3", layer_types=SLIDES, **HALF), "single", False),
+    (fields_of("llama", **TWO_ROPES), "single", False),
+    (fields_of("llama", rope_scaling=LLAMA3, original_max_position_embeddings=16), "single", False),
+]
+
+
+def every(cases):
+    """Tries each of these besides what is drawn."""
+
+    def decorate(test):
+        for fields, files, head in cases:
+            test = example(fields=fields, files=files, head=head)(test)
+        return test
+
+    return decorate
+
+
+@every(KNOWN)
+@settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # a folder that differs is told as it was drawn
+    suppress_health_check=list(HealthCheck),
+)
 @given(fields=FIELDS, files=FILES, head=st.booleans())
 def test_folder_drawn_at_random_has_the_logits_of_transformers_or_is_refused(fields, files, head):
     with TemporaryDirectory() as name:

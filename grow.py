@@ -2,11 +2,13 @@
 
 It is read tensor by tensor from the memory-mapped file to the device (the GPU where there is one), grown there in place, and
 written. Train on with `train.py CONFIG --init_from CHECKPOINT`. A folder of Hugging Face's is taken too, and a folder written:
-`python grow.py smollm --g 2 --out smollm-x2`.
+`python grow.py smollm --g 2 --out smollm-x2`. A sharded checkpoint grows in depth shard by shard: one process takes the part
+of one rank after another, several (`torchrun --nproc_per_node 8 grow.py ...`) each their own; no whole model is in memory.
 """
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,10 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from nanostack import checkpoint, models
+from nanostack import checkpoint, models, parallel
+from nanostack.config import Parallel
 from nanostack.device import check_room, choose_device, free_bytes
-from nanostack.errors import UserError, exits_cleanly
+from nanostack.errors import UserError, exits_cleanly, parse
 from nanostack.flops import n_params
 from nanostack.growth import Growth, GrowthPlan, ramp_left
 from nanostack.growth.moments import RESET
@@ -28,6 +31,7 @@ from nanostack.micro_step import MicroStep
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement
+from nanostack.parts import grow as grow_in_parts
 from nanostack.state import State
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.text.manifest import manifest_sha256
@@ -63,8 +67,8 @@ class Command:
 
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    how, folder = command.growth, command.checkpoint.is_dir()
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not parallel.is_main_rank())
+    how, folder = command.growth, models.is_hf_folder(command.checkpoint)
     if command.checkpoint.is_file():
         console.print(f"reading and checking {command.checkpoint} ({command.checkpoint.stat().st_size / 2**30:.2f} GiB)")
     saved = models.read(command.checkpoint)
@@ -78,36 +82,50 @@ def main(command: Command) -> dict:
             raise UserError(f"{command.data} holds token ids up to {text.vocab_size - 1}, the model has {base.vocab_size}")
         val = Validation(Tokens(command.data, "val", base.seq_len), VAL_TOKENS)
 
-    device = choose_device(command.device)
+    placement = Placement(choose_device(command.device))
+    if parallel.world_size() > 1:
+        placement = parallel.start(Parallel(), "float32", compile=False)
+    device, shards = placement.device, "shards" in saved or placement.mesh is not None
+    if shards and not out.suffix:
+        raise UserError(f"{out} points to the folder of a sharded checkpoint: give it a suffix, as in {out}.pt")
+    in_parts = shards and placement.mesh is None and plan.width is None and not plan.learns and not val
     if plan.moments == RESET:
         saved["optimizer"] = {}  # never to be read
     forecast = foresee(saved, how, plan) | {"device": str(device), "out": str(out)}
     if command.dry_run:
         return forecast | {"bytes_free": free_bytes(device)}
-    check_room(device, forecast["bytes_needed"], "growing")
-    if device.type != "cpu":
+    parts = saved["ranks"] if in_parts else placement.shards
+    check_room(device, forecast["bytes_needed"] / parts, "growing")
+    if device.type != "cpu" and not shards:
         most = export.SHARD_BYTES if folder else forecast["bytes_written"]
         check_room(torch.device("cpu"), min(most, forecast["bytes_written"]), "putting the file together")
 
     millions = [f"{forecast[name] / 1e6:.1f}M" for name in ("n_params_before", "n_params")]
-    console.print(f"growing on {device}, {' to '.join(millions)} parameters")
-    state = models.restore(saved, Placement(device), optimizer=True)
-    state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
-    probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
-    before = val(state.model, TOGETHER).nats_per_token if val else None
-    with Progress(console=console, disable=how.learning_steps() == 0) as progress:
-        task = progress.add_task("learning how to grow", total=how.learning_steps())
-        gradients = gradients_of(state, text, command, lambda: progress.advance(task)) if text else None
-        receipt = state.grow(how, probe, gradients)
-    receipt.loss_before, receipt.loss_after = before, val(state.model, TOGETHER).nats_per_token if val else None
-    console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
-    if folder:
-        export.save(state, out, saved["manifest_sha256"], saved["dtype"], tokenizer=command.checkpoint, eot=saved["eot"])
+    console.print(f"growing on {device}, {' to '.join(millions)} parameters" + (f", in {parts} parts" if parts > 1 else ""))
+    if in_parts:
+        with Progress(console=console) as progress:
+            task = progress.add_task("growing part by part", total=parts)
+            receipt = grow_in_parts(command.checkpoint, how, out, device, lambda: progress.advance(task))
     else:
-        checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
+        state = models.restore(saved, placement, optimizer=True)
+        state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
+        probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
+        before = val(state.model, TOGETHER).nats_per_token if val else None
+        with Progress(console=console, disable=how.learning_steps() == 0) as progress:
+            task = progress.add_task("learning how to grow", total=how.learning_steps())
+            gradients = gradients_of(state, text, command, lambda: progress.advance(task)) if text else None
+            receipt = state.grow(how, probe, gradients)
+        receipt.loss_before, receipt.loss_after = before, val(state.model, TOGETHER).nats_per_token if val else None
+        console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
+        if folder:
+            export.save(state, out, saved["manifest_sha256"], saved["dtype"], tokenizer=command.checkpoint, eot=saved["eot"])
+        elif shards:
+            checkpoint.save_sharded(state, out, saved["manifest_sha256"])
+        else:
+            checkpoint.write(checkpoint.pack(state, saved["manifest_sha256"]), out)
     if caution := receipt.caution():
         console.print(f"warning: {caution}")
-    return receipt.as_dict() | {"out": str(out), "n_params": n_params(state.model.config)}
+    return receipt.as_dict() | {"out": str(out), "n_params": forecast["n_params"]}
 
 
 def place(command: Command, base: LlamaConfig) -> Path:
@@ -115,7 +133,7 @@ def place(command: Command, base: LlamaConfig) -> Path:
     if command.out:
         return command.out
     source, suffix = command.checkpoint, command.growth.plan(base).suffix(base)
-    if source.is_dir():
+    if models.is_hf_folder(source):
         return source.resolve().with_name(f"{source.resolve().name}-{suffix}")
     return source.with_name(f"{source.stem}-{suffix}.pt")
 
@@ -125,7 +143,7 @@ def check(command: Command, saved: dict, out: Path) -> None:
     source, how, learns = command.checkpoint, command.growth, command.growth.learning_steps() > 0
     if out.exists() and out.samefile(source):
         raise UserError(f"{out} is the checkpoint to grow; choose another --out")
-    if source.is_dir():
+    if models.is_hf_folder(source):
         export.check_place(out, source, command.overwrite)
     elif out.exists() and not command.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it (--overwrite)")
@@ -137,7 +155,7 @@ def check(command: Command, saved: dict, out: Path) -> None:
         raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {seq_len} tokens")
     if learns and saved["manifest_sha256"] not in (None, manifest_sha256(command.data)):  # None where others trained it
         raise UserError(f"{source} was trained on other text than {command.data}: learn goes on where it stopped")
-    if source.is_dir() and how.makes_random:
+    if models.is_hf_folder(source) and how.makes_random:
         raise UserError(
             "what begins at random is ramped in during training, which a Hugging Face folder has no place for: make a "
             "checkpoint of it (nanostack import), grow that, and train on"
@@ -174,6 +192,8 @@ def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
 if __name__ == "__main__":
     with exits_cleanly():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half file behind
-        command = tyro.cli(Command, use_underscores=True)
+        command = parse(Command, sys.argv[1:])
         answer = main(command)
-        print(json.dumps(answer) if command.json else "\n".join(f"{name:>22}  {value}" for name, value in answer.items()))
+        if parallel.is_main_rank():
+            print(json.dumps(answer) if command.json else "\n".join(f"{name:>22}  {value}" for name, value in answer.items()))
+        parallel.leave()

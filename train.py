@@ -50,7 +50,9 @@ class Run:
 
         # Folder: nothing in it was touched so far.
         parallel.on_rank_0(run_folder.make_ready, config, self.resuming)
-        self.saver = checkpoint.Saver(Path(config.out) / "ckpt.pt", checked.manifest_sha256, config.keep)
+        in_shards = config.checkpoint == "sharded" or (config.checkpoint == "auto" and parallel.world_size() > 1)
+        ckpt, say = Path(config.out) / "ckpt.pt", lambda text: self.recorder.say(text)
+        self.saver = checkpoint.Saver(ckpt, checked.manifest_sha256, config.keep, in_shards, say)
 
         # Records: console, metrics.jsonl, tracker.
         header = header_of(requested, self.tokens.manifest, checked.manifest_sha256, parallel.world_size(), self.placement)

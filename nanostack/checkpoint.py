@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +21,16 @@ from pathlib import Path
 import numpy
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager
 
-from nanostack import files
+from nanostack import files, sharded
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
-from nanostack.parallel import Placement, is_main_rank, on_rank_0
+from nanostack.parallel import Placement, is_main_rank, on_rank_0, reshard, saving_group
 from nanostack.state import State
 from nanostack.text.bounds import Bounds
 from nanostack.text.manifest import load_manifest
@@ -34,8 +38,12 @@ from nanostack.text.manifest import load_manifest
 FORMAT = "nanostack-checkpoint-1"
 
 
+RETRY_SECONDS = 30.0  # after a save that failed, the next try while training goes on
+PATIENCE_SECONDS = 10.0  # how long a run that ends goes on trying
+
+
 def save(state: State, path: str | Path, manifest_sha256: str | None = None, keep: int = 2) -> None:
-    """Write `state` as `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
+    """Write `state` as one file `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
 
     Every rank must call it. Raises `UserError` where the file cannot be written; what was there before is intact then.
     """
@@ -43,34 +51,64 @@ def save(state: State, path: str | Path, manifest_sha256: str | None = None, kee
     on_rank_0(_write_and_link, contents, Path(path), keep)
 
 
-class Saver:
-    """Saves a run's checkpoints while it trains on: the state is copied, a thread hashes the copy and writes it.
+def save_sharded(state: State, path: Path, manifest_sha256: str | None = None) -> None:
+    """Write `state` as the folder NAME that `path`, which is NAME.pt, points to. All ranks must call it. UserError as above."""
+    reshard(state.model)
+    sharded.save(shards(state), sharded.Writer(path.with_suffix(""), _plain(state, manifest_sha256, as_json=True), path))
 
-    On a GPU the copies are asynchronous, into pinned memory that is kept for the next save; training waits for them on the
-    device only. One save is under way at a time. All ranks must call it alike. An error of the writer is raised by the next
-    `save` or `wait`; leaving a `with` waits too.
+
+def part_writer(state: State, path: Path, manifest_sha256: str | None) -> sharded.PartWriter:
+    """A writer for the parts of a sharded checkpoint `path`, whose plain values are those of `state`."""
+    return sharded.PartWriter(path.with_suffix(""), _plain(state, manifest_sha256, as_json=True), path)
+
+
+class Saver:
+    """Saves a run's checkpoints while it trains on: the state is copied to the host, and threads hash and write the copy.
+
+    Sharded, every rank copies and writes its own shards; else rank 0 gathers all, tensor by tensor, and writes one file. On a
+    GPU copies go into pinned memory that is kept for the next save. One save is under way at a time. All ranks call it alike.
+
+    A save that fails is said at once, and `wants_to_save` asks for another, of the state at hand by then. Leaving a `with`
+    waits until the last one is on disk.
     """
 
-    def __init__(self, path: str | Path, manifest_sha256: str | None, keep: int):
-        self.path, self.manifest_sha256, self.keep = Path(path), manifest_sha256, keep
+    def __init__(self, path: Path, manifest_sha256: str | None, keep: int, in_shards: bool, say: Callable[[str], object]):
+        self.path, self.manifest_sha256, self.keep, self.in_shards, self.say = path, manifest_sha256, keep, in_shards, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
+        self._state: State | None = None
+        self._failed: tuple[float, str] | None = None  # when the last save failed, and how
         self._host: dict[str, Tensor] = {}
+        self._stager: DefaultStager | None = None
+        self._group = saving_group() if in_shards else None
 
     def save(self, state: State) -> None:
         """Copy the state as it is now, and have it written. Waits for the save before this one."""
-        self.wait()
-        contents = _contents(state, self.manifest_sha256, self._copy)
-        copied = None
-        if state.placement.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-        if contents is not None:
-            self._writing = self._pool.submit(self._write, contents, copied)
+        self._settle()
+        self._failed, self._state = None, state
+        self._writing = self._startshards(state) if self.in_shards else self._start_file(state)
+        if self._writing is not None:
+            self._writing.add_done_callback(self._tell)
+
+    @property
+    def wants_to_save(self) -> bool:
+        """Whether the last save failed a while ago, as this rank knows."""
+        return self._failed is not None and time.monotonic() - self._failed[0] > RETRY_SECONDS
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises `UserError` on every rank where it could not be written."""
-        on_rank_0(self._result)
+        """Wait until what was saved is on disk; tries again for a while. Raises `UserError` on every rank where it is not."""
+        give_up, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+        while True:
+            self._settle()
+            wrong = on_rank_0(lambda: self._failed and (self._failed[1], time.monotonic() > give_up))
+            if wrong is None:
+                return
+            if wrong[1]:
+                raise UserError(wrong[0])
+            time.sleep(pause)
+            pause *= 2
+            assert self._state is not None
+            self.save(self._state)
 
     def __enter__(self) -> "Saver":
         return self
@@ -82,10 +120,39 @@ class Saver:
         finally:
             self._pool.shutdown()
 
-    def _result(self) -> None:
+    def _settle(self) -> None:
+        """Wait for the save that is under way."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if writing is not None and not writing.exception():
+            self._failed = None
+
+    def _tell(self, writing: Future) -> None:
+        """Called by the thread that wrote."""
+        if (error := writing.exception()) is None:
+            return
+        why = str(error) if isinstance(error, UserError) else f"could not save {self.path}: {sharded.reason(error)}"
+        self._failed = time.monotonic(), why
+        if not isinstance(error, UserError | CheckpointException | OSError):
+            why += f" ({type(error).__name__})"
+        if is_main_rank():
+            self.say(f"warning: {why}; it will be tried again")
+
+    def _start_shards(self, state: State) -> Future:
+        reshard(state.model)
+        if self._stager is None:
+            self._stager = sharded.stager(state.placement.device)
+        folder = self.path.with_name(f"{self.path.stem}-{state.cursor.samples}")
+        plain = _plain(state, self.manifest_sha256, as_json=True)
+        writer = sharded.Writer(folder, plain, self.path, lambda: _prune(self.path, self.keep))
+        return sharded.save_async(shards(state), writer, self._stager, self._group)
+
+    def _start_file(self, state: State) -> Future | None:
+        contents = _contents(state, self.manifest_sha256, self._copy)
+        copied = None
+        if state.placement.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return None if contents is None else self._pool.submit(self._write, contents, copied)
 
     def _write(self, contents: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
@@ -113,12 +180,15 @@ def write(contents: dict | None, path: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read and verify a checkpoint. Tensors are memory-mapped from the file, on the host.
+    """Read and verify a checkpoint. Tensors are memory-mapped from the file, on the host; those of a sharded one are read, and
+    verified, when they are asked for.
 
     Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, bounds, versions,
     hashes. Raises `UserError` for a file that is missing, foreign, truncated or altered.
     """
     path = Path(path)
+    if (folder := sharded.folder_of(path)) is not None:
+        return sharded.load(folder)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -215,22 +285,31 @@ def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str,
     model, optimizer = state.whole_tensors(to_host if is_main_rank() else None)
     if not is_main_rank():
         return None
+    return _plain(state, manifest_sha256) | {"format": FORMAT, "model": model, "optimizer": optimizer}
+
+
+def _plain(state: State, manifest_sha256: str | None, as_json: bool = False) -> dict:
+    """All that a checkpoint holds beside weights and the optimizer's state."""
     rng = {"cpu": torch.get_rng_state()}
     if state.placement.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(state.placement.device)
     return {
-        "format": FORMAT,
         "config": dataclasses.asdict(state.model.config),
-        "model": model,
-        "optimizer": optimizer,
         "cursor": dataclasses.asdict(state.cursor),
-        "rng": rng,
+        "rng": sharded.encoded(rng) if as_json else rng,
         "growth": [copy.deepcopy(receipt.as_dict()) for receipt in state.growth],
         "manifest_sha256": manifest_sha256,
         "seed": state.seed,
         "bounds": dataclasses.asdict(state.bounds),
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
     }
+
+
+def shards(state: State) -> dict[str, Tensor]:
+    """This rank's shards of weights and of the optimizer's state, by the names that they have in a sharded checkpoint."""
+    named = dict(state.model.named_parameters())
+    kept = {name: state.optimizer.state.get(parameter, {}) for name, parameter in named.items()}
+    return sharded.tensors_of({name: parameter.detach() for name, parameter in named.items()}, kept)
 
 
 def _write_and_link(contents: dict, path: Path, keep: int) -> None:
@@ -248,15 +327,24 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
                 shutil.copyfileobj(source, copy)
     except OSError as error:
         raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
+    _prune(path, keep)
+
+
+def _prune(path: Path, keep: int) -> None:
     for old in numbered_checkpoints(path)[:-keep]:
-        old.unlink(missing_ok=True)
+        sharded.remove(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def numbered_checkpoints(path: Path) -> list[Path]:
-    """The files `ckpt-<samples>.pt` beside `ckpt.pt` in the order in which they were written."""
-    pattern = f"{path.stem}-"
-    found = [file for file in path.parent.glob(f"{pattern}*{path.suffix}") if file.stem[len(pattern) :].isdigit()]
-    return sorted(found, key=lambda file: (file.stat().st_mtime_ns, int(file.stem[len(pattern) :])))
+    """`ckpt-<samples>.pt` beside `ckpt.pt`, and sharded ones, in the order in which they were written."""
+    found = [file for file in path.parent.glob(f"{path.stem}-*") if _samples_in(file, path) is not None]
+    return sorted(found, key=lambda file: (file.stat().st_mtime_ns, _samples_in(file, path)))
+
+
+def _samples_in(file: Path, path: Path) -> int | None:
+    """The number in the name of a numbered checkpoint of `path`; None where it is none."""
+    found = re.fullmatch(rf"-(\d+)({re.escape(path.suffix)}|{re.escape(sharded.AGAIN)}|)", file.name.removeprefix(path.stem))
+    return int(found[1]) if found and file.is_dir() == (found[2] != path.suffix) else None
 
 
 def _tensors(contents: dict) -> dict[str, Tensor]:
@@ -270,15 +358,9 @@ def _hashes(contents: dict) -> dict[str, str]:
     """SHA-256 of every tensor's bytes, dtype and shape, and under "" that of all plain values."""
     tensors = _tensors(contents)
     with ThreadPoolExecutor() as pool:
-        hashes = dict(zip(tensors, pool.map(_tensor_sha256, tensors.values()), strict=True))
+        hashes = dict(zip(tensors, pool.map(sharded.tensor_sha256, tensors.values()), strict=True))
     plain = {k: v for k, v in contents.items() if k not in ("model", "optimizer", "rng", "hashes")}
     return hashes | {"": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def _tensor_sha256(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _verify(saved: dict, path: Path) -> None:

@@ -4,14 +4,11 @@ Sizes of a run are in tokens. A run is a list of stages: the first trains the mo
 it), a later one usually grows the model of the stage before it.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import io
 import json
 import math
-import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Literal, Protocol, TypeAlias, get_args
 
 import tyro
 
-from nanostack.errors import UserError
+from nanostack.errors import UserError, parse
 from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
 from nanostack.old_fields import current, renamed
@@ -85,6 +82,8 @@ class Optim:
             near = difflib.get_close_matches(str(self.name), get_args(OptimizerName), 1)
             there = f"perhaps you meant {near[0]}" if near else f"there are {' and '.join(get_args(OptimizerName))}"
             raise UserError(f"there is no optimizer {self.name!r}; {there}")
+        if self.name == "adamw" and self.momentum != type(self).momentum:
+            raise UserError(f"optim.momentum {self.momentum} is Muon's; AdamW has betas, of which the first is {self.betas[0]}")
         slow = {"betas[1]": self.betas[1]} | ({"momentum": self.momentum} if self.name == "muon" else {})
         for name, value in slow.items():
             if self.moments == "bfloat16" and value > 0.99:
@@ -186,6 +185,8 @@ class Train:
     sample: Samples = Samples()
     keep: int = 2
     """How many of the last checkpoints stay."""
+    checkpoint: Literal["auto", "file", "sharded"] = "auto"
+    """One file, or a folder into which every rank writes its own shards; auto is a folder from two ranks on."""
     seed: int = 0
     init_from: str | None = None
     """A checkpoint to start from: weights, cursor, FLOPs ledger, and the optimizer if it is in there."""
@@ -270,7 +271,7 @@ class Train:
 
     def shaping(self) -> dict:
         """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
-        ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval", "sample", "track")
+        ignored = ("out", "resume", "overwrite", "profile", "keep", "checkpoint", "save_interval", "sample", "track")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
         return json.loads(json.dumps(values))
@@ -295,32 +296,16 @@ def load(path: str, overrides: list[str]) -> Train:
         raise UserError(f"{path} has no variable `config` of type nanostack.config.Train")
     if not overrides:
         return config
-    words, message = current(overrides), io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                Train,
-                args=words,
-                default=config,
-                prog=f"train.py {path}",
-                use_underscores=True,
-                config=(tyro.conf.AvoidSubcommands,),  # a stage's growth is overridden like any other field
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
-        raise UserError(f"{path}: {_plain(message.getvalue())}") from None
-
-
-def _plain(box: str) -> str:
-    """The text of tyro's message box as one line, without its title, its rules and its pointers to the help."""
-    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰", "├"))]
-    text = " ".join(re.sub(r"-{4,}", " ", " ".join(lines).replace("│", " ").replace("─", " ")).split())
-    text = re.sub(r"( in train\.py( \S+)? --help)| For full helptext.*", "", text)
-    if wrong := re.match(r"invalid choice '(.*?)'.*Expected one of \((.*?)\)", text):
-        near = difflib.get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1)
-        text += f" Perhaps you meant: {near[0]}" if near else ""
-    return text
+        return parse(
+            Train,
+            current(overrides),
+            default=config,
+            prog=f"train.py {path}",
+            config=(tyro.conf.AvoidSubcommands,),  # a stage's growth is overridden like any other field
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def describe_tokens(tokens: float) -> str:

@@ -1,8 +1,11 @@
 """How a command line ends: a user's mistake in one message, exit code 2 and no traceback, Ctrl-C in one message and 130."""
 
 import contextlib
+import difflib
+import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -47,7 +50,7 @@ def command_line(options: type, main: Callable[[Any], dict], description: str | 
         others: list[str] = []
         if any(field.name == "overrides" for field in fields(options)):
             mine, others = split({field.name for field in fields(options)}, mine)
-        command: Any = tyro.cli(options, args=mine, description=description, use_underscores=True)
+        command = parse(options, mine, description=description)
         try:
             answer = main(replace(command, overrides=tuple(others)) if others else command)
         except BrokenPipeError:  # who reads the answer has left: no mistake
@@ -70,3 +73,26 @@ def split(known: set[str], arguments: list[str]) -> tuple[list[str], list[str]]:
             now = mine if name.removeprefix("no_") in known | {"help"} else others
         now.append(argument)
     return mine, others
+
+
+def parse(options: type, arguments: list[str], **how) -> Any:
+    """The dataclass that the words of a command line make; `how` is for tyro.cli. UserError for words that make none."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(options, args=arguments, use_underscores=True, **how)
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise UserError(_plain(message.getvalue())) from None
+
+
+def _plain(box: str) -> str:
+    """The text of tyro's message box as one line, without its title, its rules and its pointers to the help."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if not line.startswith(("╭", "╰", "├"))]
+    text = " ".join(re.sub(r"-{4,}", " ", " ".join(lines).replace("│", " ").replace("─", " ")).split())
+    text = re.sub(r" (in|from) \S+(\.py|nanostack)( \S+)? --help|( Argument helptext:| For full helptext).*", "", text)
+    if wrong := re.match(r"invalid choice '(.*?)'.*Expected one of \((.*?)\)", text):
+        near = difflib.get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1)
+        text += f" Perhaps you meant: {near[0]}" if near else ""
+    return text

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanostack import checkpoint, hf
+from nanostack import checkpoint, hf, sharded
 from nanostack.config import Optim
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement
@@ -12,10 +12,15 @@ from nanostack.state import State
 def read(source: str | Path) -> dict:
     """The contents of a checkpoint or a Hugging Face folder, in the form of `checkpoint.load`. UserError if unreadable.
 
-    The weights of a folder are read when they are asked for. It has no optimizer, but its "dtype" and "eot".
+    The weights of a folder are read when they are asked for. Hugging Face's has no optimizer, but its "dtype" and "eot".
     """
     source = Path(source)
-    return hf.load(source) if source.is_dir() else checkpoint.load(source)
+    return hf.load(source) if is_hf_folder(source) else checkpoint.load(source)
+
+
+def is_hf_folder(source: Path) -> bool:
+    """Whether it is a folder, and not that of a sharded checkpoint."""
+    return source.is_dir() and sharded.folder_of(source) is None
 
 
 def restore(saved: dict, placement: Placement, optimizer: bool = False) -> State:

@@ -199,6 +199,11 @@ def _join(backend: str) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(hours=2))
 
 
+def saving_group() -> "dist.ProcessGroup | None":
+    """A process group for threads that save: their messages must not meet those of training. Shards may take long to write."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
+
+
 def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     """(replicate, shard); what is not given takes all that is left, sharding first."""
     replicate = parallel.dp_replicate or (world // parallel.dp_shard if parallel.dp_shard else 1)

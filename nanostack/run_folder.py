@@ -1,6 +1,7 @@
 """The folder of a run: whether a run may have it and where it goes on from, made out before anything in it is touched."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def make_ready(config: Train, resuming: bool) -> None:
         if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
             raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
         out.mkdir(parents=True, exist_ok=True)
-        for file in [*old, *out.glob("ckpt*.pt*.partial")]:  # a killed process leaves half a file behind
-            file.unlink(missing_ok=True)
+        for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         (out / MARK).write_text(agent())
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error

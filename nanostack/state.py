@@ -66,16 +66,21 @@ class State:
         config = LlamaConfig(**saved["config"])
         model = placement.model(config)
         model.init_rope()
-        for name, parameter in model.named_parameters():
-            assign(parameter, saved["model"][name])
         optimizer = make_optimizer(model, optim)
+        places = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
-            for key, value in saved["optimizer"].get(name, {}).items():
+            for key in saved["optimizer"].get(name, {}):
                 # A step count is one number and never sharded; moments lie like their parameter.
                 dtype = getattr(torch, optim.moments)
                 like = torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter, dtype=dtype)
-                assign(like, value)
-                optimizer.state[parameter][key] = like
+                optimizer.state[parameter][key] = places[f"optimizer.{name}.{key}"] = like
+        if (shards := saved.get("shards")) is not None:
+            shards.read_into(places)
+        else:
+            for name, parameter in model.named_parameters():
+                assign(parameter, saved["model"][name])
+                for key, like in optimizer.state.get(parameter, {}).items():
+                    assign(like, saved["optimizer"][name][key])
         torch.set_rng_state(saved["rng"]["cpu"])
         if placement.device.type == "cuda" and "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], placement.device)

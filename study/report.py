@@ -35,11 +35,12 @@ HEAD = """
 This page is written by `python bench/speedup.py --report` from the result files in bench/results/ and the conclusions in
 study/; every learning rate that was tried stands in [study-sweeps.md](study-sweeps.md).
 
-Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per budget
-(warm-up, stable, decay). The learning rate of every arm is tuned at every budget by the same sweep: a grid with the first seed,
-widened where its best is at an edge, then its two best with all seeds, so a rate that the first seed puts third is not tried
-with the others. Rates are chosen by the seeds and validation tokens that are
-then reported, for all arms alike. The arms of a seed share the order of the text, the base model and the validation tokens.
+Every point is a run whose learning rate has decayed to zero. An arm has one trunk at a constant rate and a branch per
+budget (warm-up, stable, decay). The learning rate of every arm is tuned at every budget by the same sweep, that of a grown
+arm after its growth; before that it is its base's best at the smallest budget. The sweep: a grid with the first seed,
+widened where its best is at an edge, then its two best with all seeds, so a rate that the first seed puts third is not
+tried with the others. Rates are chosen by the seeds and validation tokens that are then reported, for all arms alike. The
+arms of a seed share the order of the text, the base model and the validation tokens.
 
 FLOPs are those of the base and of all growth, 6·N per token as the paper counts; the column beside it counts matrix products
 and causal attention exactly. **Speedup** is FLOPs(scratch) / FLOPs(arm) − 1 at the loss that the model from scratch has at the

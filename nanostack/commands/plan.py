@@ -18,6 +18,13 @@ MEASURED = {  # bench/results/study-muon-cpu.json
 }
 
 
+ADVICE = {  # what docs/study.md found, in a line
+    "adamw": "keep old moments, zero for new layers, no warm-up; 10 to 30 % of the FLOPs were equally good times to grow",
+    "muon": "keep old momentum, zero for new layers, no warm-up; half the base's rate after growth; with one seed, growing "
+    "after 5 to 10 % of the FLOPs was best, and after 30 % saved nothing",
+}
+
+
 @dataclass(frozen=True)
 class Command(Budget):
     """Advice on growing: shapes, tokens, FLOPs, hours and the config to run."""
@@ -32,12 +39,13 @@ def config_text(advice: dict, optim: OptimizerName = "adamw") -> str:
     """A file for config/ that follows the advice, with the paper's learning rates and batch.
 
     The rate is not warmed up again after growth, and old layers keep their moments. The paper does otherwise; docs/study.md
-    compares twelve ways, of which this is the best, by little. An update of Muon has the size of AdamW's: rates serve both.
+    compares twelve ways, of which this is the best, by little. An update of Muon has the size of AdamW's, so the base's rate
+    serves both; after growth Muon's best was half of it.
     """
     base = advice["base"]
     batch = 2_097_152 // base["seq_len"] * base["seq_len"]
     stages = [max(1, -(-round(advice[name]) // batch)) * batch for name in ("d_tokens", "tokens_grown")]
-    lr = 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
+    lr = 5e-4 if optim == "muon" else 3e-4 * (1.36e9 / advice["n_params"]) ** 0.5
     shape = ", ".join(f"{name}={base[name]!r}" for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff"))
     warmup = min(3000 * batch, stages[0] * 3 // 5)
     names, optimizer = ("Optim, ", '    optim=Optim("muon"),\n') if optim == "muon" else ("", "")
@@ -82,6 +90,7 @@ def main(command: Command) -> dict:
         f"grown     {advice['flops_grown']:.3g} FLOPs, {advice['hours_grown']:,.0f} h, if the speedup is {command.speedup:.0%}"
     )
     print(f"measured  {MEASURED[command.optim]}: 0.27M parameters, 20 tokens for each, three seeds (docs/study.md)")
+    print(f"advice    {ADVICE[command.optim]}")
     print("hours are estimates. A config to begin with:\n\n" + config_text(advice, command.optim))
     return advice
 

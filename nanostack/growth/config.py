@@ -152,7 +152,7 @@ def _check(how: Growth, plan: GrowthPlan) -> None:
     if plan.learns:
         settled = plan.moments.settled()
         if (settled.old, settled.new) != ("zero", "zero"):
-            raise UserError("a learned growth mixes weights, and their moments with it no more mean anything: reset them")
+            raise UserError("learn mixes weights, after which moments mean nothing: reset them (optimizer reset)")
         if how.learn_steps < 1:
             raise UserError(f"learn needs at least 1 step, not {how.learn_steps}")
     if how.moments_factor != 1 and "scale" not in (how.moments_old, how.moments_new):

@@ -138,6 +138,10 @@ def plan(
         if loops == 1:
             raise UserError("untie gives the passes of a loop layers of their own, and this model runs its layers once")
         g = loops if g is None else g
+        if g == 1:
+            raise UserError(
+                f"untie takes a g of 2 or more that divides the model's {loops} loops, not 1: that would change nothing"
+            )
         if _factor(g, k) > loops or loops % g:
             raise UserError(f"untie takes a g that divides the model's {loops} loops, not {g}")
         sources = sources_of(n_layer, g, k)

@@ -149,7 +149,7 @@ def test_rate_is_the_papers():
 
 def test_moments_cannot_follow_a_learned_map_and_divergence_is_told():
     model, optimizer = trained(GQA)
-    with pytest.raises(ValueError, match="a learned growth mixes weights"):
+    with pytest.raises(ValueError, match="learn mixes weights"):
         growth.grow(model, optimizer, op="learn", g=2, moments=COPY, gradients=gradients_of(model))
     with pytest.raises(ValueError, match="at least 1 step"):
         growth.grow(model, optimizer, op="learn", g=2, gradients=gradients_of(model), learn_steps=0)

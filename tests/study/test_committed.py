@@ -1,6 +1,7 @@
 """Results in the repository stay those of the studies beside them: but for NUMERICS, no run would be made again."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -67,3 +68,16 @@ def test_what_pages_and_commands_say_of_muon_is_in_the_results():
     ):
         assert plus_minus(difference(results, arm, control, budget)).lstrip("+-") in means, (arm, control, budget)
     assert all(gain.lstrip("+").split(" %")[0] in means for gain in (muon, adamw))
+
+
+def test_losses_that_are_told_of_one_seed_are_in_its_results():
+    """Every loss that a text on study `muon_growth` names is an arm's there, or a mean of study `muon`."""
+    results = [
+        json.loads((ROOT / f"bench/results/study-{name}-cpu.json").read_text())["arms"] for name in ("muon_growth", "muon")
+    ]
+    sweeps = [
+        losses for arms in results for arm in arms.values() for rates in arm["sweep"].values() for losses in rates.values()
+    ]
+    known = {f"{loss:.3f}" for losses in sweeps for loss in (*losses, sum(losses) / len(losses))}
+    told = re.findall(r"\b2\.\d{3}\b", study_of(ROOT / "study/studies/muon_growth.py").means)
+    assert len(told) > 25 and not set(told) - known

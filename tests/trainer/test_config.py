@@ -48,7 +48,7 @@ def test_overrides_reach_every_level():
         ("--stages.1.growth.d_model 128", "stages.1.growth: d_model belongs to a growth in width"),
         ("--stages.1.growth.width zero --stages.1.growth.d_model 72", "72 is not a whole number of heads of 16 channels"),
         ("--stages.1.growth.ramp_tokens 0", "ramp_tokens 0 must be at least 1"),
-        ("--stages.1.growth.op learn --stages.1.growth.optimizer copy", "a learned growth mixes weights"),
+        ("--stages.1.growth.op learn --stages.1.growth.optimizer copy", "learn mixes weights"),
         ("--stages.1.growth.op learn --stages.1.growth.learn_steps 0", "at least 1 step"),
         ("--stages.1.growth.moments_old scale --stages.1.growth.moments_factor inf", "a factor of 0 or more"),
         ("--stages.1.growth.moments_factor 0.5", "moments_factor 0.5 is for moments that are scaled"),

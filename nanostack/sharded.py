@@ -1,0 +1,442 @@
+"""Sharded checkpoints: a folder that torch.distributed.checkpoint (DCP) writes, each rank its own shards.
+
+    ckpt-4096/__0_0.distcp   a file of every rank, in DCP's format: its shards of weights and of the optimizer's state
+    ckpt-4096/.metadata      DCP's table: where in which file each shard of each tensor lies
+    ckpt-4096/nanostack.json everything else that a checkpoint holds, a SHA-256 of every shard and one of .metadata
+    ckpt.pt                  the pointer: a line of JSON that names the folder
+
+The folder gets its name when all of it is on disk, and then the pointer is replaced in one atomic step. It is read by any
+number of ranks on any mesh: each rank reads the shards that overlap its own, one at a time, and checks their hashes.
+"""
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanostack import files
+from nanostack.errors import UserError
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process saves what it has, as it should
+
+FORMAT, POINTER = "nanostack-sharded-1", "nanostack-pointer-1"
+PLAIN, TABLE, PARTIAL, AGAIN = "nanostack.json", ".metadata", ".partial", ".again"
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes; it is on the host."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Which checkpoint a path means.
+
+
+def folder_of(path: Path) -> Path | None:
+    """The folder of the sharded checkpoint that `path` is or points to; None where it is no such thing.
+
+    UserError for a pointer to nothing.
+    """
+    if path.is_dir():
+        return path if (path / PLAIN).exists() or (path / TABLE).exists() else None
+    name = pointed_to(path)
+    if name is None:
+        return None
+    folder = path.parent / name
+    if not folder.is_dir():
+        there = sorted(other.name for other in path.parent.glob(f"{path.stem}-*") if folder_of(other) == other)
+        others = f"there are {', '.join(there)}, each of which can be named instead" if there else "no other is there"
+        raise UserError(f"{path} points to {folder}, which is not there; {others}")
+    return folder
+
+
+def pointed_to(path: Path) -> str | None:
+    """The name in a pointer; None where `path` is none."""
+    try:
+        if not path.is_file() or path.stat().st_size > 4096:
+            return None
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("format") != POINTER:
+        return None
+    name = found.get("folder")
+    if not isinstance(name, str) or not name or name != Path(name).name:
+        raise UserError(f"{path} is damaged: it names no folder beside it")
+    return name
+
+
+def point(path: Path, folder: Path) -> None:
+    """Make `path` point to a folder beside it, in one atomic step."""
+    with files.replacing(path) as file:
+        file.write(json.dumps({"format": POINTER, "folder": folder.name}) + "\n")
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name."""
+    going = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+# Writing.
+
+
+@dataclass(frozen=True)
+class Written(WriteResult):
+    sha256: str
+
+
+class Planner(dcp.DefaultSavePlanner):
+    """DCP's plan, which takes the SHA-256 of every shard as it is handed out to be written."""
+
+    def __init__(self):
+        super().__init__(flatten_state_dict=False)
+        self.hashes: dict[MetadataIndex, str] = {}
+
+    def resolve_data(self, write_item):
+        tensor = super().resolve_data(write_item)
+        self.hashes[write_item.index] = tensor_sha256(tensor)
+        return tensor
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes the shards into `folder`.partial; when those of all ranks are on disk, rank 0 makes a checkpoint of it.
+
+    `plain` are the values that are no shards. Then `pointer` names the folder, and rank 0 calls `done()`.
+    """
+
+    def __init__(self, folder: Path, plain: dict, pointer: Path, done: Callable[[], object] | None = None):
+        super().__init__(folder.with_name(folder.name + PARTIAL))
+        self.folder, self.plain, self.pointer, self.done = folder, plain, pointer, done
+
+    def write_data(self, plan, planner):
+        results = super().write_data(plan, planner).value()
+        answer: Any = torch.futures.Future()
+        answer.set_result([Written(**vars(one), sha256=planner.hashes[one.index]) for one in results])
+        return answer
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        complete(Path(self.path), self.plain, [one for of_rank in results for one in of_rank])
+        folder, last = self.folder, pointed_to(self.pointer)
+        if last == folder.name:  # which stays until another is in its place
+            folder = folder.with_name(folder.name + AGAIN)
+        if folder.exists():
+            remove(folder)
+        os.rename(self.path, folder)
+        files.sync(folder.parent)
+        point(self.pointer, folder)
+        if last and last != folder.name and last.removesuffix(AGAIN) == self.folder.name:
+            remove(folder.with_name(last))
+        if self.done:
+            self.done()
+
+
+def complete(partial: Path, plain: dict, written: list) -> None:
+    """Add the plain values and the hashes to a folder that has the shards of all ranks and the table."""
+    holds: dict[str, int] = {}
+    for one in written:
+        place = one.storage_data
+        holds[place.relative_path] = max(holds.get(place.relative_path, 0), place.offset + place.length)
+    for name, size in holds.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size < size:
+            raise UserError(f"rank 0 does not see {partial / name}, which another rank wrote: all must share that file system")
+    for other in partial.iterdir():  # left by an attempt that was killed
+        if other.name not in holds and other.name != TABLE:
+            other.unlink()
+    table = hashlib.sha256((partial / TABLE).read_bytes()).hexdigest()
+    plain = plain | {"format": FORMAT, "hashes": {_key(one.index): one.sha256 for one in written}, "table_sha256": table}
+    with files.replacing(partial / PLAIN) as file:
+        json.dump(plain | {"sha256": _plain_sha256(plain)}, file)
+
+
+def _key(index: MetadataIndex) -> str:
+    """A shard's name: that of its tensor, and where in it the shard begins."""
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _plain_sha256(plain: dict) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def encoded(rng: Mapping[str, Tensor]) -> dict[str, str]:
+    """States of random number generators, as JSON has them."""
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in rng.items()}
+
+
+def stager(device: torch.device) -> DefaultStager:
+    """Copies shards to the host, on a GPU into pinned memory that is kept for the next time."""
+    on_gpu = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
+    )
+
+
+def tensors_of(model: dict[str, Tensor], optimizer: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors under the names that they have in DCP's table."""
+    state = {f"optimizer.{name}.{key}": value for name, kept in optimizer.items() for key, value in kept.items()}
+    return {f"model.{name}": value for name, value in model.items()} | state
+
+
+def save(tensors: dict[str, Tensor], writer: Writer, together: bool = True) -> None:
+    """Write a checkpoint and wait for it; all ranks must call it. UserError on all of them where one could not.
+
+    Ranks that are not `together`, as those of `in_turn`, each write their part alone.
+    """
+    try:
+        alone = not dist.is_initialized()
+        dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
+    except CheckpointException as error:
+        raise UserError(f"could not save {writer.folder}: {reason(error)}; earlier checkpoints are intact") from error
+
+
+class PartWriter(Writer):
+    """Writes the shards of one rank of `in_turn`; when all have written theirs, `make_one` makes a checkpoint of them."""
+
+    account: tuple[Metadata, list]  # of what was written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.account = metadata, results
+
+    def make_one(self, accounts: list[tuple[Metadata, list]]) -> None:
+        table = accounts[0][0]
+        for name, entry in (item for other, _ in accounts[1:] for item in other.state_dict_metadata.items()):
+            chunks = table.state_dict_metadata[name].chunks
+            chunks += [chunk for chunk in entry.chunks if chunk not in chunks]  # what is not sharded, every part has
+        try:
+            super().finish(table, [of_rank for _, results in accounts for of_rank in results])
+        except OSError as error:
+            raise UserError(f"could not save {self.folder}: {reason(error)}; earlier checkpoints are intact") from error
+
+
+@contextlib.contextmanager
+def in_turn(rank: int, world: int, device: torch.device) -> Iterator[DeviceMesh]:
+    """A mesh of so many ranks, of which this process is one, and no other is there: no collective does anything."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which also makes the backend known
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield init_device_mesh(device.type, (1, world), mesh_dim_names=("replicate", "shard"))
+    finally:
+        dist.destroy_process_group()
+
+
+def save_async(tensors: dict[str, Tensor], writer: Writer, staging: DefaultStager, group: dist.ProcessGroup | None) -> Future:
+    """Copy the shards to the host, and have them written by a thread while training goes on; all ranks must call it."""
+    answer = dcp.async_save(
+        tensors,
+        storage_writer=writer,
+        planner=Planner(),
+        process_group=group,
+        async_stager=staging,
+        no_dist=not dist.is_initialized(),
+    )
+    assert isinstance(answer, Future)  # as staging is not asynchronous
+    return answer
+
+
+def reason(error: BaseException) -> str:
+    """What was wrong, in a line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = sorted(error.failures.items())[0]
+        return f"rank {rank}: {reason(cause)}" if len(error.failures) < 2 and rank else reason(cause)
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    if isinstance(found, OSError) and found.strerror:
+        return found.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Reading.
+
+
+IN_A_TABLE = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+}
+
+
+class _Table(pickle.Unpickler):
+    """Reads DCP's table, which is a pickle, and makes nothing but what tables are made of."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):  # how some Pythons write a member of an enumeration
+            return lambda kind, member: _MEM_FORMAT_ENCODING[member] if kind is _MEM_FORMAT_ENCODING else None
+        if name not in IN_A_TABLE.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in one")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads shards of a folder, and checks the hash of each."""
+
+    def __init__(self, folder: Path, hashes: Mapping[str, str], table: Metadata):
+        super().__init__(folder)
+        self.folder, self.hashes, self.table = folder, hashes, table
+        self.storage_data = table.storage_data
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        return self.table
+
+    def read_data(self, plan, planner):
+        wanted: dict[MetadataIndex, list] = {}
+        for item in plan.items:
+            wanted.setdefault(item.storage_index, []).append(item)
+        for index, items in wanted.items():
+            shard = self.shard(index)
+            for item in items:
+                part = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(shard[part])
+                planner.commit_tensor(item, target)
+        answer: Any = torch.futures.Future()
+        answer.set_result(None)
+        return answer
+
+    def shard(self, index: MetadataIndex) -> Tensor:
+        """The shard as it was saved. UserError where it is not."""
+        place = self.storage_data[index]
+        file = self.folder / place.relative_path
+        what = f"{index.fqn}, the shard at {list(index.offset or ())}"
+        try:
+            with open(file, "rb") as stream:
+                tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
+            intact = tensor_sha256(tensor) == self.hashes[_key(index)]
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        except Exception as error:  # a damaged zip or pickle fails in many ways
+            raise UserError(f"{file} is damaged at {what} ({type(error).__name__}); {EARLIER}") from error
+        if not intact:
+            raise UserError(f"{file} is damaged, or of another checkpoint: {what} is not what was saved; {EARLIER}")
+        return tensor
+
+
+EARLIER = "use an earlier checkpoint of the run"
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of a folder by their names in DCP's table. Each is read whole when it is asked for, shard by shard."""
+
+    def __init__(self, reader: Reader):
+        self.reader, self.table = reader, reader.table.state_dict_metadata
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, name: str) -> Tensor:
+        known = self.table[name]
+        tensor = torch.empty(known.size, dtype=known.properties.dtype)
+        self.read_into({name: tensor}, alone=True)
+        return tensor
+
+    def read_into(self, targets: dict[str, Tensor], alone: bool = False) -> None:
+        """Fill tensors, sharded or not, with their part of what is there. All ranks must call it, unless each reads `alone`."""
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        if alone or not dist.is_initialized() or dist.get_backend() == "fake":
+            planner.set_up_planner(targets, self.reader.table, is_coordinator=True)
+            self.reader.read_data(planner.finish_plan(planner.create_local_plan()), planner)
+            return
+        try:
+            dcp.load(targets, storage_reader=self.reader, planner=planner)
+        except CheckpointException as error:
+            raise UserError(reason(error)) from error
+
+
+class Named(Mapping[str, Tensor]):
+    """Some of the tensors, under names of their own."""
+
+    def __init__(self, shards: Shards, names: dict[str, str]):
+        self.shards, self.names = shards, names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.shards[self.names[name]]
+
+
+def load(folder: Path) -> dict:
+    """What `checkpoint.load` gives. Tensors are read when they are asked for; `shards` reads parts of them.
+
+    `ranks` is how many wrote it. UserError for a folder that lacks a file, or one whose plain values or table were altered.
+    """
+    plain = _plain(folder)
+    raw = (folder / TABLE).read_bytes() if (folder / TABLE).is_file() else b""
+    if hashlib.sha256(raw).hexdigest() != plain["table_sha256"]:
+        raise UserError(f"{folder / TABLE} is {'damaged' if raw else 'missing'}; {EARLIER}")
+    try:
+        table = _Table(io.BytesIO(raw)).load()
+        ends: dict[str, int] = {}
+        for place in table.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        shards = Shards(Reader(folder, plain["hashes"], table))
+    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / TABLE} is no table of a checkpoint: {error}") from error
+    for name, end in sorted(ends.items()):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, the shards of one rank; {EARLIER}")
+        if (size := (folder / name).stat().st_size) < end:
+            raise UserError(f"{folder / name} is cut off: it has {size} bytes, the last shard ends at {end}; {EARLIER}")
+    model = {name.removeprefix("model."): name for name in shards if name.startswith("model.")}
+    kept: dict[str, dict[str, str]] = {}
+    for name in (name for name in shards if name.startswith("optimizer.")):
+        parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+        kept.setdefault(parameter, {})[key] = name
+    rng = {name: torch.frombuffer(bytearray(base64.b64decode(raw)), dtype=torch.uint8) for name, raw in plain["rng"].items()}
+    optimizer = {name: Named(shards, keys) for name, keys in kept.items()}
+    found = {"model": Named(shards, model), "optimizer": optimizer, "rng": rng}
+    return plain | found | {"shards": shards, "ranks": len(ends)}
+
+
+def _plain(folder: Path) -> dict:
+    path = folder / PLAIN
+    try:
+        plain = json.loads(path.read_text())
+        whole = plain.pop("sha256") == _plain_sha256(plain)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not what was written"
+        raise UserError(f"{path} is missing or damaged ({why}); {EARLIER}") from error
+    if plain.get("format") != FORMAT:
+        raise UserError(f"{folder} is not a nanostack checkpoint of format {FORMAT} (found {plain.get('format')!r})")
+    if not whole:
+        raise UserError(f"{path} is damaged: its values are not what was saved; {EARLIER}")
+    return plain

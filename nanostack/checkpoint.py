@@ -86,7 +86,7 @@ class Saver:
         """Copy the state as it is now, and have it written. Waits for the save before this one."""
         self._settle()
         self._failed, self._state = None, state
-        self._writing = self._startshards(state) if self.in_shards else self._start_file(state)
+        self._writing = self._start_shards(state) if self.in_shards else self._start_file(state)
         if self._writing is not None:
             self._writing.add_done_callback(self._tell)
 
@@ -176,7 +176,7 @@ def write(contents: dict | None, path: Path) -> None:
         with files.replacing(path, "wb") as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
+        raise UserError(f"could not save {path}: {reason(error)}; earlier checkpoints are intact") from error
 
 
 def load(path: str | Path) -> dict:
@@ -326,7 +326,7 @@ def _write_and_link(contents: dict, path: Path, keep: int) -> None:
             with open(numbered, "rb") as source, files.replacing(path, "wb") as copy:
                 shutil.copyfileobj(source, copy)
     except OSError as error:
-        raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
+        raise UserError(f"could not put {numbered} in place of {path}: {reason(error)}") from error
     _prune(path, keep)
 
 
@@ -347,7 +347,8 @@ def _samples_in(file: Path, path: Path) -> int | None:
     return int(found[1]) if found and file.is_dir() == (found[2] != path.suffix) else None
 
 
-def _tensors(contents: dict) -> dict[str, Tensor]:
+def all_tensors(contents: dict) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by the names under which their hashes stand."""
     tensors = {f"model.{name}": tensor for name, tensor in contents["model"].items()}
     for name, state in contents["optimizer"].items():
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
@@ -355,10 +356,14 @@ def _tensors(contents: dict) -> dict[str, Tensor]:
 
 
 def _hashes(contents: dict) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, dtype and shape, and under "" that of all plain values."""
-    tensors = _tensors(contents)
+    tensors = all_tensors(contents)
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(tensors, pool.map(sharded.tensor_sha256, tensors.values()), strict=True))
+    return with_plain(hashes, contents)
+
+
+def with_plain(hashes: dict[str, str], contents: dict) -> dict[str, str]:
+    """The hashes of all tensors, and under "" that of all plain values."""
     plain = {k: v for k, v in contents.items() if k not in ("model", "optimizer", "rng", "hashes")}
     return hashes | {"": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
@@ -374,6 +379,6 @@ def _verify(saved: dict, path: Path) -> None:
         raise UserError(f"{path} is damaged: {wrong[0]} is not what was saved; use an earlier checkpoint of the run")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     cause = error if isinstance(error, OSError) else error.__context__
     return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -118,6 +118,7 @@ class Planner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item):
         tensor = super().resolve_data(write_item)
+        assert isinstance(tensor, Tensor)
         self.hashes[write_item.index] = tensor_sha256(tensor)
         return tensor
 
@@ -223,8 +224,8 @@ class PartWriter(Writer):
 
     def make_one(self, accounts: list[tuple[Metadata, list]]) -> None:
         table = accounts[0][0]
-        for name, entry in (item for other, _ in accounts[1:] for item in other.state_dict_metadata.items()):
-            chunks = table.state_dict_metadata[name].chunks
+        for name, entry in (item for other, _ in accounts[1:] for item in tensors_in(other).items()):
+            chunks = tensors_in(table)[name].chunks
             chunks += [chunk for chunk in entry.chunks if chunk not in chunks]  # what is not sharded, every part has
         try:
             super().finish(table, [of_rank for _, results in accounts for of_rank in results])
@@ -300,6 +301,10 @@ class _Table(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def tensors_in(table: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {name: one for name, one in table.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
+
+
 class Reader(dcp.FileSystemReader):
     """Reads shards of a folder, and checks the hash of each."""
 
@@ -351,7 +356,7 @@ class Shards(Mapping[str, Tensor]):
     """The tensors of a folder by their names in DCP's table. Each is read whole when it is asked for, shard by shard."""
 
     def __init__(self, reader: Reader):
-        self.reader, self.table = reader, reader.table.state_dict_metadata
+        self.reader, self.table = reader, tensors_in(reader.table)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)

@@ -67,7 +67,7 @@ class State:
         model = placement.model(config)
         model.init_rope()
         optimizer = make_optimizer(model, optim)
-        places = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+        places: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             for key in saved["optimizer"].get(name, {}):
                 # A step count is one number and never sharded; moments lie like their parameter.

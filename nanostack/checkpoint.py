@@ -1,8 +1,9 @@
 """Checkpoints: one file that is always whole, and a reader that believes nothing.
 
-`ckpt-<samples>.pt` is written beside its place, synced and renamed; `ckpt.pt` is then made a hard link to it in one atomic
-step. A process killed at any moment leaves either the old checkpoint or the new one. The file is one dict of tensors and
-plain values, read with `weights_only=True`; it carries a SHA-256 per tensor and one of all plain values.
+`ckpt.pt` is written beside its place, synced and renamed; the one before it is `ckpt-<samples>.pt` from then on, a file of its
+own, so that whatever a user copies over one of them leaves the others. A process killed at any moment leaves either the old
+checkpoint or the new one. The file is one dict of tensors and plain values, read with `weights_only=True`; it carries a SHA-256
+per tensor and one of all plain values.
 """
 
 import copy
@@ -35,12 +36,12 @@ FORMAT = "nanostack-checkpoint-1"
 
 
 def save(state: State, path: str | Path, manifest_sha256: str | None = None, keep: int = 2) -> None:
-    """Write `state` as `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
+    """Write `state` as `path`; what was there gets a number. Of all only the last `keep` stay.
 
     Every rank must call it. Raises `UserError` where the file cannot be written; what was there before is intact then.
     """
     contents = pack(state, manifest_sha256)
-    on_rank_0(_write_and_link, contents, Path(path), keep)
+    on_rank_0(_replace, contents, Path(path), keep)
 
 
 class Saver:
@@ -90,7 +91,7 @@ class Saver:
     def _write(self, contents: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
             copied.synchronize()
-        _write_and_link(contents | {"hashes": _hashes(contents)}, self.path, self.keep)
+        _replace(contents | {"hashes": _hashes(contents)}, self.path, self.keep)
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
         host = self._host.get(name)
@@ -99,9 +100,9 @@ class Saver:
         return host.copy_(value, non_blocking=True)
 
 
-def write(contents: dict | None, path: Path) -> None:
+def write(contents: dict | None, path: Path, name: Path | None = None) -> None:
     """Write one checkpoint file, unless another rank has its contents. UserError where it cannot be written; what was there
-    before is intact then."""
+    before is intact then. `name` is the one by which the error calls it."""
     if contents is None:
         return
     try:
@@ -109,7 +110,7 @@ def write(contents: dict | None, path: Path) -> None:
         with files.replacing(path, "wb") as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
+        raise UserError(f"could not save {name or path}: {_reason(error)}; earlier checkpoints are intact") from error
 
 
 def load(path: str | Path) -> dict:
@@ -233,30 +234,53 @@ def _contents(state: State, manifest_sha256: str | None, to_host: Callable[[str,
     }
 
 
-def _write_and_link(contents: dict, path: Path, keep: int) -> None:
-    numbered = path.with_name(f"{path.stem}-{contents['cursor']['samples']}{path.suffix}")
-    write(contents, numbered)
-    link = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def _replace(contents: dict, path: Path, keep: int) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(contents, new, path)
     try:
-        link.unlink(missing_ok=True)
-        try:
-            os.link(numbered, link)
-            os.replace(link, path)
-            files.sync(path.parent)
-        except OSError:  # a file system without hard links
-            with open(numbered, "rb") as source, files.replacing(path, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+        _put_in_place(new, path, contents["cursor"]["samples"])
     except OSError as error:
-        raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
-    for old in numbered_checkpoints(path)[:-keep]:
+        raise UserError(f"could not put {new} in place of {path}: {_reason(error)}") from error
+    numbered = numbered_checkpoints(path)
+    for old in numbered[: max(0, len(numbered) - (keep - 1))]:
         old.unlink(missing_ok=True)
 
 
+def go_back(source: Path, path: Path) -> None:
+    """Make `path` a copy of the earlier checkpoint `source`; what was there gets a number."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(source, "rb") as earlier, files.replacing(new, "wb") as copy:
+        shutil.copyfileobj(earlier, copy)
+    _put_in_place(new, path, samples_of(new))
+
+
+def _put_in_place(new: Path, path: Path, new_samples: int | None) -> None:
+    """Rename `new` to `path`, and give the checkpoint that was there the name with its number. One of them is always there."""
+    samples = samples_of(path)
+    if samples is not None and samples != new_samples:
+        numbered = path.with_name(f"{path.stem}-{samples}{path.suffix}")
+        numbered.unlink(missing_ok=True)
+        try:
+            os.link(path, numbered)  # for a moment: the renaming below ends it
+        except OSError:  # a file system without hard links
+            os.replace(path, numbered)
+    os.replace(new, path)
+    files.sync(path.parent)
+
+
+def samples_of(path: Path) -> int | None:
+    """The samples that a checkpoint has seen, its tensors unread; None where it is none."""
+    try:
+        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["cursor"]["samples"])
+    except Exception:  # a damaged zip or pickle fails in many ways
+        return None
+
+
 def numbered_checkpoints(path: Path) -> list[Path]:
-    """The files `ckpt-<samples>.pt` beside `ckpt.pt` in the order in which they were written."""
+    """The files `ckpt-<samples>.pt` beside `ckpt.pt`, in the order of their numbers: those of clocks can be wrong."""
     pattern = f"{path.stem}-"
     found = [file for file in path.parent.glob(f"{pattern}*{path.suffix}") if file.stem[len(pattern) :].isdigit()]
-    return sorted(found, key=lambda file: (file.stat().st_mtime_ns, int(file.stem[len(pattern) :])))
+    return sorted(found, key=lambda file: int(file.stem[len(pattern) :]))
 
 
 def _tensors(contents: dict) -> dict[str, Tensor]:

@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from textwrap import indent
@@ -86,7 +88,8 @@ class Metrics:
     def begin(self, header: dict) -> float:
         """Start the file anew. Returns the seconds of training in it: none."""
         if self._writes:
-            self._file = open(self.path, "w")  # noqa: SIM115
+            with _written(self.path):
+                self._file = open(self.path, "w")  # noqa: SIM115
             self._append(header)
             self._tracking.start(header, [])
         return 0.0
@@ -101,26 +104,28 @@ class Metrics:
             return 0.0
         lines: list[str] = []
         records: list[dict] = []
-        seconds = 0.0
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+        old: dict = {}
+        for number, line in enumerate(self._lines(), 1):
             try:
                 record = json.loads(line)
-                position = (record["stage"], record["samples"]) if lines else (0, 0)
-            except (ValueError, KeyError, TypeError):
-                break  # the process died in the middle of this line
-            if position > (stage, samples):
-                break
-            seconds = record.get("seconds", seconds)
-            lines.append(line + "\n")
-            records.append(record)
-        old = json.loads(lines[0]) if lines else {}
+                if "config" in record:
+                    old = record
+                elif (record["stage"], record["samples"]) <= (stage, samples):
+                    lines.append(line + "\n")
+                    records.append(record)
+            except (ValueError, KeyError, TypeError):  # the process died in the middle of it
+                print(f"note: {self.path}: line {number} is torn, and left out; what follows it stays", file=sys.stderr)
         before = old.pop("before", []) + ([old] if old and old != header else [])
         first = json.dumps(header | ({"before": before} if before else {})) + "\n"
-        with replacing(self.path) as file:
-            file.write(first + "".join(lines[1:]))
-        self._file = open(self.path, "a")  # noqa: SIM115
-        self._tracking.start(header, records[1:])
-        return seconds
+        with _written(self.path):
+            with replacing(self.path) as file:
+                file.write(first + "".join(lines))
+            self._file = open(self.path, "a")  # noqa: SIM115
+        self._tracking.start(header, records)
+        return max((record.get("seconds") or 0.0 for record in records), default=0.0)
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
 
     def write(self, record: dict) -> None:
         if self._file is None:
@@ -131,11 +136,18 @@ class Metrics:
 
     def _append(self, record: dict) -> None:
         assert self._file is not None  # begin or resume opened it
-        try:
+        with _written(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror}; checkpoints are intact") from error
 
 
 def header_of(config: Train, manifest: dict, manifest_sha256: str, world_size: int, placement: Placement) -> dict:

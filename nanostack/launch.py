@@ -56,7 +56,7 @@ class Launch:
     def stop_noted(self) -> int:
         """The exit code of an earlier attempt that a signal stopped, with the same agents; 0 where there is none.
 
-        An agent stops its ranks by a signal too when a machine joins or leaves. The agents then are others, and the run goes on.
+        An agent also stops its ranks by a signal when a machine joins or leaves. The agents then are others: the run goes on.
         """
         noted = json.loads(self.store.get(STOPPED)) if self.store.check([STOPPED]) else {}
         return noted["code"] if self.agents and noted.get("agents") == sorted(self.agents) else 0
@@ -70,9 +70,7 @@ def check_environment() -> None:
             alone = _number(size, 1) <= 1 or place not in os.environ
             in_batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ and place == "SLURM_PROCID"
             if not alone and not (in_batch_script and _number(place, 0) == 0):
-                raise UserError(
-                    f"{size} is {os.environ[size]}, but RANK and WORLD_SIZE are not set: every task would train alone; {HOW}"
-                )
+                raise UserError(f"{size} is {os.environ[size]}, but RANK is not set: every task would train alone; {HOW}")
         return
     if rank is None or world is None:
         there, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")

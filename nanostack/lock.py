@@ -49,8 +49,8 @@ class Lock:
                 if mine:
                     os.utime(self._descriptor)
                 elif not self._ended.is_set():
-                    print(f"error: {self.path.parent}: {_name(_read(self.path))} has taken it, as nothing was heard of this process "
-                          f"for {STALE_SECONDS:.0f} s; this one ends, unsaved", file=sys.stderr, flush=True)  # fmt: skip
+                    taker, so_long = _name(_read(self.path)), f"nothing was heard of this one for {STALE_SECONDS:.0f} s"
+                    print(f"error: {taker} has taken {self.path.parent}, as {so_long}: it ends", file=sys.stderr, flush=True)
                     os._exit(2)
 
 
@@ -131,16 +131,15 @@ def _wait_for_silence(folder: Path, holder: dict) -> None:
     before, age = _touched(path), _age(path)
     who = _name(holder)
     if 0 <= age < STALE_SECONDS:
-        print(f"note: {folder} was in use by {who} {age:.0f} s ago; waiting {STALE_SECONDS - age:.0f} s to hear whether it lives",
-              file=sys.stderr, flush=True)  # fmt: skip
+        rest = f"waiting {STALE_SECONDS - age:.0f} s to hear whether it lives"
+        print(f"note: {folder} was in use by {who} {age:.0f} s ago; {rest}", file=sys.stderr, flush=True)
     give_up = time.monotonic() + STALE_SECONDS - max(0.0, age)
     while time.monotonic() < give_up:
         time.sleep(min(1.0, STALE_SECONDS / 10))
         if _touched(path) != before:
             raise UserError(f"{folder} is in use by {who}: wait for its end, stop it, or choose another --out")
-    print(
-        f"note: {folder}: nothing was heard of {who} for {STALE_SECONDS:.0f} s; its place is taken", file=sys.stderr, flush=True
-    )
+    silent = f"nothing was heard of {who} for {STALE_SECONDS:.0f} s"
+    print(f"note: {folder}: {silent}, so its place is taken", file=sys.stderr, flush=True)
 
 
 def _touched(path: Path) -> int:

@@ -35,7 +35,7 @@ class RunFolder:
             self._lock.release()
 
     def claim(self) -> str | None:
-        """The checkpoint that the run goes on from, None for a new run. Locks the folder if it exists, and touches nothing else."""
+        """The checkpoint that the run goes on from, None for a new run. Locks a folder that exists, touches nothing else."""
         config = self.config
         if config.goes_on and config.overwrite:
             raise UserError("--resume and --overwrite exclude each other")

@@ -1,4 +1,4 @@
-"""The signals that end a run: it makes the step at hand, saves, and exits with 128 + the signal's number, as a shell tells it."""
+"""The signals that end a run: it ends the step at hand, saves, and exits with 128 + the signal's number."""
 
 import signal
 

@@ -57,8 +57,8 @@ class Watchdog:
                 os._exit(EXIT_CODE)
 
     def _tell(self) -> None:
-        print(f"error: rank {self.rank} on {socket.gethostname()} hangs in: {self._phase}; nothing has moved for "
-              f"{self._silent:.0f} s (--hang_timeout {self.timeout:g}). All threads of it:", file=sys.stderr, flush=True)  # fmt: skip
+        where, silent = f"rank {self.rank} on {socket.gethostname()} hangs in: {self._phase}", f"{self._silent:.0f} s"
+        print(f"error: {where}; nothing has moved for {silent} (--hang_timeout {self.timeout:g})", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # a standard error that is no file
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()

@@ -1,5 +1,6 @@
 """What a run that goes on would do otherwise than its records say: field by field; it may not change what is over."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -44,13 +45,12 @@ def _told(name: str, old: Any, new: Any) -> str:
     return f"{name}: {json.dumps(new)} now, {json.dumps(old)} before"
 
 
-def _differences(then: Any, now: Any, name: str = "") -> dict[str, tuple]:
+def _differences(then: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted name: (old, new)} of all that differs. Fields that only one knows are of another version, and left out."""
     if isinstance(then, list) and isinstance(now, list) and any(isinstance(one, dict) for one in then + now):
-        found = {}
-        for number in range(max(len(then), len(now))):
-            pair = [stages[number] if number < len(stages) else None for stages in (then, now)]
-            found |= _differences(*pair, f"{name}.{number}")
+        found: dict[str, tuple[Any, Any]] = {}
+        for number, (old, new) in enumerate(itertools.zip_longest(then, now)):
+            found |= _differences(old, new, f"{name}.{number}")
         return found
     if isinstance(then, dict) and isinstance(now, dict):
         found = {}

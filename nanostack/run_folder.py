@@ -69,7 +69,7 @@ class RunFolder:
             raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
     def _take(self) -> None:
-        self._lock = lock.take(self.out, self.launch and self.launch.key)
+        self._lock = lock.take(self.out, self.launch.key if self.launch is not None else None)
 
     def _checkpoints(self) -> list[Path]:
         """Those of the run, the last one last."""
@@ -97,10 +97,11 @@ class RunFolder:
 
     def _set_aside(self, samples: int) -> None:
         """Rename what the run leaves behind where it goes back to an earlier checkpoint: nothing of it is deleted."""
-        if self._source == self.config.resume_from and Path(self._source).resolve() != self.ckpt.resolve():
+        source = Path(self._source or self.ckpt)
+        if self._source == self.config.resume_from and source.resolve() != self.ckpt.resolve():
             if self.ckpt.exists() and checkpoint.samples_of(self.ckpt) is None:  # damaged
                 os.replace(self.ckpt, self.ckpt.with_name(self.ckpt.name + LEFT))
-            checkpoint.go_back(Path(self._source), self.ckpt)
+            checkpoint.go_back(source, self.ckpt)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(self.out / "metrics.jsonl", self.out / f"metrics.jsonl{LEFT}")
         later = [file for file in checkpoint.numbered_checkpoints(self.ckpt) if int(file.stem.rpartition("-")[2]) > samples]

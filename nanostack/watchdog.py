@@ -74,5 +74,5 @@ class Watchdog:
 
             if torch.distributed.is_nccl_available() and torch.cuda.is_initialized():
                 path = self.folder / f"nccl_trace_rank_{self.rank}"
-                path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+                path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
                 print(f"rank {self.rank}: its collectives are in {path}", file=sys.stderr, flush=True)

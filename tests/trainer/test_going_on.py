@@ -186,6 +186,6 @@ def test_full_disk_at_resume_is_one_line_and_loses_nothing(copy, go_on, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(lock.os, "pwrite", full)
-    with pytest.raises(ValueError, match="cannot write to .*: No space left on device"):
+    with pytest.raises(ValueError, match=r"cannot write to .*: No space left on device"):
         go_on()
     assert (copy.folder / "done/metrics.jsonl").read_bytes() == records and len(numbered(copy)) == 4

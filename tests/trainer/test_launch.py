@@ -1,6 +1,5 @@
 """Ranks and launches as the world has them: variables half-set, two runs at once, restarts, signals, hangs."""
 
-import json
 import os
 import signal
 import subprocess
@@ -127,7 +126,7 @@ def test_learning_to_grow_can_be_stopped(trainer):
 def test_run_that_hangs_says_where_and_ends(trainer):
     program = "import sys, time, train; from nanostack.config import load; run = train.Run(load(sys.argv[1], sys.argv[2:]));"
     program += "run.state.model.register_forward_pre_hook(lambda *_: time.sleep(99)); run.train()"
-    options = [TINY, "--data.path", trainer.corpus, "--out", trainer.folder / "run", "--hang_timeout", "1"]
+    options = [TINY, "--data.path", trainer.corpus, "--out", trainer.folder / "run", "--hang_timeout", "2"]
     done = start_python("-c", program, *options).done()
     assert done.returncode == 75
     assert f"error: rank 0 on {os.uname().nodename} hangs in: train step; nothing has moved for " in done.stderr
@@ -231,7 +230,4 @@ def test_rank_that_hangs_is_told_by_the_other_and_torchrun_starts_both_anew(trai
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "rank 0 on " in lines[-1] and "in: train step" in lines[-1] and "in accumulate" in said
-    whole = trainer.good("whole", *few, processes=2)
-    assert [json.dumps(record) for record in records(trainer.folder / "run")] == [
-        json.dumps(record) for record in records(whole)
-    ]
+    assert records(trainer.folder / "run") == records(trainer.good("whole", *few, processes=2))

@@ -1,6 +1,5 @@
 """A checkpoint is whole or not there, and what is not exactly what was saved is refused."""
 
-import os
 import resource
 import signal
 import time
@@ -146,13 +145,13 @@ def test_full_disk_is_told_and_the_previous_checkpoint_survives(saved):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is an error then, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
-        with pytest.raises(ValueError, match=r"could not save .*ckpt-6\.pt: .*; earlier checkpoints are intact"):
+        with pytest.raises(ValueError, match=r"could not save .*ckpt\.pt: .*; earlier checkpoints are intact"):
             checkpoint.save(state, saved, "manifest")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert saved.read_bytes() == before
-    assert sorted(file.name for file in saved.parent.iterdir()) == ["ckpt-4.pt", "ckpt.pt"]
+    assert [file.name for file in saved.parent.iterdir()] == ["ckpt.pt"]
     checkpoint.save(state, saved, "manifest")
     assert checkpoint.load(saved)["cursor"]["samples"] == 6
 
@@ -203,4 +202,3 @@ def test_growth_receipts_travel_with_the_state(tmp_path):
     checkpoint.save(state, tmp_path / "ckpt.pt", "manifest")
     back = State.restore(checkpoint.load(tmp_path / "ckpt.pt"), Optim(), CPU)
     assert back.growth == [receipt] and back.model.config.n_layer == 6
-    assert os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt-4.pt")

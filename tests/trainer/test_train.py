@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, assert_same_state, records
-
 from torch.distributed import TCPStore
 
 import train
@@ -108,7 +107,7 @@ def test_signal_saves_and_exits_cleanly_and_resume_goes_on_exactly(trainer, fini
 
 
 def test_restart_by_torchrun_resumes_and_never_wipes(trainer, finished):
-    """A second attempt of one launch, whose command says --overwrite: attempts share the store, and the process that began them."""
+    """A second attempt of one launch, whose command says --overwrite: they share the store."""
     out = trainer.folder / "run"
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launch = {"TORCHELASTIC_RUN_ID": "one", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}

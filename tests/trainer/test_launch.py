@@ -1,6 +1,7 @@
 """Ranks and launches as the world has them: variables half-set, two runs at once, restarts, signals, hangs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def test_signal_to_torchrun_reaches_the_ranks_which_save(trainer):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_rank_that_hangs_is_told_by_the_other_and_torchrun_starts_both_anew(trainer):
-    few = ("--stages.0.tokens", "8192", "--hang_timeout", "5")
+    few = ("--stages.0.tokens", "8192", "--eval_interval", "99999", "--hang_timeout", "5")
     process = torchrun(trainer, "--standalone", "--max-restarts", "1", overrides=few, processes=2)
     wait_for(trainer.folder / "run/ckpt.pt", process)
     stuck = children(process)[1]
@@ -229,5 +230,6 @@ def test_rank_that_hangs_is_told_by_the_other_and_torchrun_starts_both_anew(trai
     os.kill(stuck, signal.SIGKILL)  # torchrun would, after 30 s
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
-    assert "rank 0 on " in lines[-1] and "in: train step" in lines[-1] and "in accumulate" in said
+    assert re.match(r"error: rank 0 on .* hangs in: (train step|save|growth|evaluation); nothing has moved for", lines[-1])
+    assert 'train.py", line' in said
     assert records(trainer.folder / "run") == records(trainer.good("whole", *few, processes=2))

@@ -137,6 +137,7 @@ def _wait_for_silence(folder: Path, holder: dict) -> None:
     while time.monotonic() < give_up:
         time.sleep(min(1.0, STALE_SECONDS / 10))
         if _touched(path) != before:
+            who = _name(_read(path) or holder)  # it may have had no time to say who it is
             raise UserError(f"{folder} is in use by {who}: wait for its end, stop it, or choose another --out")
     silent = f"nothing was heard of {who} for {STALE_SECONDS:.0f} s"
     print(f"note: {folder}: {silent}, so its place is taken", file=sys.stderr, flush=True)

@@ -9,9 +9,11 @@ import time
 
 import pytest
 from conftest import ROOT, TINY, Trainer, ranks, records, start_python
+from torch.distributed import HashStore
 
 from nanostack import launch
 from nanostack.errors import UserError
+from nanostack.launch import Launch
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID")
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
@@ -53,6 +55,23 @@ def test_variables_that_can_be_pass(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     launch.check_environment()
+
+
+def test_launch_knows_its_run_and_its_stop_by_its_own_attempts_only(tmp_path):
+    """Also where the store is lost with its machine and an agent is left; and other agents, as after one has joined, go on."""
+    store = HashStore()
+    mark = Launch(store, agents=["a", "b"]).mark()
+    assert Launch(store, agents=["c"]).claimed(mark) and Launch(HashStore(), agents=["b"]).claimed(mark)
+    other = Launch(HashStore(), agents=["c"])
+    assert not other.claimed(mark) and not other.claimed("torn") and not other.claimed(Launch(HashStore()).mark())
+    Launch(store, agents=["b", "a"]).note_stop(143)
+    assert Launch(store, agents=["a", "b"]).stop_noted() == 143
+    assert (
+        Launch(store, agents=["a"]).stop_noted()
+        == Launch(store, agents=["a", "b", "c"]).stop_noted()
+        == other.stop_noted()
+        == 0
+    )
 
 
 def test_tasks_that_all_think_they_are_alone_get_one_run_between_them(trainer):

@@ -153,6 +153,23 @@ def test_run_that_hangs_says_where_and_ends(trainer):
     assert "Current thread" in done.stderr and "in accumulate" in done.stderr and "in _work" in done.stderr
 
 
+TIMEOUTS = """
+import torch, torch.distributed as dist
+from nanostack import parallel
+from nanostack.config import Parallel
+mesh = parallel.start(Parallel(), "float32", compile=False, hang_timeout=100.0).mesh
+groups = [dist.group.WORLD, mesh.get_group("shard"), mesh.get_group("replicate"), parallel._patient]
+seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+print(seconds == [160.0, 160.0, 160.0, 860.0], flush=True)
+"""
+
+
+@pytest.mark.distributed
+def test_messages_fail_after_the_watchdog_and_those_that_wait_for_a_hash_or_a_save_much_later():
+    done = ranks("-c", TIMEOUTS, number=2)
+    assert done.stdout.split() == ["True"] * 2, done.stdout + done.stderr
+
+
 def children(process: subprocess.Popen) -> list[int]:
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
     return [int(pid) for pid in found.split()]

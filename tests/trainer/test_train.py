@@ -248,6 +248,23 @@ def test_resume_from_the_end_of_a_ramp_and_its_stage_is_exact(corpus, tmp_path):
     assert_same_state(checkpoint.load(ckpt), whole)
 
 
+def test_resume_after_a_stage_that_re_warmed_its_new_layers_is_exact(corpus, tmp_path):
+    """Norms are sums over the optimizer's groups, whose order is the model's again when the new layers have come home."""
+    options = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--keep", "20", "--save_interval", "256"]
+    rewarmed = grow("stack", g=2, tokens=1024, lr=5e-3, rewarm_tokens=256, optimizer="copy")
+    stages = (Stage(512, lr=5e-3), rewarmed, Stage(1024, lr=5e-3))
+    config = replace(load(TINY, [*options, "--optim.grad_clip", "0.1"]), stages=stages)
+    train.Run(config).train()
+    found, ckpt = records(tmp_path / "run"), tmp_path / "run/ckpt.pt"
+    whole = checkpoint.load(ckpt)
+    for file in [ckpt, *checkpoint.numbered_checkpoints(ckpt)]:
+        if checkpoint.samples_of(file) > (512 + 1024 + 512) // 32:
+            file.unlink()
+    train.Run(replace(config, resume=True)).train()
+    assert records(tmp_path / "run") == found
+    assert_same_state(checkpoint.load(ckpt), whole)
+
+
 def test_model_too_large_for_the_device_is_refused_before_anything_is_touched(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "free_bytes", lambda device: 2e6)
     with pytest.raises(ValueError, match=r"the largest stage, weights, gradients and moments, needs 0.00 GiB on cpu"):

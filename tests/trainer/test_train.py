@@ -250,9 +250,9 @@ def test_resume_from_the_end_of_a_ramp_and_its_stage_is_exact(corpus, tmp_path):
 
 def test_resume_after_a_stage_that_re_warmed_its_new_layers_is_exact(corpus, tmp_path):
     """Norms are sums over the optimizer's groups, whose order is the model's again when the new layers have come home."""
-    options = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--keep", "20", "--save_interval", "256"]
+    options = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--keep", "20", "--save_interval", "512"]
     rewarmed = grow("stack", g=2, tokens=1024, lr=5e-3, rewarm_tokens=256, optimizer="copy")
-    stages = (Stage(512, lr=5e-3), rewarmed, Stage(1024, lr=5e-3))
+    stages = (Stage(512, lr=5e-3), rewarmed, Stage(4096, lr=5e-3))
     config = replace(load(TINY, [*options, "--optim.grad_clip", "0.1"]), stages=stages)
     train.Run(config).train()
     found, ckpt = records(tmp_path / "run"), tmp_path / "run/ckpt.pt"

@@ -58,6 +58,10 @@ def grow(op: str | None = None, g: int | None = None, **options) -> Stage:
     return Stage(growth=Growth(op, g, **how), **options)
 
 
+SHAPELESS = {  # fields of a run on which no record of it depends
+    *("out", "resume", "resume_from", "resume_anyway", "overwrite", "profile", "keep", "checkpoint"),
+    *("save_interval", "sample", "track", "hang_timeout"),
+}
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 
 
@@ -192,12 +196,18 @@ class Train:
     """A checkpoint to start from: weights, cursor, FLOPs ledger, and the optimizer if it is in there."""
     resume: bool = False
     """Go on with the run that is in `out`."""
+    resume_from: str | None = None
+    """Go on from this earlier checkpoint of the run; later ones, and the records, are set aside as NAME.left."""
+    resume_anyway: bool = False
+    """Go on although options differ on which the past of the run depends."""
     overwrite: bool = False
     """Delete the run that is in `out`."""
     profile: int = 0
     """Write a trace of that many steps to `out`."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Show the records there as well, from rank 0; see nanostack/track.py."""
+    hang_timeout: float = 900.0
+    """Seconds after which a run whose steps do not end any more says where it hangs, and ends; torchrun may start it anew."""
 
     def __post_init__(self):
         if not self.stages:
@@ -217,6 +227,8 @@ class Train:
             self.sample.check()
         except UserError as error:
             raise UserError(f"sample.{error}") from None
+        if not 0 < self.hang_timeout < math.inf:
+            raise UserError(f"hang_timeout must be above 0, not {self.hang_timeout:g}")
         if self.profile < 0 or not 0 <= self.seed < 2**63 or not self.out:
             raise UserError(
                 f"profile ≥ 0, 0 ≤ seed < 2^63 and an out folder are needed: {self.profile}, {self.seed}, {self.out!r}"
@@ -247,6 +259,11 @@ class Train:
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
                 )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it asks for the run that is in `out`."""
+        return self.resume or self.resume_anyway or self.resume_from is not None
+
     def shapes(self) -> list[LlamaConfig]:
         """The model of every stage; the last is the largest, as growth makes nothing smaller."""
         models = [self.model]
@@ -265,14 +282,16 @@ class Train:
         here = self.stages[cursor.stage].tokens - cursor.stage_tokens
         return self.steps_of(self.stages[cursor.stage + 1 :]) + max(0, -(-here // self.batch_tokens))
 
+    def saves_shards(self, ranks: int) -> bool:
+        return self.checkpoint == "sharded" or (self.checkpoint == "auto" and ranks > 1)
+
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
 
     def shaping(self) -> dict:
         """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
-        ignored = ("out", "resume", "overwrite", "profile", "keep", "checkpoint", "save_interval", "sample", "track")
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in SHAPELESS}
         del values["data"]["path"]  # the manifest's hash stands for the text
         return json.loads(json.dumps(values))
 

@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanostack.config import Parallel
-from nanostack.device import StopFlag, compute_dtype, open_device
+from nanostack.device import compute_dtype, open_device
 from nanostack.errors import UserError
 from nanostack.growth import Hooks
+from nanostack.launch import Launch, check_environment, connect
 from nanostack.model import Llama, LlamaConfig
 from nanostack.shards import assign
 
@@ -34,6 +35,7 @@ class Placement:
     mesh: DeviceMesh | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    launch: Launch | None = None  # of several ranks, or by torchrun
 
     def block(self, block: nn.Module) -> nn.Module:
         """Prepare one block; it may be without storage still."""
@@ -173,8 +175,16 @@ def micro_steps(batch_tokens: int, micro_batch: int, seq_len: int) -> int:
     )
 
 
-def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False) -> Placement:
-    """Join the process group that torchrun describes, if any, and choose device, dtype and mesh."""
+START_PATIENCE = 8  # times hang_timeout: how long ranks wait for one that hashes a large corpus or writes a large checkpoint
+_patient: "dist.ProcessGroup | None" = None  # waits so long
+
+
+def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False, hang_timeout: float = 900.0) -> Placement:
+    """Join the process group that torchrun describes, if any, and choose device, dtype and mesh.
+
+    Messages between ranks fail a minute after hang_timeout, when the watchdog has told where each rank is.
+    """
+    check_environment()
     world = world_size()
     shape = mesh_shape(parallel, world)
     cuda = torch.cuda.is_available()
@@ -182,21 +192,29 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
         raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
     device = open_device(int(os.environ.get("LOCAL_RANK", 0)), compile)
-    mesh = None
-    if world > 1:
+    timeout, patience = (timedelta(seconds=60 + times * hang_timeout) for times in (1, START_PATIENCE))
+    launch, mesh = connect(patience), None
+    if launch is not None and world > 1:
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
-        _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        _join(launch, "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout, patience)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile)
+        for dimension in ("replicate", "shard"):
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(dimension))
+    if launch is not None and (code := on_rank_0(launch.stop_noted)):
+        if is_main_rank():
+            print("note: a signal has stopped this run, so it ends when torchrun starts it anew; use --resume", file=sys.stderr)
+        leave(code)
+    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile, launch)
 
 
-def _join(backend: str) -> None:
-    """Join torchrun's process group. A restarted attempt gets keys of its own: the agent's store still holds the addresses
-    of the processes that died."""
-    store, rank, world = next(dist.rendezvous("env://"))
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # Ranks may wait for one of them to hash a large corpus or to write a large checkpoint.
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(hours=2))
+def _join(launch: Launch, backend: str, timeout: timedelta, patience: timedelta) -> None:
+    """Join the process group of this attempt. It has keys of its own: the agent's store still holds the addresses of the
+    processes that died."""
+    global _patient
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's record of collectives, for the watchdog
+    store = dist.PrefixStore(f"attempt_{launch.attempt}", launch.store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
+    _patient = dist.new_group(backend="gloo", timeout=patience)
 
 
 def saving_group() -> "dist.ProcessGroup | None":
@@ -223,7 +241,7 @@ def on_rank_0(work, *args) -> Any:
         except UserError as error:
             answer[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(answer, src=0, group=_patient, device=torch.device("cpu"))
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
@@ -237,16 +255,20 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
-def leave(stop: "StopFlag | None" = None) -> None:
-    """End a rank's process successfully, when all ranks are here: a vote in flight to a rank that is gone would abort it.
+def leave(code: int = 0, launch: Launch | None = None) -> None:
+    """End a rank's process with this exit code, when all ranks are here; one that is alone ends with it if it is not 0.
+
+    A code that is not 0 is noted for attempts of this launch to come: a signal has stopped the run.
 
     Python is not shut down: a thread of gloo that drops its last reference to a tensor meanwhile wants the interpreter back,
     is refused, and takes the process with it ("terminate called without an active exception", one exit in ten).
     """
+    if code and launch is not None and is_main_rank():
+        launch.note_stop(code)
     if dist.is_initialized():
-        if stop is not None:
-            stop.wait()
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)

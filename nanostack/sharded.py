@@ -126,12 +126,13 @@ class Planner(dcp.DefaultSavePlanner):
 class Writer(dcp.FileSystemWriter):
     """Writes the shards into `folder`.partial; when those of all ranks are on disk, rank 0 makes a checkpoint of it.
 
-    `plain` are the values that are no shards. Then `pointer` names the folder, and rank 0 calls `done()`.
+    `plain` are the values that are no shards. `put(folder)`, on rank 0, then makes `pointer` point to it.
     """
 
-    def __init__(self, folder: Path, plain: dict, pointer: Path, done: Callable[[], object] | None = None):
+    def __init__(self, folder: Path, plain: dict, pointer: Path, put: Callable[[Path], object] | None = None):
         super().__init__(folder.with_name(folder.name + PARTIAL))
-        self.folder, self.plain, self.pointer, self.done = folder, plain, pointer, done
+        self.folder, self.plain, self.pointer = folder, plain, pointer
+        self.put = put or (lambda folder: point(pointer, folder))
 
     def write_data(self, plan, planner):
         results = super().write_data(plan, planner).value()
@@ -149,11 +150,9 @@ class Writer(dcp.FileSystemWriter):
             remove(folder)
         os.rename(self.path, folder)
         files.sync(folder.parent)
-        point(self.pointer, folder)
+        self.put(folder)
         if last and last != folder.name and last.removesuffix(AGAIN) == self.folder.name:
             remove(folder.with_name(last))
-        if self.done:
-            self.done()
 
 
 def complete(partial: Path, plain: dict, written: list) -> None:
@@ -404,7 +403,7 @@ def load(folder: Path) -> dict:
 
     `ranks` is how many wrote it. UserError for a folder that lacks a file, or one whose plain values or table were altered.
     """
-    plain = _plain(folder)
+    plain = plain_of(folder)
     raw = (folder / TABLE).read_bytes() if (folder / TABLE).is_file() else b""
     if hashlib.sha256(raw).hexdigest() != plain["table_sha256"]:
         raise UserError(f"{folder / TABLE} is {'damaged' if raw else 'missing'}; {EARLIER}")
@@ -432,7 +431,7 @@ def load(folder: Path) -> dict:
     return plain | found | {"shards": shards, "ranks": len(ends)}
 
 
-def _plain(folder: Path) -> dict:
+def plain_of(folder: Path) -> dict:
     path = folder / PLAIN
     try:
         plain = json.loads(path.read_text())

@@ -146,7 +146,7 @@ class State:
         which: set[Tensor] = set()
         if stage.rewarm_tokens:
             which.update(self._new_layers().values() if stage.rewarm == "new" else self.model.parameters())
-        set_rate_of(self.optimizer, which, rewarming(stage, tokens))
+        set_rate_of(self.model, self.optimizer, which, rewarming(stage, tokens))
 
     def freeze(self, stage: Stage) -> None:
         """Leave gradients to the layers that the last growth made, or to all."""

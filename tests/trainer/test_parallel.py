@@ -147,7 +147,7 @@ def test_signal_to_one_rank_stops_all_and_resume_goes_on(trainer):
     os.kill(victim, signal.SIGTERM)
     os.kill(victim, signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "stopped by a signal" in said, said
+    assert process.returncode == 1 and "stopped by a signal" in said and "exitcode  : 143" in said, said
     stopped_at = checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"]
     assert 0 < stopped_at < 2560000
     trainer.good("run", "--stages.0.tokens", str(stopped_at + 512), "--resume", processes=2)

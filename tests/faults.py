@@ -79,7 +79,7 @@ FAULTS = (
     fault("ledger", "test_train test_checkpoint", "self.flops += float(tokens * flops_per_token(config))",
           "self.flops += float(tokens * flops_exact_per_token(config))"),
     fault("checkpoint_is_believed", "test_checkpoint", "    if actual != recorded:", "    if False:"),
-    fault("lock_is_shared", "test_lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    fault("lock_is_shared", "test_lock", "flock(descriptor, fcntl.LOCK_EX |", "flock(descriptor, fcntl.LOCK_SH |"),
     fault("past_may_change", "test_going_on", "if number < cursor.stage:", "if number < 0:"),
     fault("rewarmed_come_home", "test_growth:rate_of_their_own", 'group["params"].sort(key=place.__getitem__)', "pass"),
     fault("stop_a_step_later", "test_launch:step_at_hand", "self.number = self._asked\n", "self.number = 0\n"),

@@ -40,7 +40,7 @@ def put_in_place(new: Path, path: Path, new_samples: int | None) -> None:
 
 
 def give_number(path: Path, unless: int | None = None) -> None:
-    """Give a checkpoint that is one file the name with its number, as another is to be `path`; unless it is that."""
+    """Give a checkpoint that is one file the name with its number, unless it is that one: another is to be `path`."""
     samples = samples_of(path) if sharded.pointed_to(path) is None else None
     if samples is None or samples == unless:
         return

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from nanostack import lock, track
+from nanostack import kept, lock, track
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.launch import Launch

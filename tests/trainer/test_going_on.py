@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, Trainer, assert_same_state, python, records
 
 import train
-from nanostack import checkpoint, lock
+from nanostack import checkpoint, kept, lock
 from nanostack.config import load
 
 SHORT = ("--stages.0.tokens", "1024", "--stages.1.tokens", "1024", "--save_interval", "512", "--keep", "9")

@@ -11,7 +11,7 @@ from conftest import TINY, assert_same_state, records
 from torch.distributed import TCPStore
 
 import train
-from nanostack import checkpoint, device, growth
+from nanostack import checkpoint, device, growth, kept
 from nanostack.config import Growth, Optim, Stage, grow, load
 from nanostack.flops import flops_per_token
 from nanostack.model import LlamaConfig

@@ -107,6 +107,20 @@ class Parallel:
     dp_shard: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """The backward pass computes these anew instead of keeping them: norms, rotary, SwiGLU (selective); whole blocks (full)."""
+    reshard_after_forward: bool | int | None = None
+    """Whether a block's gathered parameters are freed after its forward pass and gathered anew for its backward one; a number:
+    they stay sharded over so many ranks between the two. None: they are freed."""
+    prefetch: int = 0
+    """How many blocks ahead parameters are gathered, forward and backward; 0: as FSDP2 does by itself, one."""
+
+    def __post_init__(self):
+        if not isinstance(self.reshard_after_forward, bool) and self.reshard_after_forward is not None:
+            if self.reshard_after_forward < 2:
+                raise UserError(
+                    f"parallel.reshard_after_forward is True, False or a number of 2 or more, not {self.reshard_after_forward}"
+                )
+        if self.prefetch < 0:
+            raise UserError(f"parallel.prefetch must be 0 or more, not {self.prefetch}")
 
 
 @dataclass(frozen=True, kw_only=True)

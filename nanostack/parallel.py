@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -34,6 +34,10 @@ class Placement:
     mesh: DeviceMesh | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    reshard_after_forward: bool | int | None = None
+    prefetch: int = 0
+    _between_passes: list = field(default_factory=list, compare=False, repr=False)
+    """What FSDP2 knows of the smaller mesh that blocks lie on between forward and backward, once there is one."""
 
     def block(self, block: nn.Module) -> nn.Module:
         """Prepare one block; it may be without storage still."""
@@ -45,7 +49,7 @@ class Placement:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
             torch._dynamo.config.recompile_limit = 64  # ramps, frozen layers and widths are graphs of their own
             block.compile()
-        return self._shard(block)
+        return self._shard(block, self.reshard_after_forward)
 
     def model(self, config: LlamaConfig) -> Llama:
         """A prepared model with storage but no values: `initialise` it or `assign` all of its parameters."""
@@ -59,6 +63,7 @@ class Placement:
         model.compute_dtype = self.dtype
         # FSDP2 has its own copies, shard by shard.
         model.keeps_compute_weights = self.mesh is None and self.dtype != torch.float32
+        self._prefetch(model)
         return model
 
     def grown(self, model: Llama) -> None:
@@ -73,6 +78,7 @@ class Placement:
                 state = module._get_fsdp_state()
                 state._is_root = None
                 state._state_ctx = type(state._state_ctx)()
+        self._prefetch(model)
 
     def hooks(self) -> Hooks:
         """The hooks that a model in this place needs while it grows."""
@@ -88,12 +94,38 @@ class Placement:
         if self.mesh is not None:
             dist.all_reduce(value, group=self.mesh.get_group("shard"))
 
-    def _shard(self, module: nn.Module) -> nn.Module:
+    def _shard(self, module: nn.Module, reshard_after_forward: bool | int | None = None) -> nn.Module:
         if self.mesh is None:
             return module
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy)  # in place
+        if isinstance(reshard_after_forward, bool | None):
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)  # in place
+            return module
+        # FSDP2 makes process groups for every module that it is given a number for: as many communicators as blocks, and a
+        # collective in the middle of a growth. All blocks share those of the first. This is private API of torch, tested in
+        # tests/trainer/test_fsdp_options.py.
+        first = not self._between_passes
+        fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward if first else True)
+        for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator, union-attr]
+            if first:
+                self._between_passes.append(group.post_forward_mesh_info)
+                continue
+            for holder in (group, *group.fsdp_params):
+                holder.post_forward_mesh_info = self._between_passes[0]
+            for parameter in group.fsdp_params:
+                parameter._init_sharded_post_forward_param_metadata(torch.empty(parameter._orig_size, device="meta"))
         return module
+
+    def _prefetch(self, model: Llama) -> None:
+        """Tell every block which ones it gathers ahead of their turn."""
+        ahead, blocks = self.prefetch, list(model.blocks)
+        if self.mesh is None or not ahead:
+            return
+        for number, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+        model.set_modules_to_forward_prefetch(blocks[:ahead])  # type: ignore[operator]
+        model.set_modules_to_backward_prefetch(blocks[-ahead:][::-1])  # type: ignore[operator]
 
 
 def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
@@ -177,6 +209,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
     """Join the process group that torchrun describes, if any, and choose device, dtype and mesh."""
     world = world_size()
     shape = mesh_shape(parallel, world)
+    check_gathering(parallel, shape[1])
     cuda = torch.cuda.is_available()
     if cuda_graph and (world > 1 or not cuda):
         where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
@@ -187,7 +220,31 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile)
+    return place(parallel, device, compute_dtype(device, dtype), mesh, compile)
+
+
+def place(
+    parallel: Parallel, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None, compile: bool = False
+) -> Placement:
+    """The placement that the config asks for, on a mesh that there is."""
+    options = (parallel.activation_checkpointing, compile, parallel.reshard_after_forward, parallel.prefetch)
+    return Placement(device, dtype, mesh, *options)
+
+
+def check_gathering(parallel: Parallel, shards: int) -> None:
+    """Raise `UserError` where the options of when to gather parameters do not fit so many shards."""
+    after = parallel.reshard_after_forward
+    if shards == 1 and (after is not None or parallel.prefetch):
+        raise UserError(
+            "parallel.reshard_after_forward and parallel.prefetch say when parameters are gathered, and here every process has "
+            "them whole: leave them out, or shard over several (--parallel.dp_shard)"
+        )
+    if not isinstance(after, bool | None) and (after >= shards or shards % after):
+        legal = [n for n in range(2, shards) if shards % n == 0]
+        raise UserError(
+            f"parallel.reshard_after_forward {after} does not divide {shards} shards into several parts; "
+            + (f"legal numbers: {legal}" if legal else "True and False are there")
+        )
 
 
 def _join(backend: str) -> None:

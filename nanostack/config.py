@@ -114,11 +114,9 @@ class Parallel:
     """How many blocks ahead parameters are gathered, forward and backward; 0: as FSDP2 does by itself, one."""
 
     def __post_init__(self):
-        if not isinstance(self.reshard_after_forward, bool) and self.reshard_after_forward is not None:
-            if self.reshard_after_forward < 2:
-                raise UserError(
-                    f"parallel.reshard_after_forward is True, False or a number of 2 or more, not {self.reshard_after_forward}"
-                )
+        after = self.reshard_after_forward
+        if not isinstance(after, bool | None) and after < 2:
+            raise UserError(f"parallel.reshard_after_forward is True, False or a number of 2 or more, not {after}")
         if self.prefetch < 0:
             raise UserError(f"parallel.prefetch must be 0 or more, not {self.prefetch}")
 

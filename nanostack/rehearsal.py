@@ -5,13 +5,13 @@ once; tensors are fake (FakeTensorMode), with sizes and without storage. All els
 sharded by Placement, grown by growth.grow with its optimizer, and trained for steps of two micro-batches.
 
 A whole model is built, grown and updated. Steps are traced at two small depths: what they take is a sum over layers, and is
-drawn on to the depth that is asked for. The mesh is one of CPU ranks, where FSDP2 runs the same code as on GPUs but for streams.
+drawn on to the depth that is asked for. The mesh is one of CPU ranks: FSDP2 runs the code that it runs on GPUs, but for streams.
 """
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Grown:
-    """Bytes on rank 0 of weights and moments before the last growth, at its peak and after it; and of the update that follows."""
+    """Bytes on rank 0 of weights and moments before the last growth, at its peak and after it, and all bytes of an update."""
 
     before: int
     peak: int
@@ -119,9 +119,10 @@ class Rehearsal:
 
     shape: tuple[int, int]  # (replicate, shard)
     memory: MemoryEstimate
-    gathered: int  # of a micro-batch's bytes, those of whole parameters at their most
-    sent: dict[tuple[str, str], int] = field(default_factory=dict)  # by a rank in one step, by phase and kind
-    grown: Grown | None = None
+    gathered: int  # bytes of gathered parameters at their most, in memory.transient
+    micro_steps: int
+    sent: dict[tuple[str, str], int]  # by a rank in one step, by (forward, backward or update; kind of collective)
+    grown: Grown | None
 
 
 @contextlib.contextmanager
@@ -209,11 +210,10 @@ def rehearse(config: Train, dtype: torch.dtype, on_triton: bool, count: int, wit
     """
     shape = mesh_shape(config.parallel, count)
     check_gathering(config.parallel, shape[1])
-    model, ranks = config.shapes()[-1], count
-    together = config.micro_batch * ranks
-    micro_steps = max(1, config.batch_tokens // model.seq_len // together)
+    model = config.shapes()[-1]
+    micro_steps = -(-config.batch_tokens // (model.seq_len * config.micro_batch * count))
     growths = [stage.growth for stage in config.stages if stage.growth]
-    with fake_ranks(ranks, shape) as mesh:
+    with fake_ranks(count, shape) as mesh:
         placement = place(config.parallel, torch.device("cpu"), dtype, mesh)
         depths = [config.parallel.prefetch + n for n in DEPTHS]
         whole = []
@@ -225,7 +225,8 @@ def rehearse(config: Train, dtype: torch.dtype, on_triton: bool, count: int, wit
         grown = None
         if with_growth and growths and not any(how.width or how.learning_steps() for how in growths):
             grown = growth_of(config, config.model, growths, placement, on_triton)
-    return Rehearsal(shape, _estimate(config, *whole, grown), whole[0].gathered, _of_a_step(whole[0], micro_steps), grown)
+    memory, sent = _estimate(config, *whole, grown), _of_a_step(whole[0], micro_steps)
+    return Rehearsal(shape, memory, whole[0].gathered, micro_steps, sent, grown)
 
 
 def _estimate(config: Train, one: Step, two: Step, grown: Grown | None) -> MemoryEstimate:

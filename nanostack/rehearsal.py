@@ -5,7 +5,7 @@ once; tensors are fake (FakeTensorMode), with sizes and without storage. All els
 sharded by Placement, grown by growth.grow with its optimizer, and trained for steps of two micro-batches.
 
 A whole model is built, grown and updated. Steps are traced at two small depths: what they take is a sum over layers, and is
-drawn on to the depth that is asked for. The mesh is one of CPU ranks: FSDP2 runs the code that it runs on GPUs, but for streams.
+drawn on to the depth that is asked for. The mesh is one of CPU ranks, where FSDP2 runs its code for GPUs, without streams.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ class Traffic(TorchDispatchMode):
             n = _ranks_of(args)
             if n > 1:
                 self.sent[self.phase, kind] += round(times(n) * sum(tensor.nbytes for tensor in tensors))
-        elif op.namespace in ("c10d", "_c10d_functional") and "wait" not in op.__name__:
+        elif op.namespace in ("c10d", "_c10d_functional") and "wait_tensor" not in str(op) and "_wrap_tensor" not in str(op):
             raise NotImplementedError(f"{op}: how many bytes it moves is not known here")
         return op(*args, **(kwargs or {}))
 
@@ -190,6 +190,7 @@ def growth_of(config: Train, base: LlamaConfig, growths: list[Growth], placement
             before = live.peak = live.now
             growth.grow(model, optimizer, how, placement.hooks())
             peak = live.peak
+            growth.set_ramp(model, 1.0)  # what is random counts in full before the next growth
         after = live.now
         _step_on_zeros(model, optimizer)  # which makes the moments
         live.peak = live.now

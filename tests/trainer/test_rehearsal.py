@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, TINY, python, ranks
-from fsdp_options import MEASURED, OPTIONS, SHAPE
+from fsdp_options import MEASURED, MEASURED_WITH, OPTIONS, SHAPE
 
 from nanostack import rehearsal
 from nanostack.config import Optim, Parallel, load
@@ -44,7 +44,7 @@ def test_options_of_gathering_change_no_loss_and_reach_new_blocks(four_ranks):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*OPTIONS, "hybrid"])
+@pytest.mark.parametrize("name", [*MEASURED_WITH, "hybrid"])
 def test_rehearsed_step_takes_and_sends_what_four_ranks_do(four_ranks, name):
     """The peak within 5 % of the allocations that the profiler saw, the bytes of every collective exactly."""
     parallel = OPTIONS.get(name, Parallel(dp_replicate=2))

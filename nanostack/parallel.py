@@ -36,7 +36,7 @@ class Placement:
     compile: bool = False
     reshard_after_forward: bool | int | None = None
     prefetch: int = 0
-    _between_passes: list = field(default_factory=list, compare=False, repr=False)
+    _between_passes: list = field(default_factory=list, init=False, compare=False, repr=False)
     """What FSDP2 knows of the smaller mesh that blocks lie on between forward and backward, once there is one."""
 
     def block(self, block: nn.Module) -> nn.Module:
@@ -226,9 +226,12 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
 def place(
     parallel: Parallel, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None, compile: bool = False
 ) -> Placement:
-    """The placement that the config asks for, on a mesh that there is."""
+    """The placement that the config asks for, on a mesh that there is. Every rank must call it."""
     options = (parallel.activation_checkpointing, compile, parallel.reshard_after_forward, parallel.prefetch)
-    return Placement(device, dtype, mesh, *options)
+    placement = Placement(device, dtype, mesh, *options)
+    if not isinstance(parallel.reshard_after_forward, bool | None):  # its process groups are made now
+        placement._shard(nn.Linear(1, 1, device="meta"), parallel.reshard_after_forward)
+    return placement
 
 
 def check_gathering(parallel: Parallel, shards: int) -> None:

@@ -12,6 +12,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,8 @@ def _ranks_of(arguments: tuple) -> int:
         if isinstance(one, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):  # an operation of reduction is such an object, too
                 return dist.ProcessGroup.unbox(one).size()
-    return dist.distributed_c10d._resolve_process_group(next(one for one in arguments[::-1] if isinstance(one, str))).size()
+    name: Any = next(one for one in arguments[::-1] if isinstance(one, str))
+    return dist.distributed_c10d._resolve_process_group(name).size()
 
 
 KINDS = {  # the kind, the argument that counts, and how many times its bytes are sent in a group of n
@@ -140,14 +142,14 @@ def step_of(
 ) -> Step:
     """Trace steps of a model at its own depth."""
     with FakeTensorMode(), Live() as live, dispatch.traced(on_triton), Traffic() as traffic:
-        llama = placement.model(model)
-        weights = live.now
         tokens = torch.empty((sequences, model.seq_len), dtype=torch.int64)
+        llama = placement.model(model)
+        weights = live.now - tokens.nbytes
         _micro_batch(llama, tokens, traffic, "first")
-        gradients = live.now - weights
+        gradients = live.now - tokens.nbytes - weights
         optimizer = _optimizer(llama, config, on_triton)
         _update(optimizer, traffic)  # which frees the gradients
-        moments = live.now - weights
+        moments = live.now - tokens.nbytes - weights
         live.peak, live.most_gathered = live.now, live.gathered
         traffic.sent.clear()
         for number in range(min(2, micro_steps)):
@@ -217,17 +219,19 @@ def rehearse(config: Train, dtype: torch.dtype, on_triton: bool, count: int, wit
     with fake_ranks(count, shape) as mesh:
         placement = place(config.parallel, torch.device("cpu"), dtype, mesh)
         depths = [config.parallel.prefetch + n for n in DEPTHS]
-        whole = []
-        for sequences in (1, 2):
+
+        def whole(sequences: int) -> Step:
             few, more = (
                 step_of(config, replace(model, n_layer=n), placement, on_triton, sequences, micro_steps) for n in depths
             )
-            whole.append(few.drawn_on(more, (model.n_layer - depths[0]) / (depths[1] - depths[0])))
+            return few.drawn_on(more, (model.n_layer - depths[0]) / (depths[1] - depths[0]))
+
+        one, two = whole(1), whole(2)
         grown = None
         if with_growth and growths and not any(how.width or how.learning_steps() for how in growths):
             grown = growth_of(config, config.model, growths, placement, on_triton)
-    memory, sent = _estimate(config, *whole, grown), _of_a_step(whole[0], micro_steps)
-    return Rehearsal(shape, memory, whole[0].gathered, micro_steps, sent, grown)
+    memory, sent = _estimate(config, one, two, grown), _of_a_step(one, micro_steps)
+    return Rehearsal(shape, memory, one.gathered, micro_steps, sent, grown)
 
 
 def _estimate(config: Train, one: Step, two: Step, grown: Grown | None) -> MemoryEstimate:

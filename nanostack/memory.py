@@ -3,7 +3,8 @@
 A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
 every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
 and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
-On several GPUs, fully sharded, the states are divided and FSDP2's gathered copies added by formula: an estimate.
+On several GPUs the states are divided by the shards and FSDP2's gathered copies added by formula, as a run checks at its start;
+`nanostack fit` traces those as well (rehearsal.py).
 """
 
 import contextlib
@@ -173,7 +174,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> MemoryEstimate:
-    """What a step of the config needs on each of `count` devices, fully sharded."""
+    """What a step of the config needs on each of `count` devices that it is sharded over, from above."""
     one, two = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
     fixed, stays = one.fixed, sum(one.fixed.values())
     loss_each, else_each = two.at_loss - one.at_loss, two.else_ - one.else_
@@ -181,7 +182,9 @@ def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: b
     if count > 1:
         block = sum(math.prod(shape) for shape in _block_shapes(model))
         root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
-        gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
+        after, ahead = config.parallel.reshard_after_forward, 2 + config.parallel.prefetch
+        kept = 0 if after is None or after is True else model.n_layer * block // (after or 1)  # from forward to backward
+        gathered = dtype.itemsize * (ahead * block + kept + root) + 4 * (block + root)  # and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
     return MemoryEstimate(fixed, (loss_each, else_each), (at_loss, else_), one.update - stays)

@@ -1,5 +1,6 @@
 """Run by tests/trainer/test_rehearsal.py on four gloo ranks: train and grow with each option of FSDP2, and measure a step."""
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -86,6 +87,7 @@ def measured(placement: parallel.Placement) -> dict:
         step(state)
         step(state)
 
+    gc.collect()  # what earlier models leave would be counted when it goes
     peak = peak_bytes(steps)
     state = State.create(SHAPE, Optim(), placement, 0)
     with traffic:

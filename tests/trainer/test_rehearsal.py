@@ -114,8 +114,8 @@ def test_estimate_by_formula_that_a_run_checks_is_above_the_rehearsed_peak_by_le
     """What preflight can afford, where a process group is there already."""
     config = load("config/7b.py", ["--model.vocab_size", "32000", "--model.n_layer", "2", "--stages.1.growth.g", "3"])
     model = config.shapes()[-1]
-    for how in ("full", "none"):
-        one = replace(config, parallel=Parallel(activation_checkpointing=how))
+    for how in (Parallel(), full := Parallel(activation_checkpointing="full"), replace(full, reshard_after_forward=False)):
+        one = replace(config, parallel=how)
         scratch = scratch_of(model, torch.bfloat16, True)(config.micro_batch)
         formula = estimate(one, model, torch.bfloat16, True, 8).peak(config.micro_batch, scratch)
         traced = rehearse(one, torch.bfloat16, True, 8, with_growth=False).memory.peak(config.micro_batch, scratch)

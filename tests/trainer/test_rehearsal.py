@@ -46,13 +46,16 @@ def test_options_of_gathering_change_no_loss_and_reach_new_blocks(four_ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MEASURED_WITH, "hybrid"])
 def test_rehearsed_step_takes_and_sends_what_four_ranks_do(four_ranks, name):
-    """The peak within 5 % of the allocations that the profiler saw, the bytes of every collective exactly."""
+    """The bytes of every collective exactly; the peak within 1 % of the allocations that the profiler saw, but for gloo's copies
+    of what it gathers and reduces: by chance none, one or two of its threads still hold one of a block."""
     parallel = OPTIONS.get(name, Parallel(dp_replicate=2))
     found = rehearse(replace(MEASURED, parallel=parallel), torch.float32, False, 4)
     real = four_ranks[name]
     assert [[*key, size] for key, size in sorted(found.sent.items()) if size] == real["sent"]
     scratch = scratch_of(SHAPE, torch.float32, False)(MEASURED.micro_batch)
-    assert found.memory.peak(MEASURED.micro_batch, scratch) == pytest.approx(real["peak"], rel=0.05)
+    peak = found.memory.peak(MEASURED.micro_batch, scratch)
+    gloo = 2 * 4 * (n_matrices(SHAPE) // SHAPE.n_layer + 2 * SHAPE.d_model)
+    assert 0.99 * peak <= real["peak"] <= 1.01 * (peak + gloo)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import tyro
 from nanostack.errors import UserError
 from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
-from nanostack.old_fields import current, renamed
+from nanostack.old_fields import ADDED, current, renamed
 from nanostack.schedule import Schedule, scheduled
 
 
@@ -285,6 +285,9 @@ class Train:
         ignored = ("out", "resume", "overwrite", "profile", "keep", "save_interval", "sample", "track")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         del values["data"]["path"]  # the manifest's hash stands for the text
+        for name, usual in ADDED["parallel"].items():  # so that a run from before these has the hash that it had
+            if values["parallel"][name] == usual:
+                del values["parallel"][name]
         return json.loads(json.dumps(values))
 
 

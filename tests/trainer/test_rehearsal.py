@@ -46,16 +46,17 @@ def test_options_of_gathering_change_no_loss_and_reach_new_blocks(four_ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MEASURED_WITH, "hybrid"])
 def test_rehearsed_step_takes_and_sends_what_four_ranks_do(four_ranks, name):
-    """The bytes of every collective exactly; the peak within 1 % of the allocations that the profiler saw, but for gloo's
-    copies of what it gathers and reduces: none, one or two of a block are there by chance."""
+    """The bytes of every collective exactly; the peak within 0.2 % of the allocations that the profiler saw, but for copies of
+    whole blocks: gloo makes one of what it gathers or reduces, and two threads of each group let go of them when they run."""
     parallel = OPTIONS.get(name, Parallel(dp_replicate=2))
     found = rehearse(replace(MEASURED, parallel=parallel), torch.float32, False, 4)
     real = four_ranks[name]
     assert [[*key, size] for key, size in sorted(found.sent.items()) if size] == real["sent"]
     scratch = scratch_of(SHAPE, torch.float32, False)(MEASURED.micro_batch)
     peak = found.memory.peak(MEASURED.micro_batch, scratch)
-    gloo = 2 * 4 * (n_matrices(SHAPE) // SHAPE.n_layer + 2 * SHAPE.d_model)
-    assert 0.99 * peak <= real["peak"] <= 1.01 * (peak + gloo)
+    block = 4 * (n_matrices(SHAPE) // SHAPE.n_layer + 2 * SHAPE.d_model)
+    copies = round((real["peak"] - peak) / block)
+    assert 0 <= copies <= 8 and real["peak"] == pytest.approx(peak + copies * block, rel=0.002)
 
 
 @pytest.mark.slow

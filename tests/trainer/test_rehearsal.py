@@ -137,6 +137,7 @@ def test_muon_is_rehearsed_to_its_update_and_sends_its_momenta():
     assert grown == found.grown and found.sent["update", "all-to-all"] > 0
 
 
+@pytest.mark.slow
 def test_fit_tells_what_several_gpus_send_and_refuses_what_does_not_fit():
     command = ["-m", "nanostack", "fit", TINY, "--model.vocab_size", 256, "--gpu", 8, "--json"]
     done = python(*command, "--count", 4, "--parallel.dp_replicate", 2)

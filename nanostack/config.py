@@ -19,7 +19,7 @@ import tyro
 from nanostack.errors import UserError, parse
 from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
-from nanostack.old_fields import current, renamed
+from nanostack.old_fields import ADDED, current, renamed
 from nanostack.schedule import Schedule, scheduled
 
 
@@ -110,6 +110,18 @@ class Parallel:
     dp_shard: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """The backward pass computes these anew instead of keeping them: norms, rotary, SwiGLU (selective); whole blocks (full)."""
+    reshard_after_forward: bool | int | None = None
+    """Whether a block's gathered parameters are freed after its forward pass and gathered anew for its backward one; a number:
+    they stay sharded over so many ranks between the two. None: they are freed."""
+    prefetch: int = 0
+    """How many blocks ahead parameters are gathered, forward and backward; 0: as FSDP2 does by itself, one."""
+
+    def __post_init__(self):
+        after = self.reshard_after_forward
+        if not isinstance(after, bool | None) and after < 2:
+            raise UserError(f"parallel.reshard_after_forward is True, False or a number of 2 or more, not {after}")
+        if self.prefetch < 0:
+            raise UserError(f"parallel.prefetch must be 0 or more, not {self.prefetch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +305,9 @@ class Train:
         """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in SHAPELESS}
         del values["data"]["path"]  # the manifest's hash stands for the text
+        for name, usual in ADDED["parallel"].items():  # so that a run from before these has the hash that it had
+            if values["parallel"][name] == usual:
+                del values["parallel"][name]
         return json.loads(json.dumps(values))
 
 

@@ -237,8 +237,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         if is_main_rank():
             print("note: a signal has stopped this run, so it ends when torchrun starts it anew; use --resume", file=sys.stderr)
         leave(code)
-    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile, launch)
-    return place(parallel, device, compute_dtype(device, dtype), mesh, compile)
+    return place(parallel, device, compute_dtype(device, dtype), mesh, compile, launch)
 
 
 def place(
@@ -271,3 +270,70 @@ def check_gathering(parallel: Parallel, shards: int) -> None:
             f"parallel.reshard_after_forward {after} does not divide {shards} shards into several parts; "
             + (f"legal numbers: {legal}" if legal else "True and False are there")
         )
+
+
+def _join(launch: Launch, backend: str, timeout: timedelta, patience: timedelta) -> None:
+    """Join the process group of this attempt. It has keys of its own: the agent's store still holds the addresses of the
+    processes that died."""
+    global _patient
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's record of collectives, for the watchdog
+    store = dist.PrefixStore(f"attempt_{launch.attempt}", launch.store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
+    _patient = dist.new_group(backend="gloo", timeout=patience)
+
+
+def saving_group() -> "dist.ProcessGroup | None":
+    """A process group for threads that save: their messages must not meet those of training. Shards may take long to write."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
+
+
+def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
+    """(replicate, shard); what is not given takes all that is left, sharding first."""
+    replicate = parallel.dp_replicate or (world // parallel.dp_shard if parallel.dp_shard else 1)
+    shard = parallel.dp_shard or world // replicate
+    if replicate < 1 or shard < 1 or replicate * shard != world or 0 in (parallel.dp_replicate, parallel.dp_shard):
+        asked = f"parallel.dp_replicate {parallel.dp_replicate} × parallel.dp_shard {parallel.dp_shard}"
+        raise UserError(f"{asked} does not make the number of processes, {world}")
+    return replicate, shard
+
+
+def on_rank_0(work, *args) -> Any:
+    """Call `work(*args)` on rank 0 only and give every rank its result, or its `UserError`."""
+    answer: list = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = work(*args)
+        except UserError as error:
+            answer[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0, group=_patient, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over all ranks of a scalar, without waiting for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)  # gloo knows no average
+        value = value / dist.get_world_size()
+    return value
+
+
+def leave(code: int = 0, launch: Launch | None = None) -> None:
+    """End a rank's process with this exit code, when all ranks are here; one that is alone ends with it if it is not 0.
+
+    A code that is not 0 is noted for attempts of this launch to come: a signal has stopped the run.
+
+    Python is not shut down: a thread of gloo that drops its last reference to a tensor meanwhile wants the interpreter back,
+    is refused, and takes the process with it ("terminate called without an active exception", one exit in ten).
+    """
+    if code and launch is not None and is_main_rank():
+        launch.note_stop(code)
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from nanostack import files, kept, sharded
+from nanostack import files, kept, shard_reader, sharded
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
@@ -193,7 +193,7 @@ def load(path: str | Path) -> dict:
     """
     path = Path(path)
     if (folder := sharded.folder_of(path)) is not None:
-        return sharded.load(folder)
+        return shard_reader.load(folder)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanostack import files, sharded
+from nanostack import files, shard_reader, sharded
 
 
 def prune(path: Path, keep: int) -> None:
@@ -56,7 +56,7 @@ def samples_of(path: Path) -> int | None:
     """The samples that a checkpoint has seen, its tensors unread; None where it is none."""
     try:
         if (folder := sharded.folder_of(path)) is not None:
-            return int(sharded.plain_of(folder)["cursor"]["samples"])
+            return int(shard_reader.plain_of(folder)["cursor"]["samples"])
         return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["cursor"]["samples"])
     except Exception:  # a damaged zip or pickle fails in many ways
         return None

@@ -257,3 +257,13 @@ def growth_bytes(base: LlamaConfig, how: Growth, optimizer: str | None) -> int:
     if plan.learns:  # the old weights, and gradients of the new ones
         numbers += old + whole
     return 4 * numbers
+
+
+def foresee(base: LlamaConfig, how: Growth, optimizer: str | None, dtype: torch.dtype) -> dict:
+    """The map of a growth, the sizes of both models, the bytes that it takes on the device, and those that are written."""
+    plan = how.plan(base)
+    new = n_params(plan.config)
+    size = {"n_params_before": n_params(base), "n_params": new, "bytes_needed": growth_bytes(base, how, optimizer)}
+    size |= {"bytes_written": dtype.itemsize * (new + grown_state(base, how, optimizer))}
+    size |= {"preserves": plan.preserves and not how.noise}
+    return {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config)} | size

@@ -15,7 +15,12 @@ from nanostack import checkpoint, files, models, sharded
 from nanostack.errors import UserError
 from nanostack.growth import Growth, Receipt
 from nanostack.growth.moments import RESET
+from nanostack.micro_step import MicroStep
 from nanostack.parallel import Placement
+from nanostack.state import State
+from nanostack.text.dataset import Prefetcher, Tokens
+
+TOGETHER = 4  # sequences that go through the model at a time, at most
 
 
 def grow(source: Path, how: Growth, pointer: Path, device: torch.device, done: Callable[[], object]) -> Receipt:
@@ -88,3 +93,25 @@ def to_file(saved: dict, path: Path) -> None:
                 place.copy_(saved["rng"][name.removeprefix("rng.")] if name.startswith("rng.") else shards[name])
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not save {path}: {checkpoint.reason(error)}; what was there is intact") from error
+
+
+def gradients_of(
+    state: State, text: Tokens, steps: int, batch_tokens: int, done: Callable[[], object]
+) -> Callable[[], torch.Tensor]:
+    """A function that puts the gradients of the next batch into the model, moves the cursor past it, and returns the loss.
+
+    It can be called `steps` times, and calls `done()`.
+    """
+    size, first = batch_tokens // text.seq_len, state.cursor.samples
+    each = max(n for n in range(1, TOGETHER + 1) if size % n == 0)
+    step = MicroStep(size // each, graphed=False)
+    samples = ((start, start + each) for start in range(first, first + steps * size, each))
+    batches = Prefetcher(text, samples, device=state.placement.device)
+
+    def gradients() -> torch.Tensor:
+        loss = step.accumulate(state.model, batches)
+        state.cursor.advance(size, state.model.config)
+        done()
+        return loss
+
+    return gradients

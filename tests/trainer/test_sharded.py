@@ -115,7 +115,7 @@ def test_code_in_a_table_is_never_run(saved, tmp_path):
     plain = json.loads((folder / "nanostack.json").read_text())
     plain["table_sha256"] = sharded.hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest()
     plain.pop("sha256")
-    (folder / "nanostack.json").write_text(json.dumps(plain | {"sha256": sharded._plain_sha256(plain)}))
+    (folder / "nanostack.json").write_text(json.dumps(plain | {"sha256": sharded.plain_sha256(plain)}))
     with pytest.raises(ValueError, match="no table of a checkpoint"):
         checkpoint.load(saved)
     assert not mark.exists()

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -122,8 +123,13 @@ class Saver:
     def _settle(self) -> None:
         """Wait for the save that is under way."""
         writing, self._writing = self._writing, None
-        if writing is not None and not writing.exception():
+        if writing is None:
+            return
+        if not writing.exception():
             self._failed = None
+        elif is_main_rank():
+            for partial in self.path.parent.glob(f"{self.path.stem}-*{sharded.PARTIAL}"):  # takes room, and is no checkpoint
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _tell(self, writing: Future) -> None:
         """Called by the thread that wrote."""

@@ -101,8 +101,8 @@ class Metrics:
         """Start the file anew. Returns the seconds of training in it: none."""
         if self._writes:
             with _written(self.path):
-                self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115
-                self._file.write(_line(header))
+                self.path.write_bytes(_line(header))
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             self._tracking.start(header, [])
         return 0.0
 

@@ -83,12 +83,21 @@ class RunFolder:
                 raise UserError(f"--resume_from: there is no checkpoint {self.config.resume_from}; {there}")
             return self.config.resume_from
         if self.config.goes_on or restarted:
-            return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
+            return str(self._last(found)) if found else None  # a run that died before its first checkpoint starts again
         if (found or (self.out / "metrics.jsonl").exists()) and not self.config.overwrite:
             raise UserError(
                 f"{self.out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
             )
         return None
+
+    def _last(self, found: list[Path]) -> Path:
+        """ckpt.pt, or a folder that was whole when the run died, and to which nothing points yet."""
+        last, newest = (
+            found[-1],
+            max((one for one in found if one.is_dir()), key=lambda one: kept.samples_of(one) or 0, default=None),
+        )
+        samples = kept.samples_of(last)
+        return newest if newest and samples is not None and (kept.samples_of(newest) or 0) > samples else last
 
     def _restarted(self) -> bool:
         """Whether the run in the folder is that of an earlier attempt of this launch."""
@@ -98,10 +107,11 @@ class RunFolder:
     def _set_aside(self, samples: int) -> None:
         """Rename what the run leaves behind where it goes back to an earlier checkpoint: nothing of it is deleted."""
         source = Path(self._source or self.ckpt)
-        if self._source == self.config.resume_from and source.resolve() != self.ckpt.resolve():
+        if source.resolve() != self.ckpt.resolve():
             if self.ckpt.exists() and kept.samples_of(self.ckpt) is None:  # damaged
                 os.replace(self.ckpt, self.ckpt.with_name(self.ckpt.name + LEFT))
             kept.go_back(source, self.ckpt)
+        if self._source == self.config.resume_from:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(self.out / "metrics.jsonl", self.out / f"metrics.jsonl{LEFT}")
         later = [file for file in kept.numbered_checkpoints(self.ckpt) if (kept.samples_of(file) or 0) > samples]

@@ -50,12 +50,20 @@ def model_type(config: LlamaConfig) -> str:
     raise UserError(f"no architecture of transformers has {', '.join(given)} and nothing more of the kind: not exported")
 
 
-def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype) -> dict:
-    """config.json of a model. UserError where transformers has none like it."""
-    kind = model_type(config)
+def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype, grown_from: dict | None = None) -> dict:
+    """config.json of a model. UserError where transformers has none like it.
+
+    grown_from: the config.json of the model that it was made of. What was a Mistral stays one, with its window, as AutoTokenizer
+    makes another tokenizer of the same files for a Llama.
+    """
+    kind, seq_len, window = model_type(config), config.seq_len, None
+    if kind == "llama" and grown_from and grown_from.get("model_type") == "mistral":
+        kind, seq_len = "mistral", context_of(grown_from)
+        window = grown_from.get("sliding_window", ARCHITECTURES[kind].window)
     rope, old = _rope_of(config)
     biases: dict[str, Any] = {"attention_bias": config.out_bias} if kind in ("llama", "qwen3") else {}
-    biases |= {"mlp_bias": config.mlp_bias} if kind == "llama" else {"use_sliding_window": False, "sliding_window": None}
+    biases |= {"mlp_bias": config.mlp_bias} if kind == "llama" else {"sliding_window": window}
+    biases |= {"use_sliding_window": False} if kind in ("qwen2", "qwen3") else {}
     return {
         "architectures": [ARCHITECTURES[kind].name],
         "model_type": kind,
@@ -66,7 +74,7 @@ def to_config(config: LlamaConfig, eot: int | None, dtype: torch.dtype) -> dict:
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.seq_len,
+        "max_position_embeddings": seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_embeddings,

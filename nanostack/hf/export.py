@@ -86,15 +86,16 @@ def save(
     try:
         partial.mkdir(parents=True)
         written = written_shape(config.unrolled(), tokenizer)
-        described = to_config(written, eot, dtype)
+        found = hf.read_json(tokenizer / "config.json") if isinstance(tokenizer, Path) else None
+        described = to_config(written, eot, dtype, found)
         _write_weights(state, written, partial, dtype, shard_bytes)
         about = _ledger(state, folder, manifest_sha256) | {"fingerprint": hf.Weights(partial, written).fingerprint()}
         ends = sorted({*state.bounds.ends, *([] if eot is None else [eot])})
         generation = {"eos_token_id": ends if len(ends) > 1 else eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
         special, base = {}, None
-        if isinstance(tokenizer, Path):
-            found = hf.read_json(tokenizer / "config.json")
+        if isinstance(tokenizer, Path) and found is not None:
             special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            special |= {key: found[key] for key in ("tokenizer_class",) if key in found}  # which AutoTokenizer reads
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
             base = tokenizer.resolve().name if manifest_sha256 is None else None

@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",  # of GPT-2's kind
+    "merges.txt",
+    "tekken.json",  # Mistral's
     "chat_template.jinja",
 )
 BLOCK = {  # ours: theirs, put side by side in this order

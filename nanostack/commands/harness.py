@@ -119,7 +119,7 @@ class LiveModel(TemplateLM):
     def __init__(self, model: Llama, text: HubTokenizer, batch: int, progress: Callable[[list, str], Iterable]):
         super().__init__()
         self.model, self.text, self.batch, self.progress = model, text, batch, progress
-        self.context = model.config.seq_len  # of the model that was read: longer, where a sliding window bounds ours
+        self.window: int | None = None  # of the model that was read, if its context is longer
         self._device = model.embed.weight.device
         self._tasks: dict[tuple, str | None] = {}  # of each request, to name it
         self._prefix = text.decode([text.prefix], special=True)
@@ -145,9 +145,9 @@ class LiveModel(TemplateLM):
 
     def check_window(self, what: tuple | None, length: int) -> None:
         """UserError where a model with a sliding window would see further than ours, which would cut the text instead."""
-        if length > (seq_len := self.model.config.seq_len) and self.context > seq_len:
+        if self.window is not None and length > self.window:
             raise self.refused(
-                what, f"it takes {length} tokens, and beyond {seq_len} the model's attention is a sliding window"
+                what, f"it takes {length} tokens, and beyond {self.window} the model's attention is a sliding window"
             )
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -9,6 +9,7 @@ Their q_proj, k_proj, v_proj are the rows of our qkv, gate_proj and up_proj thos
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -61,6 +62,7 @@ OPTIONAL = {  # the field of LlamaConfig with which a block has it
     "mlp.gate_up.bias": "mlp_bias",
     "mlp.down.bias": "mlp_bias",
 }
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 
 
@@ -137,7 +139,7 @@ class Weights(Mapping):
         for part, shape, one in zip(parts, shapes_of(name, self.config), theirs(name), strict=True):
             if part.shape != shape:
                 raise UserError(f"{self.folder}: {one} is {tuple(part.shape)}, its config.json asks for {shape}")
-            if part.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if part.dtype not in FLOATS:
                 raise UserError(f"{self.folder}: {one} is of {part.dtype}; only whole weights can be read, no quantized ones")
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -151,6 +153,17 @@ class Weights(Mapping):
         """Whether the file has a head that is not the embedding, whatever its config.json says of tying them."""
         (embed,), (head,) = (theirs(name) for name in ("embed.weight", "head.weight"))
         return head in self._files and not torch.equal(self._read(embed), self._read(head))
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest that holds the values of all tensors. Ours are float32, so that float64 is told and becomes that."""
+        dtypes = {one: self._read(one, first_row=True).dtype for name in names_of(self.config) for one in theirs(name)}
+        known = {dtype for dtype in dtypes.values() if dtype in FLOATS}  # of another, the tensor is refused when it is read
+        widest = functools.reduce(torch.promote_types, known, torch.bfloat16 if torch.bfloat16 in known else torch.float16)
+        if len(known) > 1:
+            told(f"{self.folder} has tensors of {len(known)} dtypes: what is made of it is of {str(widest)[6:]}, which holds all")
+        if widest == torch.float64:
+            told(f"{self.folder} has tensors of float64: they are rounded to float32, which our models are of")
+        return torch.float32 if widest == torch.float64 else widest
 
     def fingerprint(self) -> str:
         """SHA-256 of the first row of every tensor, as it is stored: other weights have another."""
@@ -224,8 +237,8 @@ def read_json(path: Path) -> dict:
 def load(folder: str | Path) -> dict:
     """What `checkpoint.load` gives, of a Hugging Face folder: no optimizer; the ledger where we wrote it, else a new one.
 
-    "model" reads from the files as it is asked; "dtype" is what they hold; "context" what the folder's model takes, more than
-    ours where it has a sliding window. Raises `UserError` for another architecture, missing shards, damaged files.
+    "model" reads from the files as it is asked; "dtype" holds what they hold; "window" is how far attention sees, where the
+    folder's model takes more. Raises `UserError` for another architecture, missing shards, damaged files.
     """
     folder = Path(folder)
     require_extra()
@@ -257,8 +270,8 @@ def load(folder: str | Path) -> dict:
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
         "bounds": vars(_bounds(folder, ours)),
-        "context": context_of(found),
-        "dtype": weights["norm.weight"].dtype,
+        "window": config.seq_len if config.seq_len < context_of(found) else None,
+        "dtype": weights.dtype(),
         "eot": found.get("eos_token_id"),
     }
 

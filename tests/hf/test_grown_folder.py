@@ -98,3 +98,25 @@ def test_mistral_keeps_its_window_and_its_logits(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=0, atol=1e-4)
     assert export.check_place(out, folder, overwrite=True) is None
+
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "kept", "told"),
+    [
+        ((torch.float32, torch.bfloat16), torch.float32, "has tensors of 2 dtypes: what is made of it is of float32"),
+        ((torch.bfloat16, torch.float16), torch.float32, "has tensors of 2 dtypes"),
+        ((torch.float16,), torch.float16, ""),
+        ((torch.float64, torch.float32), torch.float32, "has tensors of float64: they are rounded to float32"),
+    ],
+)
+def test_no_tensor_is_narrowed_by_growth(dtypes, kept, told, tmp_path, capsys):
+    """The dtype was that of the last norm, and float16 has no 1e5."""
+    folder = folder_of(tmp_path / "base", "llama", dtypes)
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    wide = next(name for name, value in tensors.items() if value.dtype == dtypes[0] and value.ndim == 2)
+    tensors[wide][0, 0] = 1e5 if dtypes[0] != torch.float16 else 1.0
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    out = safetensors.load_file(grown(folder) / "model.safetensors")
+    assert told in capsys.readouterr().err and {value.dtype for value in out.values()} == {kept}
+    assert all(torch.equal(out[name].double(), tensors[name].double()) for name in tensors if ".1." not in name)

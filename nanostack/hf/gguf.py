@@ -75,9 +75,9 @@ def write(folder: Path, path: Path, name: str) -> None:
     if kind is None:
         raise UserError(f"{name} is of architecture {found['model_type']!r}; a GGUF can be of {', '.join(ARCHITECTURES)}")
     writer = GGUFWriter(None, kind.name)
-    config = from_config(found, folder / "config.json")
-    if config.seq_len < context_of(found):
-        window = f"a sliding window of {config.seq_len} and a context of {context_of(found)}"
+    config = from_config(found, where := folder / "config.json")
+    if config.seq_len < (context := context_of(found, where)):
+        window = f"a sliding window of {config.seq_len} and a context of {context}"
         raise UserError(f"{name} has {window}; llama.cpp would attend to all")
     writer.add_name(name)
     _add_shape(writer, config, name)

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -62,6 +63,7 @@ OPTIONAL = {  # the field of LlamaConfig with which a block has it
     "mlp.gate_up.bias": "mlp_bias",
     "mlp.down.bias": "mlp_bias",
 }
+ADAPTER = "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 
@@ -160,7 +162,9 @@ class Weights(Mapping):
         known = {dtype for dtype in dtypes.values() if dtype in FLOATS}  # of another, the tensor is refused when it is read
         widest = functools.reduce(torch.promote_types, known, torch.bfloat16 if torch.bfloat16 in known else torch.float16)
         if len(known) > 1:
-            told(f"{self.folder} has tensors of {len(known)} dtypes: what is made of it is of {str(widest)[6:]}, which holds all")
+            told(
+                f"{self.folder} has tensors of {len(known)} dtypes: what is made of it is of {str(widest)[6:]}, which holds all"
+            )
         if widest == torch.float64:
             told(f"{self.folder} has tensors of float64: they are rounded to float32, which our models are of")
         return torch.float32 if widest == torch.float64 else widest
@@ -190,9 +194,14 @@ def _open(path: Path):
     from safetensors import safe_open
 
     with _damage_told(path):
-        if path.suffix == ".bin":
-            return _Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        return safe_open(path, "pt")
+        if path.suffix != ".bin":
+            return safe_open(path, "pt")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # else of older torch
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, no tensors by their names")
+    if others := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: its {others[0]!r} is a {type(found[others[0]]).__name__}, no tensor")
+    return _Pickled(found)
 
 
 @contextlib.contextmanager
@@ -201,12 +210,20 @@ def _damage_told(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+    except UnpicklingError as error:  # torch's own advice is to run what is in the file
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors, which could be code and is not run: have whoever made it save it "
+            "as model.safetensors (save_pretrained)"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
         raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _files_of(folder: Path) -> dict[str, str]:
     """{tensor: file}, from the index or the one file; UserError for shards that are not there."""
+    kinds = [any(folder.glob(f"{name}*")) for name in ("model.safetensors", "pytorch_model.bin")]
+    if all(kinds):
+        told(f"{folder} has both model.safetensors and pytorch_model.bin: the first is read, as in transformers")
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
         if single.is_file():
@@ -244,6 +261,11 @@ def load(folder: str | Path) -> dict:
     require_extra()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} has {ADAPTER}, an adapter of PEFT's, which transformers puts on the weights: merge it "
+            "(merge_and_unload, save_pretrained), or move the file away to read the weights alone"
+        )
     found = read_json(folder / "config.json")
     config = from_config(found, folder / "config.json")
     _check_tokenizer(folder, config)
@@ -270,7 +292,7 @@ def load(folder: str | Path) -> dict:
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
         "bounds": vars(_bounds(folder, ours)),
-        "window": config.seq_len if config.seq_len < context_of(found) else None,
+        "window": config.seq_len if config.seq_len < context_of(found, folder / "config.json") else None,
         "dtype": weights.dtype(),
         "eot": found.get("eos_token_id"),
     }

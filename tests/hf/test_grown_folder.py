@@ -73,7 +73,9 @@ def test_autotokenizer_gives_the_same_ids_before_and_after_growth(kind, prepends
     head = {"num_key_value_heads": 2} | ({"tokenizer_class": of_model} if of_model else {})
     folder = folder_of(tmp_path / "base", kind, **head)
     made = byte_level(False) if prepends is None else falling_back_to_bytes(prepends)
-    write_tokenizer(folder, made, {} if prepends is None and name is None else NAMED | ({"tokenizer_class": name} if name else {}))
+    write_tokenizer(
+        folder, made, {} if prepends is None and name is None else NAMED | ({"tokenizer_class": name} if name else {})
+    )
     out = grown(folder)
     before, after = (transformers.AutoTokenizer.from_pretrained(one) for one in (folder, out))
     assert type(before) is type(after) and json.loads((out / "config.json").read_text())["model_type"] == kind
@@ -98,7 +100,6 @@ def test_mistral_keeps_its_window_and_its_logits(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=0, atol=1e-4)
     assert export.check_place(out, folder, overwrite=True) is None
-
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A model with a sliding window is one of a shorter context, in its folder and in a checkpoint of it: no longer text is judged."""
+"""A model with a sliding window is one of a shorter context, in its folder and in a checkpoint of it."""
 
 import json
 
@@ -55,7 +55,8 @@ def test_checkpoint_remembers_the_window_also_when_it_has_grown(read):
 def test_folder_and_checkpoint_have_one_loss_and_the_blocks_are_told(read, capsys):
     folder, path, data = read
     answers = [
-        evaluate.main(evaluate.Command(one, val=data, out=data.with_name(f"{one.name}.json"), json=True)) for one in (folder, path)
+        evaluate.main(evaluate.Command(one, val=data, out=data.with_name(f"{one.name}.json"), json=True))
+        for one in (folder, path)
     ]
     assert answers[0]["val"] == answers[1]["val"]
     assert capsys.readouterr().err.count(f"the loss is that of blocks of {WINDOW} tokens, the model's sliding window") == 2
@@ -76,5 +77,7 @@ def test_text_beyond_the_window_is_neither_scored_nor_written(read):
         with pytest.raises(UserError, match=r"is a sliding window, which ours is not: at most --tokens 1\d") as refused:
             sample.main(asked)
         most = int(str(refused.value).rpartition(" ")[2])
-        made = sample.main(sample.Command(checkpoint=one, data=data, prompt=("the cat",), tokens=most, json=True, temperature=0))
+        made = sample.main(
+            sample.Command(checkpoint=one, data=data, prompt=("the cat",), tokens=most, json=True, temperature=0)
+        )
         assert made["samples"][0]["text"].startswith("the cat")

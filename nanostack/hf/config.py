@@ -34,7 +34,7 @@ ARCHITECTURES = {
 }
 
 # Fields that mean nothing to some architectures: transformers may still fail on values of another type than theirs, or null.
-ANYWHERE = {"sliding_window": int, "max_window_layers": int, "head_dim": int}
+ANYWHERE: dict[str, type] = {"sliding_window": int, "max_window_layers": int, "head_dim": int}
 ANYWHERE |= {"use_sliding_window": bool, "attention_bias": bool, "mlp_bias": bool}
 
 
@@ -283,7 +283,8 @@ def _rope(found: dict, seq_len: int, where: Path) -> tuple[float, RopeScaling | 
         values |= {name: field.number(name, 1.0) for name in ("beta_fast", "beta_slow") if rope.get(name)}
         values["truncate"] = rope.get("truncate", True) is not None and field.flag("truncate", True)
         values["attention_factor"] = _attention_factor(rope, field.number("factor", 1.0), where)
-    return theta, RopeScaling(kind=kind, **{name: field.number(name, 1.0) for name in needs}, **values)
+    values |= {name: field.number(name, 1.0) for name in needs}
+    return theta, RopeScaling(kind=kind, **values)
 
 
 def _attention_factor(rope: dict, factor: float, where: Path) -> float | None:

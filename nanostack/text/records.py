@@ -33,10 +33,10 @@ def form(opened: Callable[[], BinaryIO], named_json: bool, field: str) -> Litera
         return "text"
     lines = _lines(opened())
     first, second = next(lines, b""), next(lines, b"")
-    one, two = _object(first), _object(second)
+    one: object = _object(first)
     if one is not None and (second.startswith(b"{") or (named_json and second)):
         return "lines"
-    if two is not None and first.startswith(b'{"'):
+    if _object(second) is not None and first.startswith(b'{"'):
         return "lines"
     if not named_json:
         return "text"

@@ -17,10 +17,12 @@ from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.hf import weights as hf
 from nanostack.hf.config import from_config
+from nanostack.hf.gguf_vocabulary import QWEN2_PATTERN
 from nanostack.model import LlamaConfig, RopeScaling
 from nanostack.parallel import Placement
 from nanostack.state import State
 from nanostack.text import tokenizer
+from nanostack.text.bounds import Bounds
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -216,7 +218,7 @@ def test_folder_drawn_at_random_has_the_logits_of_transformers_or_is_refused(fie
         try:
             ours, context = logits_of_ours(folder)
         except UserError as error:
-            event(f"refused: {str(error).rpartition(':')[2][:50]}")
+            event(f"refused: {str(error).replace(name, '')[12:60]}")
             refused = ("partial_rotary_factor", "no number", "sliding_attention", "'dynamic'", "a ministral")
             assert odd or any(word in str(error) for word in refused), error
             assert str(error).count(name) == 1, error
@@ -263,15 +265,61 @@ def test_what_no_architecture_of_theirs_computes_is_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tokenizer_that_is_not_qwens_leaves_as_it_is(tmp_path):
+def of_qwens_kind(composes: bool, end: str, pattern: str = QWEN2_PATTERN, ignores: bool = False, template: bool = False):
+    """A tokenizer that cuts as Qwen's, and does the rest as it or not."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignores))
+    made.normalizer = normalizers.NFC() if composes else None
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), bytes_only])
+    made.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(ODD_TEXTS * 9, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    if template:
+        made.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, made.token_to_id(end))])
+    return tokenizer.JsonTokenizer("theirs", made.to_str().encode(), end)
+
+
+ODD_TEXTS = ["1234 numbers,  and\t words\r\n in 12345678 lines", "e\u0301 n\u0303 \u1100\u1161 é", "I'LL 'ſt don't 日本 🙂", ""]
+TOKENIZERS = {  # what is written, the tokenizer
+    "our own": ("llama", lambda: tokenizer.train([ODD_TEXTS[0]] * 4, 270)),
+    "as Qwen's": ("qwen2", lambda: of_qwens_kind(True, "<|endoftext|>")),
+    "as Qwen's, with a template": ("qwen2", lambda: of_qwens_kind(True, "<|endoftext|>", template=True)),
+    "composes nothing": ("llama", lambda: of_qwens_kind(False, "<|endoftext|>")),
+    "cuts in threes": ("llama", lambda: of_qwens_kind(True, "<|endoftext|>", QWEN2_PATTERN.replace("{N}", "{N}{1,3}"))),
+    "another end": ("llama", lambda: of_qwens_kind(True, "<|end|>")),
+}
+
+
+@pytest.mark.parametrize(("kind", "made"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizer_of_a_qwen2_gives_its_ids_in_every_folder(kind, made, tmp_path):
     """transformers reads the tokenizer of every qwen2 folder as Qwen's own: a model with another goes as a Llama."""
     state = State.create(replace(SHAPE, qkv_bias=True, vocab_size=384), Optim(), Placement(CPU), seed=2)
-    text = "1234 numbers,  and\t words\r\n in 12345678 lines"
-    ours = tokenizer.train([text] * 4, 270)
+    ours = made()
     export.save(state, tmp_path / "out", None, tokenizer=ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.encode(text) == ours.encode(text)
+    for text in [*ODD_TEXTS, "<|endoftext|>x" if "end" not in ours.eot_token else ""]:
+        assert theirs.encode(text) == ours.encode_prompt(text), text
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.model_type == "llama" and not any(layer.self_attn.o_proj.bias.any() for layer in model.model.layers)
+    assert model.config.model_type == kind
+    assert kind == "qwen2" or not any(layer.self_attn.o_proj.bias.any() for layer in model.model.layers)
+    assert theirs.bos_token_id == model.config.bos_token_id == model.generation_config.bos_token_id == ours.prefix
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, state.model(TOKENS), rtol=0, atol=1e-4)
+
+
+def test_begin_and_ends_of_texts_are_written_also_without_a_tokenizer(tmp_path):
+    state = State.create(SHAPE, Optim(), Placement(CPU), seed=2)
+    for bounds, begin, end in (
+        (Bounds([5, 6], ends=[7]), 5, 7),
+        (Bounds([], prefix=3, ends=[7, 8]), 3, [7, 8]),
+        (Bounds(), None, None),
+    ):
+        state.bounds = bounds
+        export.save(state, tmp_path / "out", None)
+        for file in ("config.json", "generation_config.json"):
+            said = json.loads((tmp_path / "out" / file).read_text())
+            assert (said["bos_token_id"], said["eos_token_id"]) == (begin, end), file
+        assert hf.load(tmp_path / "out")["bounds"]["ends"] == bounds.ends

@@ -33,6 +33,7 @@ from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
+OF_TEXTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")  # of a config.json; AutoTokenizer reads the last
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|.*\.gguf|"
     + "|".join(map(re.escape, hf.TOKENIZER_FILES))
@@ -99,8 +100,8 @@ def save(
         generation = {**special, "do_sample": True, "temperature": 0.8, "top_k": 50}
         generation |= {"eos_token_id": ends} if len(ends) > 1 else {}
         if isinstance(tokenizer, Path) and found is not None:
-            special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            special |= {key: found[key] for key in ("tokenizer_class",) if key in found}  # which AutoTokenizer reads
+            described = {key: value for key, value in described.items() if key not in OF_TEXTS}
+            special = {key: found[key] for key in OF_TEXTS if key in found}  # where it is silent, its architecture has others
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
             base = tokenizer.resolve().name if manifest_sha256 is None else None

@@ -215,7 +215,7 @@ def _damage_told(path: Path) -> Iterator[None]:
             f"{path} is damaged, or holds more than tensors, which could be code and is not run: have whoever made it save it "
             "as model.safetensors (save_pretrained)"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, IndexError) as error:
         raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 

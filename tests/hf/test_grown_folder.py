@@ -91,6 +91,18 @@ def test_tokenizer_of_vocabulary_and_merges_goes_along(tmp_path):
     assert before.encode("the cat") == after.encode("the cat") and len(before.encode("the cat")) < 7
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_ends_that_a_config_does_not_name_stay_those_of_its_architecture(kind, tmp_path):
+    folder = folder_of(tmp_path / "base", kind)
+    said = json.loads((folder / "config.json").read_text())
+    silent = {key: value for key, value in said.items() if key not in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "config.json").write_text(json.dumps(silent))
+    before, after = (transformers.AutoConfig.from_pretrained(one) for one in (folder, grown(folder)))
+    assert (before.bos_token_id, before.eos_token_id) == (after.bos_token_id, after.eos_token_id)
+    models = (transformers.AutoModelForCausalLM.from_pretrained(one) for one in (folder, folder.with_name("grown")))
+    assert len({str(model.generation_config.eos_token_id) for model in models}) == 1
+
+
 def test_mistral_keeps_its_window_and_its_logits(tmp_path):
     folder = folder_of(tmp_path / "base", "mistral", sliding_window=8)
     out = grown(folder)

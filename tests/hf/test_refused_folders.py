@@ -132,6 +132,17 @@ def test_pickles_are_read_as_transformers_reads_them_and_code_in_them_is_not_run
     assert "code was run" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_number_in_the_place_of_a_tensor_is_told(pickled, tmp_path):
+    tensors = model(tmp_path) | {"model.norm.weight": torch.tensor(1.0)}
+    if pickled:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"(is damaged|model\.norm\.weight is \(\), its config\.json asks for \(32,\))"):
+        dict(hf.load(tmp_path)["model"])
+
+
 def test_safetensors_go_before_pickles_and_it_is_told(tmp_path, capsys):
     tensors = model(tmp_path)
     safetensors.save_file(tensors, tmp_path / "model.safetensors")

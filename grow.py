@@ -9,7 +9,6 @@ of one rank after another, several (`torchrun --nproc_per_node 8 grow.py ...`) e
 import json
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,22 +21,19 @@ from nanostack import checkpoint, models, parallel
 from nanostack.config import Parallel
 from nanostack.device import check_room, choose_device, free_bytes
 from nanostack.errors import UserError, exits_cleanly, parse
-from nanostack.flops import n_params
-from nanostack.growth import Growth, GrowthPlan, ramp_left
+from nanostack.growth import Growth, ramp_left
 from nanostack.growth.moments import RESET
 from nanostack.hf import export
-from nanostack.memory import grown_state, growth_bytes
-from nanostack.micro_step import MicroStep
+from nanostack.memory import foresee
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement
+from nanostack.parts import TOGETHER, gradients_of
 from nanostack.parts import grow as grow_in_parts
-from nanostack.state import State
-from nanostack.text.dataset import Prefetcher, Tokens
+from nanostack.text.dataset import Tokens
 from nanostack.text.manifest import manifest_sha256
 from nanostack.validation import Validation
 
-TOGETHER = 4  # sequences that go through the model at a time, at most
 VAL_TOKENS = 131072
 
 
@@ -86,12 +82,15 @@ def main(command: Command) -> dict:
     if parallel.world_size() > 1:
         placement = parallel.start(Parallel(), "float32", compile=False)
     device, shards = placement.device, "shards" in saved or placement.mesh is not None
+    if folder and placement.mesh is not None:
+        raise UserError(f"{command.checkpoint}: one process grows a Hugging Face folder, without torchrun")
     if shards and not out.suffix:
         raise UserError(f"{out} points to the folder of a sharded checkpoint: give it a suffix, as in {out}.pt")
     in_parts = shards and placement.mesh is None and plan.width is None and not plan.learns and not val
     if plan.moments == RESET:
         saved["optimizer"] = {}  # never to be read
-    forecast = foresee(saved, how, plan) | {"device": str(device), "out": str(out)}
+    state_of, dtype = name_of(saved["optimizer"]), saved.get("dtype", torch.float32)
+    forecast = foresee(base, how, state_of, dtype) | {"device": str(device), "out": str(out)}
     if command.dry_run:
         return forecast | {"bytes_free": free_bytes(device)}
     parts = saved["ranks"] if in_parts else placement.shards
@@ -111,9 +110,9 @@ def main(command: Command) -> dict:
         state.model.end_of_text = text.manifest["tokenizer"]["eot"] if text and command.document_mask else None
         probe = torch.arange(min(base.seq_len, 128), device=device)[None] % base.vocab_size
         before = val(state.model, TOGETHER).nats_per_token if val else None
-        with Progress(console=console, disable=how.learning_steps() == 0) as progress:
-            task = progress.add_task("learning how to grow", total=how.learning_steps())
-            gradients = gradients_of(state, text, command, lambda: progress.advance(task)) if text else None
+        with Progress(console=console, disable=(steps := how.learning_steps()) == 0) as progress:
+            task = progress.add_task("learning how to grow", total=steps)
+            gradients = gradients_of(state, text, steps, command.batch_tokens, lambda: progress.advance(task)) if text else None
             receipt = state.grow(how, probe, gradients)
         receipt.loss_before, receipt.loss_after = before, val(state.model, TOGETHER).nats_per_token if val else None
         console.print(f"writing {out} ({forecast['bytes_written'] / 2**30:.2f} GiB)")
@@ -160,33 +159,6 @@ def check(command: Command, saved: dict, out: Path) -> None:
             "what begins at random is ramped in during training, which a Hugging Face folder has no place for: make a "
             "checkpoint of it (nanostack import), grow that, and train on"
         )
-
-
-def gradients_of(state: State, text: Tokens, command: Command, done: Callable[[], object]) -> Callable[[], torch.Tensor]:
-    """A function that puts the gradients of the next batch into the model, moves the cursor past it, and returns the loss."""
-    size, first, steps = command.batch_tokens // text.seq_len, state.cursor.samples, command.growth.learning_steps()
-    each = max(n for n in range(1, TOGETHER + 1) if size % n == 0)
-    step = MicroStep(size // each, graphed=False)
-    samples = ((start, start + each) for start in range(first, first + steps * size, each))
-    batches = Prefetcher(text, samples, device=state.placement.device)
-
-    def gradients() -> torch.Tensor:
-        loss = step.accumulate(state.model, batches)
-        state.cursor.advance(size, state.model.config)
-        done()
-        return loss
-
-    return gradients
-
-
-def foresee(saved: dict, how: Growth, plan: GrowthPlan) -> dict:
-    """The map of the growth, the sizes of both models, and what weights and optimizer will need on the device."""
-    base = LlamaConfig(**saved["config"])
-    optimizer, new = name_of(saved["optimizer"]), n_params(plan.config)
-    written = saved.get("dtype", torch.float32).itemsize * (new + grown_state(base, how, optimizer))
-    size = {"n_params_before": n_params(base), "n_params": new, "bytes_needed": growth_bytes(base, how, optimizer)}
-    size |= {"bytes_written": written, "preserves": plan.preserves and not how.noise}
-    return {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config)} | size
 
 
 if __name__ == "__main__":

@@ -12,27 +12,35 @@ from pathlib import Path
 
 import torch
 
-from nanostack import checkpoint, parallel, preflight, run_folder
+from nanostack import checkpoint, differences, lock, parallel, preflight
 from nanostack.config import Train, describe_tokens, load
-from nanostack.device import StopFlag
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import flops_per_token, n_params
 from nanostack.generate import Writer
 from nanostack.micro_step import MicroStep
 from nanostack.optimizer import guarded_step
 from nanostack.recorder import Recorder, header_of
+from nanostack.run_folder import RunFolder
 from nanostack.schedule import learning_rate
+from nanostack.stop import StopFlag, Stopped
 from nanostack.text.dataset import Prefetcher, Tokens
 from nanostack.validation import Validation
+from nanostack.watchdog import Watchdog
 
 
 class Run:
     """A run: its parts, of which those with cheap checks come first; then its loop, top to bottom."""
 
     def __init__(self, requested: Train):
+        self.watchdog = Watchdog(requested.hang_timeout, requested.out)
+        with self.watchdog, self.watchdog.phase("start"):
+            self.begin(requested)
+
+    def begin(self, requested: Train) -> None:
+        """Make the parts."""
         # Device: the process group, the mesh, what computes; and all that can be known to be wrong.
-        self.stop = StopFlag()
-        self.placement = parallel.start(requested.parallel, requested.dtype, requested.compile, requested.cuda_graph)
+        how = (requested.parallel, requested.dtype, requested.compile, requested.cuda_graph, requested.hang_timeout)
+        self.placement = parallel.start(*how)
         checked = preflight.check(requested, self.placement)
         self.config, self.kernels, config = checked.config, checked.kernels, checked.config
 
@@ -42,17 +50,22 @@ class Run:
         self.writer = Writer(config)
 
         # State: of the checkpoint that the run goes on from, or begins with; else from the seed.
-        resume_from = parallel.on_rank_0(run_folder.claim, config)
+        self.folder = RunFolder(requested, self.placement.launch)
+        resume_from = parallel.on_rank_0(self.folder.claim)
         self.resuming, source = resume_from is not None, resume_from or config.init_from
         self.state = checkpoint.begin(config, source, self.resuming, checked.manifest_sha256, self.placement)
         self.state.model.end_of_text = self.tokens.manifest["tokenizer"]["eot"] if config.data.document_mask else None
         self.micro_step = MicroStep(checked.micro_steps, config.cuda_graph)
 
-        # Folder: nothing in it was touched so far.
-        parallel.on_rank_0(run_folder.make_ready, config, self.resuming)
-        in_shards = config.checkpoint == "sharded" or (config.checkpoint == "auto" and parallel.world_size() > 1)
-        ckpt, say = Path(config.out) / "ckpt.pt", lambda text: self.recorder.say(text)
-        self.saver = checkpoint.Saver(ckpt, checked.manifest_sha256, config.keep, in_shards, say)
+        # Folder: nothing in it was touched so far, and until now a signal ended the process at once.
+        self.stop = StopFlag()
+        if self.resuming:
+            parallel.on_rank_0(differences.check, requested, self.state.cursor)
+        parallel.on_rank_0(self.folder.make_ready, self.state.cursor.samples)
+        ckpt, in_shards = Path(config.out) / "ckpt.pt", config.saves_shards(parallel.world_size())
+        self.saver = checkpoint.Saver(
+            ckpt, checked.manifest_sha256, config.keep, in_shards, lambda text: self.recorder.say(text)
+        )
 
         # Records: console, metrics.jsonl, tracker.
         header = header_of(requested, self.tokens.manifest, checked.manifest_sha256, parallel.world_size(), self.placement)
@@ -62,10 +75,10 @@ class Run:
     def train(self) -> None:
         """Run all stages that are left. Returns early, the state saved, when a signal asked for it."""
         config, state, cursor, recorder = self.config, self.state, self.state.cursor, self.recorder
-        batches = Prefetcher(self.tokens, self.my_samples(), device=self.placement.device)
-        with recorder, batches, self.saver:
-            if not self.resuming:
-                self.enter_stage(batches)
+        batches, watchdog = Prefetcher(self.tokens, self.my_samples(), device=self.placement.device), self.watchdog
+        with self.folder, watchdog, recorder, batches, watchdog.phase("save"), self.saver, watchdog.phase("train step"):
+            if not self.resuming and not self.enter_stage(batches):
+                return
             while True:
                 stage = config.stages[cursor.stage]
                 state.freeze(stage)
@@ -82,6 +95,11 @@ class Run:
                         state.optimizer, loss, lr, config.optim.grad_clip, set_to_none=not config.cuda_graph
                     )
                     state.ramp(stage)  # for the next step, and for an evaluation before it
+                    watchdog.heard()
+
+                    # A signal has asked for the end: save first, as little time may be left.
+                    if stopping := self.stop.agreed(self.saver.wants_to_save):
+                        self.save()
 
                     # Then what is due, by tokens trained.
                     stage_ends = cursor.stage_tokens >= stage.tokens
@@ -95,10 +113,11 @@ class Run:
                             values |= self.evaluate() if evaluating else {"val_loss": None, "val_bits_per_byte": None}
                             values |= {"texts": self.writer(state.model)} if sampling else {}
                         recorder.log(values, speed)
-                    if stage_ends or self.crossed(config.save_interval):
+                    due = stage_ends or self.crossed(config.save_interval) or self.stop.save_again
+                    late = evaluating and not stopping and self.stop.agreed()
+                    if late or (not stopping and due):
                         self.save()
-                    if self.stop.agreed():
-                        self.save()
+                    if stopping or late:
                         self.saver.wait()
                         recorder.say(f"stopped by a signal after step {recorder.step}; --resume goes on from here")
                         return
@@ -106,13 +125,14 @@ class Run:
                     return
                 cursor.stage += 1
                 cursor.stage_tokens = 0
-                self.enter_stage(batches)
+                if not self.enter_stage(batches):
+                    return
 
-    def enter_stage(self, batches: Iterator) -> None:
-        """Grow the model where the stage says so, and look at its loss before and after."""
+    def enter_stage(self, batches: Iterator) -> bool:
+        """Grow the model where the stage says so, and look at its loss before and after. False where a signal stops that."""
         how = self.config.stages[self.state.cursor.stage].growth
         if how is None:
-            return
+            return True
         if how.learning_steps():
             self.recorder.say(f"learning how to grow on {how.learning_steps()} batches")
         self.micro_step.forget()
@@ -120,7 +140,10 @@ class Run:
         plain = MicroStep(self.micro_step.micro_steps, graphed=False)
 
         def gradients() -> torch.Tensor:
+            if self.stop.agreed():
+                raise Stopped
             loss = plain.accumulate(self.state.model, batches)
+            self.watchdog.heard()
             self.state.cursor.advance(self.config.batch_tokens // self.config.model.seq_len, self.state.model.config)
             return loss
 
@@ -128,19 +151,26 @@ class Run:
             before = self.evaluate()
             rows = min(self.config.micro_batch, self.validation.tokens.n_blocks)
             probe = torch.from_numpy(self.validation.tokens.blocks(0, rows)[:, :-1]).to(self.placement.device)
-        receipt = self.state.grow(how, probe, gradients)
+        try:
+            with self.watchdog.phase("growth"):
+                receipt = self.state.grow(how, probe, gradients)
+        except Stopped:  # the model is neither the old one nor the new one: nothing is saved
+            self.recorder.say("stopped by a signal while learning how to grow; --resume goes on from the step before that")
+            return False
         with self.recorder.paused():
             after = self.evaluate()
         receipt.loss_before, receipt.loss_after = before["val_loss"], after["val_loss"]
         self.recorder.record_growth(receipt, after)
+        return True
 
     def evaluate(self) -> dict:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
-        loss = self.validation(self.state.model, self.config.micro_batch)
+        with self.watchdog.phase("evaluation"):
+            loss = self.validation(self.state.model, self.config.micro_batch, self.watchdog.heard)
         return {"val_loss": loss.nats_per_token, "val_bits_per_byte": loss.bits_per_byte}
 
     def save(self) -> None:
-        with self.recorder.paused():
+        with self.recorder.paused(), self.watchdog.phase("save"):
             self.saver.save(self.state)
 
     def crossed(self, interval: int | None) -> bool:
@@ -184,9 +214,12 @@ def main(arguments: list[str]) -> None:
         sys.exit(0 if arguments else 2)
     if arguments[0].startswith("--"):
         raise UserError(f"a config file comes first, as in: train.py config/quickstart.py {arguments[0]} ...")
-    run = Run(load(arguments[0], arguments[1:]))
-    run.train()
-    parallel.leave(run.stop)
+    try:
+        run = Run(load(arguments[0], arguments[1:]))
+        run.train()
+    finally:
+        lock.release_all()
+    parallel.leave(run.stop.exit_code, run.placement.launch)
 
 
 if __name__ == "__main__":

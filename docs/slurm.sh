@@ -1,7 +1,7 @@
 #!/bin/bash
 # sbatch docs/slurm.sh config/7b.py --data.path data/texts
-# Five minutes before the time is up Slurm sends USR1 to this script, which lets the run save and puts the job back into the
-# queue; --resume then goes on from there. A job whose machine has failed is put back by Slurm itself.
+# Five minutes before the time is up Slurm sends USR1 to this script, which lets the run save (it ends with 143 then) and puts the
+# job back into the queue; --resume then goes on from there. A job whose machine has failed is put back by Slurm itself.
 #SBATCH --job-name=nanostack
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -32,6 +32,6 @@ status=$?
 if [ "$again" ]; then # the signal ended the first wait
     wait "$step"
     status=$?
-    [ "$status" -eq 0 ] && scontrol requeue "$SLURM_JOB_ID"
+    [ "$status" -eq 143 ] && scontrol requeue "$SLURM_JOB_ID" && status=0
 fi
 exit "$status"

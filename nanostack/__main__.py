@@ -10,6 +10,7 @@ COMMANDS = {  # name: (module in nanostack.commands, what it does)
     "sample": ("sample", "let a model write"),
     "evaluate": ("evaluate", "tasks of lm-eval, and loss on validation text"),
     "export": ("export", "a checkpoint to a Hugging Face folder"),
+    "consolidate": ("consolidate", "a sharded checkpoint to one file, and back"),
     "import": ("import_hf", "a Hugging Face model to a checkpoint"),
     "fit": ("fit", "the largest micro-batch that fits a GPU"),
     "plan": ("plan", "when to grow, how much, and what it may save"),

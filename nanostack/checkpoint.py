@@ -1,8 +1,9 @@
 """Checkpoints: one file that is always whole, and a reader that believes nothing.
 
-`ckpt-<samples>.pt` is written beside its place, synced and renamed; `ckpt.pt` is then made a hard link to it in one atomic
-step. A process killed at any moment leaves either the old checkpoint or the new one. The file is one dict of tensors and
-plain values, read with `weights_only=True`; it carries a SHA-256 per tensor and one of all plain values.
+`ckpt.pt` is written beside its place, synced and renamed; the one before it is `ckpt-<samples>.pt` from then on, a file of its
+own, so that whatever a user copies over one of them leaves the others. A process killed at any moment leaves either the old
+checkpoint or the new one. The file is one dict of tensors and plain values, read with `weights_only=True`; it carries a SHA-256
+per tensor and one of all plain values.
 """
 
 import copy
@@ -10,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from nanostack import files, sharded
+from nanostack import files, kept, shard_reader, sharded
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
@@ -43,12 +43,12 @@ PATIENCE_SECONDS = 10.0  # how long a run that ends goes on trying
 
 
 def save(state: State, path: str | Path, manifest_sha256: str | None = None, keep: int = 2) -> None:
-    """Write `state` as one file `path` and as its numbered twin beside it; remove all numbered ones but the last `keep`.
+    """Write `state` as one file `path`; what was there gets a number. Of all only the last `keep` stay.
 
     Every rank must call it. Raises `UserError` where the file cannot be written; what was there before is intact then.
     """
     contents = pack(state, manifest_sha256)
-    on_rank_0(_write_and_link, contents, Path(path), keep)
+    on_rank_0(_replace, contents, Path(path), keep)
 
 
 def save_sharded(state: State, path: Path, manifest_sha256: str | None = None) -> None:
@@ -86,7 +86,7 @@ class Saver:
         """Copy the state as it is now, and have it written. Waits for the save before this one."""
         self._settle()
         self._failed, self._state = None, state
-        self._writing = self._startshards(state) if self.in_shards else self._start_file(state)
+        self._writing = self._start_shards(state) if self.in_shards else self._start_file(state)
         if self._writing is not None:
             self._writing.add_done_callback(self._tell)
 
@@ -123,8 +123,13 @@ class Saver:
     def _settle(self) -> None:
         """Wait for the save that is under way."""
         writing, self._writing = self._writing, None
-        if writing is not None and not writing.exception():
+        if writing is None:
+            return
+        if not writing.exception():
             self._failed = None
+        elif is_main_rank():
+            for partial in self.path.parent.glob(f"{self.path.stem}-*{sharded.PARTIAL}"):  # takes room, and is no checkpoint
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _tell(self, writing: Future) -> None:
         """Called by the thread that wrote."""
@@ -143,8 +148,14 @@ class Saver:
             self._stager = sharded.stager(state.placement.device)
         folder = self.path.with_name(f"{self.path.stem}-{state.cursor.samples}")
         plain = _plain(state, self.manifest_sha256, as_json=True)
-        writer = sharded.Writer(folder, plain, self.path, lambda: _prune(self.path, self.keep))
+        writer = sharded.Writer(folder, plain, self.path, self._point)
         return sharded.save_async(shards(state), writer, self._stager, self._group)
+
+    def _point(self, folder: Path) -> None:
+        """Called on rank 0 when a folder is whole: `path` points to it, and what is too old goes."""
+        kept.give_number(self.path)
+        sharded.point(self.path, folder)
+        kept.prune(self.path, self.keep)
 
     def _start_file(self, state: State) -> Future | None:
         contents = _contents(state, self.manifest_sha256, self._copy)
@@ -157,7 +168,7 @@ class Saver:
     def _write(self, contents: dict, copied: "torch.cuda.Event | None") -> None:
         if copied is not None:
             copied.synchronize()
-        _write_and_link(contents | {"hashes": _hashes(contents)}, self.path, self.keep)
+        _replace(contents | {"hashes": _hashes(contents)}, self.path, self.keep)
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
         host = self._host.get(name)
@@ -166,9 +177,9 @@ class Saver:
         return host.copy_(value, non_blocking=True)
 
 
-def write(contents: dict | None, path: Path) -> None:
+def write(contents: dict | None, path: Path, name: Path | None = None) -> None:
     """Write one checkpoint file, unless another rank has its contents. UserError where it cannot be written; what was there
-    before is intact then."""
+    before is intact then. `name` is the one by which the error calls it."""
     if contents is None:
         return
     try:
@@ -176,7 +187,7 @@ def write(contents: dict | None, path: Path) -> None:
         with files.replacing(path, "wb") as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f"could not save {path}: {_reason(error)}; earlier checkpoints are intact") from error
+        raise UserError(f"could not save {name or path}: {reason(error)}; earlier checkpoints are intact") from error
 
 
 def load(path: str | Path) -> dict:
@@ -188,7 +199,7 @@ def load(path: str | Path) -> dict:
     """
     path = Path(path)
     if (folder := sharded.folder_of(path)) is not None:
-        return sharded.load(folder)
+        return shard_reader.load(folder)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -313,42 +324,18 @@ def shards(state: State) -> dict[str, Tensor]:
     return sharded.tensors_of({name: parameter.detach() for name, parameter in named.items()}, kept)
 
 
-def _write_and_link(contents: dict, path: Path, keep: int) -> None:
-    numbered = path.with_name(f"{path.stem}-{contents['cursor']['samples']}{path.suffix}")
-    write(contents, numbered)
-    link = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def _replace(contents: dict, path: Path, keep: int) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(contents, new, path)
     try:
-        link.unlink(missing_ok=True)
-        try:
-            os.link(numbered, link)
-            os.replace(link, path)
-            files.sync(path.parent)
-        except OSError:  # a file system without hard links
-            with open(numbered, "rb") as source, files.replacing(path, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+        kept.put_in_place(new, path, contents["cursor"]["samples"])
     except OSError as error:
-        raise UserError(f"could not put {numbered} in place of {path}: {_reason(error)}") from error
-    _prune(path, keep)
+        raise UserError(f"could not put {new} in place of {path}: {reason(error)}") from error
+    kept.prune(path, keep)
 
 
-def _prune(path: Path, keep: int) -> None:
-    for old in numbered_checkpoints(path)[:-keep]:
-        sharded.remove(old) if old.is_dir() else old.unlink(missing_ok=True)
-
-
-def numbered_checkpoints(path: Path) -> list[Path]:
-    """`ckpt-<samples>.pt` beside `ckpt.pt`, and sharded ones, in the order in which they were written."""
-    found = [file for file in path.parent.glob(f"{path.stem}-*") if _samples_in(file, path) is not None]
-    return sorted(found, key=lambda file: (file.stat().st_mtime_ns, _samples_in(file, path)))
-
-
-def _samples_in(file: Path, path: Path) -> int | None:
-    """The number in the name of a numbered checkpoint of `path`; None where it is none."""
-    found = re.fullmatch(rf"-(\d+)({re.escape(path.suffix)}|{re.escape(sharded.AGAIN)}|)", file.name.removeprefix(path.stem))
-    return int(found[1]) if found and file.is_dir() == (found[2] != path.suffix) else None
-
-
-def _tensors(contents: dict) -> dict[str, Tensor]:
+def all_tensors(contents: dict) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by the names under which their hashes stand."""
     tensors = {f"model.{name}": tensor for name, tensor in contents["model"].items()}
     for name, state in contents["optimizer"].items():
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
@@ -356,10 +343,14 @@ def _tensors(contents: dict) -> dict[str, Tensor]:
 
 
 def _hashes(contents: dict) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, dtype and shape, and under "" that of all plain values."""
-    tensors = _tensors(contents)
+    tensors = all_tensors(contents)
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(tensors, pool.map(sharded.tensor_sha256, tensors.values()), strict=True))
+    return with_plain(hashes, contents)
+
+
+def with_plain(hashes: dict[str, str], contents: dict) -> dict[str, str]:
+    """The hashes of all tensors, and under "" that of all plain values."""
     plain = {k: v for k, v in contents.items() if k not in ("model", "optimizer", "rng", "hashes")}
     return hashes | {"": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
@@ -375,6 +366,6 @@ def _verify(saved: dict, path: Path) -> None:
         raise UserError(f"{path} is damaged: {wrong[0]} is not what was saved; use an earlier checkpoint of the run")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     cause = error if isinstance(error, OSError) else error.__context__
     return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]

@@ -19,7 +19,7 @@ import tyro
 from nanostack.errors import UserError, parse
 from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
-from nanostack.old_fields import current, renamed
+from nanostack.old_fields import ADDED, current, renamed
 from nanostack.schedule import Schedule, scheduled
 
 
@@ -58,6 +58,10 @@ def grow(op: str | None = None, g: int | None = None, **options) -> Stage:
     return Stage(growth=Growth(op, g, **how), **options)
 
 
+SHAPELESS = {  # fields of a run on which no record of it depends
+    *("out", "resume", "resume_from", "resume_anyway", "overwrite", "profile", "keep", "checkpoint"),
+    *("save_interval", "sample", "track", "hang_timeout"),
+}
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 
 
@@ -106,6 +110,18 @@ class Parallel:
     dp_shard: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """The backward pass computes these anew instead of keeping them: norms, rotary, SwiGLU (selective); whole blocks (full)."""
+    reshard_after_forward: bool | int | None = None
+    """Whether a block's gathered parameters are freed after its forward pass and gathered anew for its backward one; a number:
+    they stay sharded over so many ranks between the two. None: they are freed."""
+    prefetch: int = 0
+    """How many blocks ahead parameters are gathered, forward and backward; 0: as FSDP2 does by itself, one."""
+
+    def __post_init__(self):
+        after = self.reshard_after_forward
+        if not isinstance(after, bool | None) and after < 2:
+            raise UserError(f"parallel.reshard_after_forward is True, False or a number of 2 or more, not {after}")
+        if self.prefetch < 0:
+            raise UserError(f"parallel.prefetch must be 0 or more, not {self.prefetch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +208,18 @@ class Train:
     """A checkpoint to start from: weights, cursor, FLOPs ledger, and the optimizer if it is in there."""
     resume: bool = False
     """Go on with the run that is in `out`."""
+    resume_from: str | None = None
+    """Go on from this earlier checkpoint of the run; later ones, and the records, are set aside as NAME.left."""
+    resume_anyway: bool = False
+    """Go on although options differ on which the past of the run depends."""
     overwrite: bool = False
     """Delete the run that is in `out`."""
     profile: int = 0
     """Write a trace of that many steps to `out`."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Show the records there as well, from rank 0; see nanostack/track.py."""
+    hang_timeout: float = 900.0
+    """Seconds after which a run whose steps do not end any more says where it hangs, and ends; torchrun may start it anew."""
 
     def __post_init__(self):
         if not self.stages:
@@ -217,6 +239,8 @@ class Train:
             self.sample.check()
         except UserError as error:
             raise UserError(f"sample.{error}") from None
+        if not 0 < self.hang_timeout < math.inf:
+            raise UserError(f"hang_timeout must be above 0, not {self.hang_timeout:g}")
         if self.profile < 0 or not 0 <= self.seed < 2**63 or not self.out:
             raise UserError(
                 f"profile ≥ 0, 0 ≤ seed < 2^63 and an out folder are needed: {self.profile}, {self.seed}, {self.out!r}"
@@ -247,6 +271,11 @@ class Train:
                     f"stages.{number}.growth.ramp_tokens {stage.growth.ramp_tokens} ends after the next growth begins"
                 )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it asks for the run that is in `out`."""
+        return self.resume or self.resume_anyway or self.resume_from is not None
+
     def shapes(self) -> list[LlamaConfig]:
         """The model of every stage; the last is the largest, as growth makes nothing smaller."""
         models = [self.model]
@@ -265,15 +294,20 @@ class Train:
         here = self.stages[cursor.stage].tokens - cursor.stage_tokens
         return self.steps_of(self.stages[cursor.stage + 1 :]) + max(0, -(-here // self.batch_tokens))
 
+    def saves_shards(self, ranks: int) -> bool:
+        return self.checkpoint == "sharded" or (self.checkpoint == "auto" and ranks > 1)
+
     def sha256(self) -> str:
         """Hash of everything that shapes the records of a run."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
 
     def shaping(self) -> dict:
         """All that shapes the records of a run, as JSON has it: not where its files are, nor what they hold beside them."""
-        ignored = ("out", "resume", "overwrite", "profile", "keep", "checkpoint", "save_interval", "sample", "track")
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in SHAPELESS}
         del values["data"]["path"]  # the manifest's hash stands for the text
+        for name, usual in ADDED["parallel"].items():  # so that a run from before these has the hash that it had
+            if values["parallel"][name] == usual:
+                del values["parallel"][name]
         return json.loads(json.dumps(values))
 
 

@@ -1,13 +1,11 @@
-"""The device that a process computes on: which one, in what dtype, with how much memory; and the signals that stop it."""
+"""The device that a process computes on: which one, in what dtype, with how much memory."""
 
 import ctypes
 import math
 import os
-import signal
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from nanostack.errors import UserError
 from nanostack.kernels import dispatch
@@ -86,35 +84,6 @@ def check_room(device: torch.device, needed: float, what: str) -> None:
     """Raise `UserError` unless so many bytes are free there."""
     if needed > (free := free_bytes(device)):
         raise UserError(f"{what} needs {needed / 2**30:.2f} GiB on {device}, which has {free / 2**30:.2f} GiB free")
-
-
-class StopFlag:
-    """SIGTERM and Ctrl-C ask the run to end; the ranks agree on the step after which it does."""
-
-    def __init__(self):
-        self._asked = False
-        self._votes, self._pending = torch.zeros(1), None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)  # a second signal asks again, which changes nothing
-
-    def _ask(self, *_) -> None:
-        self._asked = True
-
-    def agreed(self) -> bool:
-        """Called once per step by all ranks: whether any of them had been asked by its last call. Waits for no GPU."""
-        if not dist.is_initialized():
-            return self._asked
-        if self._pending is not None:
-            self._pending.wait()
-        stop = bool(self._votes.item())
-        self._votes.fill_(float(self._asked or stop))
-        self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
-        return stop
-
-    def wait(self) -> None:
-        """Let the vote in flight end."""
-        if self._pending is not None:
-            self._pending.wait()
 
 
 def choose_device(name: str) -> torch.device:

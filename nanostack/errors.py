@@ -29,7 +29,7 @@ def exits_cleanly():
         print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) != 0:
+        if os.environ.get("RANK", "0") != "0":
             # Nearly every mistake is seen by all ranks, and rank 0 tells it. Its exit makes torchrun end this process;
             # a rank that is still alive after a moment was alone with its error and has to tell it itself.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

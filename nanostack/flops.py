@@ -94,7 +94,9 @@ def mfu(config: LlamaConfig, tokens_per_s: float, peak: float | None, causal: bo
 
     `tokens_per_s` and `peak` are those of one device, or both of all devices.
     """
-    if peak is None:
-        return None
-    attention = (6 if causal else 12) * config.depth * d_attn(config) * config.seq_len
-    return (6 * n_matmul(config) + attention) * tokens_per_s / peak
+    return None if peak is None else flops_of_mfu_per_token(config, causal) * tokens_per_s / peak
+
+
+def flops_of_mfu_per_token(config: LlamaConfig, causal: bool = False) -> int:
+    """What MFU counts for a token: see MFU."""
+    return 6 * n_matmul(config) + (6 if causal else 12) * config.depth * d_attn(config) * config.seq_len

@@ -3,7 +3,8 @@
 A training step of the config is traced on tensors without storage (torch's FakeTensorMode, which knows their sizes), and
 every storage is counted while it lives. Two traces, of one sequence and of two, give what does not depend on the micro-batch
 and what each sequence adds; both are exact but for what libraries take for themselves (RESERVED) and the allocator's rounding.
-On several GPUs, fully sharded, the states are divided and FSDP2's gathered copies added by formula: an estimate.
+On several GPUs the states are divided by the shards and FSDP2's gathered copies added by formula, as a run checks at its start;
+`nanostack fit` traces those as well (rehearsal.py).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -57,32 +59,69 @@ class MemoryEstimate:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as they live."""
+    """Counts the bytes of all storages that operations make, as long as they live; those on the meta device are none.
+
+    FSDP2 gathers into one buffer, copies out of it into storages, and frees these by resizing them to nothing. `gathered` are
+    the bytes of both.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = self.at_loss = 0
-        self._known: set[int] = set()
+        self.now = self.peak = self.at_loss = self.gathered = self.most_gathered = 0
+        self._sizes: dict[int, int] = {}
+        self._gathered: set[int] = set()
+
+    def __enter__(self) -> "Live":
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)
+            self._follow(storage)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its own operations, on local shards, come here by themselves
         out = op(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, out)
+        if op is torch.ops.fsdp.all_gather_copy_in.default:
+            self._follow(out[1].untyped_storage())
         if op is torch.ops.nanostack.linear_cross_entropy_rows.default:
             self.at_loss = self.now
         return out
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if (key := storage._cdata) in self._known:
+        if (key := storage._cdata) in self._sizes or tensor.is_meta:
             return
-        self._known.add(key)
-        self.now += (n_bytes := storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, n_bytes)
+        self._sizes[key] = 0
+        self._changed(key, storage.nbytes())
+        weakref.finalize(storage, self._remove, key)
 
-    def _remove(self, key: int, n_bytes: int) -> None:
-        self._known.discard(key)
-        self.now -= n_bytes
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if (key := storage._cdata) in self._sizes:
+            self.gathered += 0 if key in self._gathered else self._sizes[key]
+            self._gathered.add(key)
+            self._changed(key, storage.nbytes())
+
+    def _changed(self, key: int, n_bytes: int) -> None:
+        more, self._sizes[key] = n_bytes - self._sizes[key], n_bytes
+        self.now += more
+        self.peak = max(self.peak, self.now)
+        if key in self._gathered:
+            self.gathered += more
+            self.most_gathered = max(self.most_gathered, self.gathered)
+
+    def _remove(self, key: int) -> None:
+        self._changed(key, 0)
+        self._gathered.discard(key)
+        del self._sizes[key]
 
 
 class Traced(NamedTuple):
@@ -135,7 +174,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: bool, count: int = 1) -> MemoryEstimate:
-    """What a step of the config needs on each of `count` devices, fully sharded."""
+    """What a step of the config needs on each of `count` devices that it is sharded over, from above."""
     one, two = (trace(config, model, dtype, on_triton, sequences) for sequences in (1, 2))
     fixed, stays = one.fixed, sum(one.fixed.values())
     loss_each, else_each = two.at_loss - one.at_loss, two.else_ - one.else_
@@ -143,7 +182,9 @@ def estimate(config: Train, model: LlamaConfig, dtype: torch.dtype, on_triton: b
     if count > 1:
         block = sum(math.prod(shape) for shape in _block_shapes(model))
         root = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
-        gathered = dtype.itemsize * (2 * block + root) + 4 * (block + root)  # two blocks ahead, and gradients on their way
+        after, ahead = config.parallel.reshard_after_forward, 2 + config.parallel.prefetch
+        kept = 0 if after is None or after is True else model.n_layer * block // (after or 1)  # from forward to backward
+        gathered = dtype.itemsize * (ahead * block + kept + root) + 4 * (block + root)  # and gradients on their way
         fixed = {name: -(-size // count) for name, size in fixed.items() if name != "copies of weights"}
         fixed["gathered by FSDP2 (estimate)"] = gathered
     return MemoryEstimate(fixed, (loss_each, else_each), (at_loss, else_), one.update - stays)
@@ -216,3 +257,13 @@ def growth_bytes(base: LlamaConfig, how: Growth, optimizer: str | None) -> int:
     if plan.learns:  # the old weights, and gradients of the new ones
         numbers += old + whole
     return 4 * numbers
+
+
+def foresee(base: LlamaConfig, how: Growth, optimizer: str | None, dtype: torch.dtype) -> dict:
+    """The map of a growth, the sizes of both models, the bytes that it takes on the device, and those that are written."""
+    plan = how.plan(base)
+    new = n_params(plan.config)
+    size = {"n_params_before": n_params(base), "n_params": new, "bytes_needed": growth_bytes(base, how, optimizer)}
+    size |= {"bytes_written": dtype.itemsize * (new + grown_state(base, how, optimizer))}
+    size |= {"preserves": plan.preserves and not how.noise}
+    return {"growth": vars(how)} | plan.map() | {"shape": vars(plan.config)} | size

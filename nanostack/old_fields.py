@@ -19,6 +19,7 @@ ADDED: dict[str, dict[str, Any]] = {  # later, and what every run did before
     | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
     "rope_scaling": {"kind": "llama3", "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True},
     "growth": {"residual": "rescale"},
+    "parallel": {"reshard_after_forward": None, "prefetch": 0},
 }
 Class = TypeVar("Class", bound=type)
 _said: set[str] = set()

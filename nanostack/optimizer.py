@@ -156,14 +156,20 @@ def state_numbers(config: LlamaConfig, name: str | None) -> int:
     return 2 * n_params(config) - (n_matrices(config) if name == "muon" else 0)
 
 
-def set_rate_of(optimizer: torch.optim.Optimizer, which: set[Tensor], rate: float) -> None:
-    """Give these parameters groups of their own, beside those they are in, whose learning rate is `rate` times the others'."""
+def set_rate_of(model: Llama, optimizer: torch.optim.Optimizer, which: set[Tensor], rate: float) -> None:
+    """Give these parameters groups of their own, beside those they are in, whose learning rate is `rate` times the others'.
+
+    Those that come home from such groups take their places in the model's order, as in the optimizer of a resumed run.
+    """
     groups = optimizer.param_groups
     mine = [group for group in groups if "rate" in group]
     if {p for group in mine for p in group["params"]} != which:
         groups[:] = [group for group in groups if "rate" not in group]
         for group, earlier in zip(groups, mine, strict=False):  # those of an earlier growth come home
             group["params"] += earlier["params"]
+        place = {parameter: number for number, parameter in enumerate(model.parameters())}
+        for group in groups:
+            group["params"].sort(key=place.__getitem__)
         mine = [{**group, "params": [p for p in group["params"] if p in which], "rate": rate} for group in groups]
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in which]

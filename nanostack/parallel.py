@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanostack.config import Parallel
-from nanostack.device import StopFlag, compute_dtype, open_device
+from nanostack.device import compute_dtype, open_device
 from nanostack.errors import UserError
 from nanostack.growth import Hooks
+from nanostack.launch import Launch, check_environment, connect
 from nanostack.model import Llama, LlamaConfig
 from nanostack.shards import assign
 
@@ -34,6 +35,11 @@ class Placement:
     mesh: DeviceMesh | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    reshard_after_forward: bool | int | None = None
+    prefetch: int = 0
+    launch: Launch | None = None  # of several ranks, or by torchrun
+    _between_passes: list = field(default_factory=list, init=False, compare=False, repr=False)
+    """What FSDP2 knows of the smaller mesh that blocks lie on between forward and backward, once there is one."""
 
     def block(self, block: nn.Module) -> nn.Module:
         """Prepare one block; it may be without storage still."""
@@ -45,7 +51,7 @@ class Placement:
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # a ramp's hooks come and go: see them
             torch._dynamo.config.recompile_limit = 64  # ramps, frozen layers and widths are graphs of their own
             block.compile()
-        return self._shard(block)
+        return self._shard(block, self.reshard_after_forward)
 
     def model(self, config: LlamaConfig) -> Llama:
         """A prepared model with storage but no values: `initialise` it or `assign` all of its parameters."""
@@ -59,6 +65,7 @@ class Placement:
         model.compute_dtype = self.dtype
         # FSDP2 has its own copies, shard by shard.
         model.keeps_compute_weights = self.mesh is None and self.dtype != torch.float32
+        self._prefetch(model)
         return model
 
     def grown(self, model: Llama) -> None:
@@ -73,6 +80,7 @@ class Placement:
                 state = module._get_fsdp_state()
                 state._is_root = None
                 state._state_ctx = type(state._state_ctx)()
+        self._prefetch(model)
 
     def hooks(self) -> Hooks:
         """The hooks that a model in this place needs while it grows."""
@@ -88,12 +96,38 @@ class Placement:
         if self.mesh is not None:
             dist.all_reduce(value, group=self.mesh.get_group("shard"))
 
-    def _shard(self, module: nn.Module) -> nn.Module:
+    def _shard(self, module: nn.Module, reshard_after_forward: bool | int | None = None) -> nn.Module:
         if self.mesh is None:
             return module
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy)  # in place
+        if isinstance(reshard_after_forward, bool | None):
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)  # in place
+            return module
+        # FSDP2 makes process groups for every module that it is given a number for: as many communicators as blocks, and a
+        # collective in the middle of a growth. All blocks share those of the first. This is private API of torch, tested in
+        # tests/trainer/test_fsdp_options.py.
+        first = not self._between_passes
+        fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward if first else True)
+        for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator, union-attr]
+            if first:
+                self._between_passes.append(group.post_forward_mesh_info)
+                continue
+            for holder in (group, *group.fsdp_params):
+                holder.post_forward_mesh_info = self._between_passes[0]
+            for parameter in group.fsdp_params:
+                parameter._init_sharded_post_forward_param_metadata(torch.empty(parameter._orig_size, device="meta"))
         return module
+
+    def _prefetch(self, model: Llama) -> None:
+        """Tell every block which ones it gathers ahead of their turn."""
+        ahead, blocks = self.prefetch, list(model.blocks)
+        if self.mesh is None or not ahead:
+            return
+        for number, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+        model.set_modules_to_forward_prefetch(blocks[:ahead])  # type: ignore[operator]
+        model.set_modules_to_backward_prefetch(blocks[-ahead:][::-1])  # type: ignore[operator]
 
 
 def _checkpointed(block: nn.Module, *arguments: Tensor) -> Tensor:
@@ -173,30 +207,79 @@ def micro_steps(batch_tokens: int, micro_batch: int, seq_len: int) -> int:
     )
 
 
-def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False) -> Placement:
-    """Join the process group that torchrun describes, if any, and choose device, dtype and mesh."""
+START_PATIENCE = 8  # times hang_timeout: how long ranks wait for one that hashes a large corpus or writes a large checkpoint
+_patient: "dist.ProcessGroup | None" = None  # waits so long
+
+
+def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False, hang_timeout: float = 900.0) -> Placement:
+    """Join the process group that torchrun describes, if any, and choose device, dtype and mesh.
+
+    Messages between ranks fail a minute after hang_timeout, when the watchdog has told where each rank is.
+    """
+    check_environment()
     world = world_size()
     shape = mesh_shape(parallel, world)
+    check_gathering(parallel, shape[1])
     cuda = torch.cuda.is_available()
     if cuda_graph and (world > 1 or not cuda):
         where = f"FSDP2, which {world} processes use, cannot be captured" if cuda else "this machine has no CUDA device"
         raise UserError(f"--cuda_graph: {where}; leave it out (--compile also launches fewer kernels)")
     device = open_device(int(os.environ.get("LOCAL_RANK", 0)), compile)
-    mesh = None
-    if world > 1:
+    timeout, patience = (timedelta(seconds=60 + times * hang_timeout) for times in (1, START_PATIENCE))
+    launch, mesh = connect(patience), None
+    if launch is not None and world > 1:
         # gloo stays beside nccl: flags and messages between ranks need no GPU.
-        _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        _join(launch, "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout, patience)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return Placement(device, compute_dtype(device, dtype), mesh, parallel.activation_checkpointing, compile)
+        for dimension in ("replicate", "shard"):
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(dimension))
+    if launch is not None and (code := on_rank_0(launch.stop_noted)):
+        if is_main_rank():
+            print("note: a signal has stopped this run, so it ends when torchrun starts it anew; use --resume", file=sys.stderr)
+        leave(code)
+    return place(parallel, device, compute_dtype(device, dtype), mesh, compile, launch)
 
 
-def _join(backend: str) -> None:
-    """Join torchrun's process group. A restarted attempt gets keys of its own: the agent's store still holds the addresses
-    of the processes that died."""
-    store, rank, world = next(dist.rendezvous("env://"))
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # Ranks may wait for one of them to hash a large corpus or to write a large checkpoint.
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(hours=2))
+def place(
+    parallel: Parallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None,
+    compile: bool = False,
+    launch: Launch | None = None,
+) -> Placement:
+    """The placement that the config asks for, on a mesh that there is. Every rank must call it."""
+    options = (parallel.activation_checkpointing, compile, parallel.reshard_after_forward, parallel.prefetch)
+    placement = Placement(device, dtype, mesh, *options, launch)
+    if not isinstance(parallel.reshard_after_forward, bool | None):  # its process groups are made now
+        placement._shard(nn.Linear(1, 1, device="meta"), parallel.reshard_after_forward)
+    return placement
+
+
+def check_gathering(parallel: Parallel, shards: int) -> None:
+    """Raise `UserError` where the options of when to gather parameters do not fit so many shards."""
+    after = parallel.reshard_after_forward
+    if shards == 1 and (after is not None or parallel.prefetch):
+        raise UserError(
+            "parallel.reshard_after_forward and parallel.prefetch say when parameters are gathered, and here every process has "
+            "them whole: leave them out, or shard over several (--parallel.dp_shard)"
+        )
+    if not isinstance(after, bool | None) and (after >= shards or shards % after):
+        legal = [n for n in range(2, shards) if shards % n == 0]
+        raise UserError(
+            f"parallel.reshard_after_forward {after} does not divide {shards} shards into several parts; "
+            + (f"legal numbers: {legal}" if legal else "True and False are there")
+        )
+
+
+def _join(launch: Launch, backend: str, timeout: timedelta, patience: timedelta) -> None:
+    """Join the process group of this attempt. It has keys of its own: the agent's store still holds the addresses of the
+    processes that died."""
+    global _patient
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's record of collectives, for the watchdog
+    store = dist.PrefixStore(f"attempt_{launch.attempt}", launch.store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
+    _patient = dist.new_group(backend="gloo", timeout=patience)
 
 
 def saving_group() -> "dist.ProcessGroup | None":
@@ -223,7 +306,7 @@ def on_rank_0(work, *args) -> Any:
         except UserError as error:
             answer[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(answer, src=0, group=_patient, device=torch.device("cpu"))
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
@@ -237,16 +320,20 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
-def leave(stop: "StopFlag | None" = None) -> None:
-    """End a rank's process successfully, when all ranks are here: a vote in flight to a rank that is gone would abort it.
+def leave(code: int = 0, launch: Launch | None = None) -> None:
+    """End a rank's process with this exit code, when all ranks are here; one that is alone ends with it if it is not 0.
+
+    A code that is not 0 is noted for attempts of this launch to come: a signal has stopped the run.
 
     Python is not shut down: a thread of gloo that drops its last reference to a tensor meanwhile wants the interpreter back,
     is refused, and takes the process with it ("terminate called without an active exception", one exit in ten).
     """
+    if code and launch is not None and is_main_rank():
+        launch.note_stop(code)
     if dist.is_initialized():
-        if stop is not None:
-            stop.wait()
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)

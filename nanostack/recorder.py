@@ -4,16 +4,20 @@ Numbers of a step stay on the device until they are asked for: `DeferredScalars`
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from textwrap import indent
 from types import SimpleNamespace
-from typing import IO
 
 import torch
 from rich.console import Console
@@ -31,6 +35,7 @@ from nanostack.provenance import device_name, git_commit, tokenizer_name, versio
 from nanostack.state import State
 from nanostack.track import Tracking
 
+PATIENCE_SECONDS = 10.0  # how long a run that ends goes on trying to write its records
 MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
@@ -68,12 +73,15 @@ class DeferredScalars:
 class Metrics:
     """The file `metrics.jsonl` of a run: a header record, then one record per log, each shown by the run's tracker as well.
 
-    Only rank 0 `writes`. In use as a context, the tracker is told how it ended.
+    Only rank 0 `writes`. A record that cannot be written is kept until it can be, while the run goes on. In use as a context,
+    the tracker is told how it ended, and what is kept is written, or else a `UserError` is raised.
     """
 
     def __init__(self, path: Path, writes: bool, tracking: Tracking):
         self.path = path
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._unwritten: list[bytes] = []
+        self._told = False
         self._writes = writes
         self._tracking = tracking
 
@@ -82,12 +90,19 @@ class Metrics:
 
     def __exit__(self, kind, *_) -> None:
         self._tracking.close(failed=kind is not None)
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while self._unwritten and time.monotonic() < give_up and kind is None:
+            time.sleep(1)
+            self._write()
+        if self._unwritten and kind is None:
+            raise UserError(f"could not write the last {len(self._unwritten)} records to {self.path}; checkpoints are intact")
 
     def begin(self, header: dict) -> float:
         """Start the file anew. Returns the seconds of training in it: none."""
         if self._writes:
-            self._file = open(self.path, "w")  # noqa: SIM115
-            self._append(header)
+            with _written(self.path):
+                self.path.write_bytes(_line(header))
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             self._tracking.start(header, [])
         return 0.0
 
@@ -101,41 +116,68 @@ class Metrics:
             return 0.0
         lines: list[str] = []
         records: list[dict] = []
-        seconds = 0.0
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+        old: dict = {}
+        for number, line in enumerate(self._lines(), 1):
             try:
                 record = json.loads(line)
-                position = (record["stage"], record["samples"]) if lines else (0, 0)
-            except (ValueError, KeyError, TypeError):
-                break  # the process died in the middle of this line
-            if position > (stage, samples):
-                break
-            seconds = record.get("seconds", seconds)
-            lines.append(line + "\n")
-            records.append(record)
-        old = json.loads(lines[0]) if lines else {}
+                if "config" in record:
+                    old = record
+                elif (record["stage"], record["samples"]) <= (stage, samples):
+                    lines.append(line + "\n")
+                    records.append(record)
+            except (ValueError, KeyError, TypeError):  # the process died in the middle of it
+                print(f"note: {self.path}: line {number} is torn, and left out; what follows it stays", file=sys.stderr)
         before = old.pop("before", []) + ([old] if old and old != header else [])
         first = json.dumps(header | ({"before": before} if before else {})) + "\n"
-        with replacing(self.path) as file:
-            file.write(first + "".join(lines[1:]))
-        self._file = open(self.path, "a")  # noqa: SIM115
-        self._tracking.start(header, records[1:])
-        return seconds
+        with _written(self.path):
+            with replacing(self.path) as file:
+                file.write(first + "".join(lines))
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._tracking.start(header, records)
+        return max((record.get("seconds") or 0.0 for record in records), default=0.0)
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
 
     def write(self, record: dict) -> None:
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._append(finite)
+        self._unwritten.append(_line(finite))
+        self._write()
         self._tracking.write(finite)
 
-    def _append(self, record: dict) -> None:
+    def _write(self) -> None:
+        """Write what is kept, whole or not at all."""
         assert self._file is not None  # begin or resume opened it
+        end, data = os.fstat(self._file.fileno()).st_size, b"".join(self._unwritten)
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror}; checkpoints are intact") from error
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            if not self._told:
+                print(
+                    f"warning: could not write {self.path}: {error.strerror}; records are kept until it can be", file=sys.stderr
+                )
+            self._told = True
+        else:
+            self._unwritten.clear()
+            self._told = False
+
+
+def _line(record: dict) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror}; checkpoints are intact") from error
 
 
 def header_of(config: Train, manifest: dict, manifest_sha256: str, world_size: int, placement: Placement) -> dict:

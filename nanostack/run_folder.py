@@ -1,50 +1,114 @@
 """The folder of a run: whether a run may have it and where it goes on from, made out before anything in it is touched."""
 
+import contextlib
 import os
 import shutil
-import socket
+import sys
 from pathlib import Path
 
-from nanostack import checkpoint, track
+from nanostack import kept, lock, track
 from nanostack.config import Train
 from nanostack.errors import UserError
+from nanostack.launch import Launch
 
-MARK = ".torchrun"  # names the torchrun whose run is in a folder
-
-
-def claim(config: Train) -> str | None:
-    """The checkpoint that the run goes on from, None for a new run. Touches nothing that is there."""
-    out = Path(config.out)
-    if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    found = [*checkpoint.numbered_checkpoints(out / "ckpt.pt"), *([out / "ckpt.pt"] if (out / "ckpt.pt").exists() else [])]
-    mark = out / MARK
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.exists() and mark.read_text() == agent()
-    if config.resume or restarted:
-        return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
-    if (found or (out / "metrics.jsonl").exists()) and not config.overwrite:
-        raise UserError(
-            f"{out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
-        )
-    return None
+MARK = ".torchrun"  # names the launch whose run is in a folder
+LEFT = ".left"  # ends the names of what a run that went back leaves behind
 
 
-def agent() -> str:
-    """Which torchrun this process belongs to. It repeats the command line after a crash, and must find its own run only."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return job if job != "none" else f"{socket.gethostname()}:{os.getppid()}"
+class RunFolder:
+    """The folder `config.out` of a run of this launch, if torchrun launched it. Rank 0 only calls `claim` and `make_ready`.
 
+    In use as a context, the folder is free for others at the end.
+    """
 
-def make_ready(config: Train, resuming: bool) -> None:
-    """Make the folder ready for the run; by now everything else is known to be right."""
-    out, ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
-    old = [] if resuming else [ckpt, *checkpoint.numbered_checkpoints(ckpt), *track.files(out)]
-    try:
-        if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
-            raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
-        out.mkdir(parents=True, exist_ok=True)
-        for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
-            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-        (out / MARK).write_text(agent())
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    def __init__(self, config: Train, launch: Launch | None):
+        self.config, self.launch = config, launch
+        self.out, self.ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
+        self._lock: lock.Lock | None = None
+        self._source: str | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def claim(self) -> str | None:
+        """The checkpoint that the run goes on from, None for a new run. Locks a folder that exists, touches nothing else."""
+        config = self.config
+        if config.goes_on and config.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
+        try:
+            if self.out.is_dir():
+                self._take()
+            self._source = self._find()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}") from error
+        return self._source
+
+    def make_ready(self, samples: int) -> None:
+        """Make the folder ready for a run that has seen so many samples; by now everything else is known to be right."""
+        config, out, resuming = self.config, self.out, self._source is not None
+        try:
+            if self._lock is None:
+                out.mkdir(parents=True, exist_ok=True)
+                self._take()
+                if self._find() != self._source:  # another run came and went meanwhile
+                    raise UserError(f"{out} was empty when this run began to load, and now holds another one")
+            old = [] if resuming else [*self._checkpoints(), *track.files(out), *out.glob(f"*{LEFT}")]
+            if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
+                raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
+            for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            if self.launch is not None:
+                (out / MARK).write_text(self.launch.mark())
+            if resuming:
+                self._set_aside(samples)
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror}") from error
+
+    def _take(self) -> None:
+        self._lock = lock.take(self.out, self.launch.key if self.launch is not None else None)
+
+    def _checkpoints(self) -> list[Path]:
+        """Those of the run, the last one last."""
+        return [*kept.numbered_checkpoints(self.ckpt), *([self.ckpt] if self.ckpt.exists() else [])]
+
+    def _find(self) -> str | None:
+        found, restarted = self._checkpoints(), self._restarted()
+        if self.config.resume_from is not None and not restarted:  # else the run has gone on from there meanwhile
+            if not Path(self.config.resume_from).exists():
+                there = f"there are {', '.join(map(str, found))}" if found else "the run has none"
+                raise UserError(f"--resume_from: there is no checkpoint {self.config.resume_from}; {there}")
+            return self.config.resume_from
+        if self.config.goes_on or restarted:
+            return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
+        if (found or (self.out / "metrics.jsonl").exists()) and not self.config.overwrite:
+            raise UserError(
+                f"{self.out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
+            )
+        return None
+
+    def _restarted(self) -> bool:
+        """Whether the run in the folder is that of an earlier attempt of this launch."""
+        mark = self.out / MARK
+        return self.launch is not None and mark.exists() and self.launch.claimed(mark.read_text())
+
+    def _set_aside(self, samples: int) -> None:
+        """Rename what the run leaves behind where it goes back to an earlier checkpoint: nothing of it is deleted."""
+        source = Path(self._source or self.ckpt)
+        if self._source == self.config.resume_from and source.resolve() != self.ckpt.resolve():
+            if self.ckpt.exists() and kept.samples_of(self.ckpt) is None:  # damaged
+                os.replace(self.ckpt, self.ckpt.with_name(self.ckpt.name + LEFT))
+            kept.go_back(source, self.ckpt)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(self.out / "metrics.jsonl", self.out / f"metrics.jsonl{LEFT}")
+        later = [file for file in kept.numbered_checkpoints(self.ckpt) if (kept.samples_of(file) or 0) > samples]
+        for file in later:
+            if (left := file.with_name(file.name + LEFT)).is_dir():
+                shutil.rmtree(left)
+            os.replace(file, left)
+        if later:
+            names = ", ".join(file.name + LEFT for file in later)
+            print(f"note: {self.out} goes on from {samples} samples; what it leaves behind is kept as {names}", file=sys.stderr)

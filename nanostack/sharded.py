@@ -12,10 +12,8 @@ number of ranks on any mesh: each rank reads the shards that overlap its own, on
 import base64
 import contextlib
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -48,9 +46,6 @@ def tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# Which checkpoint a path means.
 
 
 def folder_of(path: Path) -> Path | None:
@@ -101,9 +96,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-# Writing.
-
-
 @dataclass(frozen=True)
 class Written(WriteResult):
     sha256: str
@@ -118,6 +110,7 @@ class Planner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item):
         tensor = super().resolve_data(write_item)
+        assert isinstance(tensor, Tensor)
         self.hashes[write_item.index] = tensor_sha256(tensor)
         return tensor
 
@@ -125,12 +118,13 @@ class Planner(dcp.DefaultSavePlanner):
 class Writer(dcp.FileSystemWriter):
     """Writes the shards into `folder`.partial; when those of all ranks are on disk, rank 0 makes a checkpoint of it.
 
-    `plain` are the values that are no shards. Then `pointer` names the folder, and rank 0 calls `done()`.
+    `plain` are the values that are no shards. `put(folder)`, on rank 0, then makes `pointer` point to it.
     """
 
-    def __init__(self, folder: Path, plain: dict, pointer: Path, done: Callable[[], object] | None = None):
+    def __init__(self, folder: Path, plain: dict, pointer: Path, put: Callable[[Path], object] | None = None):
         super().__init__(folder.with_name(folder.name + PARTIAL))
-        self.folder, self.plain, self.pointer, self.done = folder, plain, pointer, done
+        self.folder, self.plain, self.pointer = folder, plain, pointer
+        self.put = put or (lambda folder: point(pointer, folder))
 
     def write_data(self, plan, planner):
         results = super().write_data(plan, planner).value()
@@ -148,11 +142,9 @@ class Writer(dcp.FileSystemWriter):
             remove(folder)
         os.rename(self.path, folder)
         files.sync(folder.parent)
-        point(self.pointer, folder)
+        self.put(folder)
         if last and last != folder.name and last.removesuffix(AGAIN) == self.folder.name:
             remove(folder.with_name(last))
-        if self.done:
-            self.done()
 
 
 def complete(partial: Path, plain: dict, written: list) -> None:
@@ -168,17 +160,17 @@ def complete(partial: Path, plain: dict, written: list) -> None:
         if other.name not in holds and other.name != TABLE:
             other.unlink()
     table = hashlib.sha256((partial / TABLE).read_bytes()).hexdigest()
-    plain = plain | {"format": FORMAT, "hashes": {_key(one.index): one.sha256 for one in written}, "table_sha256": table}
+    plain = plain | {"format": FORMAT, "hashes": {key_of(one.index): one.sha256 for one in written}, "table_sha256": table}
     with files.replacing(partial / PLAIN) as file:
-        json.dump(plain | {"sha256": _plain_sha256(plain)}, file)
+        json.dump(plain | {"sha256": plain_sha256(plain)}, file)
 
 
-def _key(index: MetadataIndex) -> str:
+def key_of(index: MetadataIndex) -> str:
     """A shard's name: that of its tensor, and where in it the shard begins."""
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
 
 
-def _plain_sha256(plain: dict) -> str:
+def plain_sha256(plain: dict) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -223,8 +215,8 @@ class PartWriter(Writer):
 
     def make_one(self, accounts: list[tuple[Metadata, list]]) -> None:
         table = accounts[0][0]
-        for name, entry in (item for other, _ in accounts[1:] for item in other.state_dict_metadata.items()):
-            chunks = table.state_dict_metadata[name].chunks
+        for name, entry in (item for other, _ in accounts[1:] for item in tensors_in(other).items()):
+            chunks = tensors_in(table)[name].chunks
             chunks += [chunk for chunk in entry.chunks if chunk not in chunks]  # what is not sharded, every part has
         try:
             super().finish(table, [of_rank for _, results in accounts for of_rank in results])
@@ -273,170 +265,5 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# Reading.
-
-
-IN_A_TABLE = {
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-        *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath", "WindowsPath"),
-}
-
-
-class _Table(pickle.Unpickler):
-    """Reads DCP's table, which is a pickle, and makes nothing but what tables are made of."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("builtins", "getattr"):  # how some Pythons write a member of an enumeration
-            return lambda kind, member: _MEM_FORMAT_ENCODING[member] if kind is _MEM_FORMAT_ENCODING else None
-        if name not in IN_A_TABLE.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in one")
-        return super().find_class(module, name)
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads shards of a folder, and checks the hash of each."""
-
-    def __init__(self, folder: Path, hashes: Mapping[str, str], table: Metadata):
-        super().__init__(folder)
-        self.folder, self.hashes, self.table = folder, hashes, table
-        self.storage_data = table.storage_data
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self.table
-
-    def read_data(self, plan, planner):
-        wanted: dict[MetadataIndex, list] = {}
-        for item in plan.items:
-            wanted.setdefault(item.storage_index, []).append(item)
-        for index, items in wanted.items():
-            shard = self.shard(index)
-            for item in items:
-                part = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(shard[part])
-                planner.commit_tensor(item, target)
-        answer: Any = torch.futures.Future()
-        answer.set_result(None)
-        return answer
-
-    def shard(self, index: MetadataIndex) -> Tensor:
-        """The shard as it was saved. UserError where it is not."""
-        place = self.storage_data[index]
-        file = self.folder / place.relative_path
-        what = f"{index.fqn}, the shard at {list(index.offset or ())}"
-        try:
-            with open(file, "rb") as stream:
-                tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
-            intact = tensor_sha256(tensor) == self.hashes[_key(index)]
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-        except Exception as error:  # a damaged zip or pickle fails in many ways
-            raise UserError(f"{file} is damaged at {what} ({type(error).__name__}); {EARLIER}") from error
-        if not intact:
-            raise UserError(f"{file} is damaged, or of another checkpoint: {what} is not what was saved; {EARLIER}")
-        return tensor
-
-
-EARLIER = "use an earlier checkpoint of the run"
-
-
-class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by their names in DCP's table. Each is read whole when it is asked for, shard by shard."""
-
-    def __init__(self, reader: Reader):
-        self.reader, self.table = reader, reader.table.state_dict_metadata
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, name: str) -> Tensor:
-        known = self.table[name]
-        tensor = torch.empty(known.size, dtype=known.properties.dtype)
-        self.read_into({name: tensor}, alone=True)
-        return tensor
-
-    def read_into(self, targets: dict[str, Tensor], alone: bool = False) -> None:
-        """Fill tensors, sharded or not, with their part of what is there. All ranks must call it, unless each reads `alone`."""
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        if alone or not dist.is_initialized() or dist.get_backend() == "fake":
-            planner.set_up_planner(targets, self.reader.table, is_coordinator=True)
-            self.reader.read_data(planner.finish_plan(planner.create_local_plan()), planner)
-            return
-        try:
-            dcp.load(targets, storage_reader=self.reader, planner=planner)
-        except CheckpointException as error:
-            raise UserError(reason(error)) from error
-
-
-class Named(Mapping[str, Tensor]):
-    """Some of the tensors, under names of their own."""
-
-    def __init__(self, shards: Shards, names: dict[str, str]):
-        self.shards, self.names = shards, names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.shards[self.names[name]]
-
-
-def load(folder: Path) -> dict:
-    """What `checkpoint.load` gives. Tensors are read when they are asked for; `shards` reads parts of them.
-
-    `ranks` is how many wrote it. UserError for a folder that lacks a file, or one whose plain values or table were altered.
-    """
-    plain = _plain(folder)
-    raw = (folder / TABLE).read_bytes() if (folder / TABLE).is_file() else b""
-    if hashlib.sha256(raw).hexdigest() != plain["table_sha256"]:
-        raise UserError(f"{folder / TABLE} is {'damaged' if raw else 'missing'}; {EARLIER}")
-    try:
-        table = _Table(io.BytesIO(raw)).load()
-        ends: dict[str, int] = {}
-        for place in table.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        shards = Shards(Reader(folder, plain["hashes"], table))
-    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder / TABLE} is no table of a checkpoint: {error}") from error
-    for name, end in sorted(ends.items()):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks {name}, the shards of one rank; {EARLIER}")
-        if (size := (folder / name).stat().st_size) < end:
-            raise UserError(f"{folder / name} is cut off: it has {size} bytes, the last shard ends at {end}; {EARLIER}")
-    model = {name.removeprefix("model."): name for name in shards if name.startswith("model.")}
-    kept: dict[str, dict[str, str]] = {}
-    for name in (name for name in shards if name.startswith("optimizer.")):
-        parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
-        kept.setdefault(parameter, {})[key] = name
-    rng = {name: torch.frombuffer(bytearray(base64.b64decode(raw)), dtype=torch.uint8) for name, raw in plain["rng"].items()}
-    optimizer = {name: Named(shards, keys) for name, keys in kept.items()}
-    found = {"model": Named(shards, model), "optimizer": optimizer, "rng": rng}
-    return plain | found | {"shards": shards, "ranks": len(ends)}
-
-
-def _plain(folder: Path) -> dict:
-    path = folder / PLAIN
-    try:
-        plain = json.loads(path.read_text())
-        whole = plain.pop("sha256") == _plain_sha256(plain)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not what was written"
-        raise UserError(f"{path} is missing or damaged ({why}); {EARLIER}") from error
-    if plain.get("format") != FORMAT:
-        raise UserError(f"{folder} is not a nanostack checkpoint of format {FORMAT} (found {plain.get('format')!r})")
-    if not whole:
-        raise UserError(f"{path} is damaged: its values are not what was saved; {EARLIER}")
-    return plain
+def tensors_in(table: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {name: one for name, one in table.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}

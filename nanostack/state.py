@@ -68,7 +68,7 @@ class State:
         model = placement.model(config)
         model.init_rope()
         optimizer = make_optimizer(model, optim)
-        places = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+        places: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             for key in saved["optimizer"].get(name, {}):
                 # A step count is one number and never sharded; moments lie like their parameter.
@@ -148,7 +148,7 @@ class State:
         which: set[Tensor] = set()
         if stage.rewarm_tokens:
             which.update(self._new_layers().values() if stage.rewarm == "new" else self.model.parameters())
-        set_rate_of(self.optimizer, which, rewarming(stage, tokens))
+        set_rate_of(self.model, self.optimizer, which, rewarming(stage, tokens))
 
     def freeze(self, stage: Stage) -> None:
         """Leave gradients to the layers that the last growth made, or to all."""

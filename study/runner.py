@@ -80,7 +80,7 @@ def attempt(config: Train) -> dict | None:
         return None
     steps = [record for record in records if record["lr"] is not None]
     if not diverged and (not steps or steps[-1]["step"] * config.batch_tokens < config.stages[0].tokens):
-        if run.stop.agreed():
+        if run.stop.number:
             raise KeyboardInterrupt
         return None
     evaluated = [record for record in records if record["val_loss"] is not None or record is records[-1]]

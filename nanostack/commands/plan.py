@@ -1,16 +1,19 @@
 """When to grow, how much, and what it saves: `nanostack plan --params 7e9 --tokens 300e9 --gpu h200 --count 8`.
 
+Or what a run will take: `nanostack plan --config config/70b.py --gpu h100 --count 64 --mfu 0.4`.
+
 The paper ("Stacking Your Transformers", arXiv 2405.15319) fits the base's tokens d to the target's parameters N and its compute
 C = 6·N·D:  log10 d = 0.88·log10 N + 163.27 / log10 C − 5.74,  on 410M to 3B parameters and C = 8e19 to 1.2e21 FLOPs, and fixes
 the factor at g = 4. Small budgets break it (124M and 2.5B tokens give 20.8B), so d is never more than a fifth of the tokens.
 What growth saves is the paper's speedup, an assumption about your run and no promise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nanostack.config import OptimizerName, describe_tokens
-from nanostack.errors import command_line
-from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise
+from nanostack.config import OptimizerName, describe_tokens, load
+from nanostack.errors import UserError, command_line
+from nanostack.flops import flops_per_token, n_params
+from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise, hours, rate_of
 
 MEASURED = {  # bench/results/study-muon-cpu.json
     "adamw": "stacking saved +51 ± 74 % over AdamW from scratch",
@@ -27,8 +30,14 @@ ADVICE = {  # what docs/study.md found, in a line
 
 @dataclass(frozen=True)
 class Command(Budget):
-    """Advice on growing: shapes, tokens, FLOPs, hours and the config to run."""
+    """Advice on growing: shapes, tokens, FLOPs, hours and the config to run; or the hours of a config that there is."""
 
+    params: float = 0.0
+    """Parameters of the model you want, embeddings included."""
+    tokens: float = 0.0
+    """Tokens you would train it for from scratch."""
+    config: str | None = None
+    """A run's config file, whose stages are counted; instead of params and tokens."""
     optim: OptimizerName = "adamw"
     """What trains it: adamw, or muon, beside which growth was measured, too (docs/study.md)."""
     json: bool = False
@@ -69,7 +78,43 @@ config = Train(
 """
 
 
+def of_config(command: Command) -> dict:
+    """FLOPs and hours of each stage of a config file, and of its last model from scratch for the last stage's tokens."""
+    assert command.config is not None
+    if command.params or command.tokens:
+        raise UserError("--config has its own model and tokens: leave --params and --tokens out")
+    config, rate = load(command.config, []), rate_of(command.gpu, command.count, command.mfu)
+    stages = []
+    for stage, shape in zip(config.stages, config.shapes(), strict=True):
+        model = replace(shape, vocab_size=shape.vocab_size or command.vocab_size)
+        tokens = config.steps_of((stage,)) * config.batch_tokens
+        flops = {"n_params": n_params(model), "tokens": tokens, "flops": tokens * flops_per_token(model)}
+        stages.append({"model": vars(model), "outline": model.outline()} | flops | {"hours": hours(tokens, model, rate)})
+    return {"stages": stages, "hours": sum(stage["hours"] for stage in stages), "hours_scratch": stages[-1]["hours"]}
+
+
+def tell_config(command: Command, found: dict) -> None:
+    print(f"{command.config} on {command.count} × {command.gpu} at {command.mfu:.0%} MFU")
+    for number, stage in enumerate(found["stages"]):
+        print(
+            f"stage {number}   {stage['outline']}, {stage['n_params'] / 1e9:.2f}B parameters: "
+            f"{describe_tokens(stage['tokens'])} tokens, {stage['flops']:.3g} FLOPs, {stage['hours']:,.0f} h"
+        )
+    last = describe_tokens(found["stages"][-1]["tokens"])
+    gpu_hours = found["hours"] * command.count
+    print(f"together  {found['hours']:,.0f} h, which are {found['hours'] / 24:,.1f} days and {gpu_hours:,.0f} GPU hours")
+    print(f"the last model alone, from scratch for {last} tokens, would take {found['hours_scratch']:,.0f} h")
+    print("hours are estimates, by the FLOPs that MFU counts; evaluation, checkpoints and restarts are not in them")
+
+
 def main(command: Command) -> dict:
+    if command.config is not None:
+        found = of_config(command)
+        if not command.json:
+            tell_config(command, found)
+        return found
+    if not (command.params and command.tokens):
+        raise UserError("give --params and --tokens of the model you want, or --config of a run that there is")
     advice = advise(command) | {"optim": command.optim}
     if command.json:
         return advice

@@ -206,7 +206,9 @@ def _deepen(model: Llama, optimizer, plan: GrowthPlan, moments: Moments, seed: i
             blocks.append(like)
             continue
         with torch.device("meta"):
-            block = type(base[0])(plan.config).to(dtype)
+            block = type(base[0])(plan.config)
+        if dtype != torch.get_default_dtype():  # fake tensors, on which memory is planned, have no `to`
+            block = block.to(dtype)
         block = hooks.prepare_block(block).to_empty(device=device)
         for (name, new), old in zip(block.named_parameters(), like.parameters(), strict=True):
             copied = _fill(new, old, layer, f"blocks.{number}.{name}", plan.config, seed, hooks.write)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from nanostack import gpus
 from nanostack.errors import UserError
-from nanostack.flops import flops_per_token, n_params
+from nanostack.flops import flops_of_mfu_per_token, flops_per_token, n_params
 from nanostack.model import LlamaConfig
 
 FITTED_PARAMS = (0.37e9, 3e9)  # the paper's 410M has 0.374B in all
@@ -69,16 +69,29 @@ class Budget:
     seq_len: int = 2048
 
 
+def rate_of(gpu: str, count: int, mfu: float) -> float:
+    """The FLOP/s of so many GPUs at this share of their peak. UserError for a GPU that the table lacks."""
+    if count < 1:
+        raise UserError(f"count must be at least 1, not {count}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu must be above 0 and at most 1, not {mfu:g}")
+    if (known := gpus.find(gpu)) is None:
+        raise UserError(f"there is no GPU {gpu!r} in the table of peak rates; there are {', '.join(g.name for g in gpus.GPUS)}")
+    return known.peak_bf16 * count * mfu
+
+
+def hours(tokens: float, model: LlamaConfig, rate: float) -> float:
+    """How long that many tokens take at `rate`, by the FLOPs that MFU counts: the paper's 6·N leaves attention out."""
+    return tokens * flops_of_mfu_per_token(model) / rate / 3600
+
+
 def advise(budget: Budget) -> dict:
     """Shapes, tokens, FLOPs and hours. UserError for budgets that are none."""
-    if not (0 < budget.params < 1e14 and 0 < budget.tokens < 1e18 and budget.count > 0):
-        raise UserError("params must be from 0 to 1e14, tokens from 0 to 1e18, count positive")
-    if not (0 < budget.mfu <= 1 and 0 <= budget.speedup <= 4):
-        raise UserError("mfu must be from 0 to 1, speedup from 0 to 4")
-    if (gpu := gpus.find(budget.gpu)) is None:
-        raise UserError(
-            f"there is no GPU {budget.gpu!r} in the table of peak rates; there are {', '.join(g.name for g in gpus.GPUS)}"
-        )
+    if not (0 < budget.params < 1e14 and 0 < budget.tokens < 1e18):
+        raise UserError("params must be from 0 to 1e14, tokens from 0 to 1e18")
+    if not 0 <= budget.speedup <= 4:
+        raise UserError(f"speedup must be from 0 to 4, not {budget.speedup:g}")
+    rate = rate_of(budget.gpu, budget.count, budget.mfu)
     target = shape_for(budget.params, budget.vocab_size, budget.seq_len)
     base = replace(target, n_layer=target.n_layer // FACTOR)
     formula = growth_tokens(budget.params, budget.tokens)
@@ -86,7 +99,7 @@ def advise(budget: Budget) -> dict:
     flops = budget.tokens * flops_per_token(target)
     base_flops = d_tokens * flops_per_token(base)
     grown_flops = max(flops / (1 + budget.speedup), base_flops)
-    rate = gpu.peak_bf16 * budget.count * budget.mfu
+    tokens_grown = (grown_flops - base_flops) / flops_per_token(target)
     return {
         "d_tokens": d_tokens,
         "g": FACTOR,
@@ -98,9 +111,9 @@ def advise(budget: Budget) -> dict:
         "n_params_base": n_params(base),
         "flops_base": base_flops,
         "flops_grown": grown_flops,
-        "tokens_grown": (grown_flops - base_flops) / flops_per_token(target),
-        "hours": flops / rate / 3600,
-        "hours_grown": grown_flops / rate / 3600,
+        "tokens_grown": tokens_grown,
+        "hours": hours(budget.tokens, target, rate),
+        "hours_grown": hours(d_tokens, base, rate) + hours(tokens_grown, target, rate),
         "target": vars(target),
         "base": vars(base),
     }

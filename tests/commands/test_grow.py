@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Trainer, python, records, start_python
 
-from nanostack import checkpoint
+from nanostack import checkpoint, kept
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def ckpt(base, tmp_path):
     """The base as the live run left it just before it grew."""
     from shutil import copy
 
-    files = {file.stem: file for file in checkpoint.numbered_checkpoints(base.folder / "live" / "ckpt.pt")}
+    files = {file.stem: file for file in kept.numbered_checkpoints(base.folder / "live" / "ckpt.pt")}
     if "ckpt-96" not in files:
         base.good("live", "--overwrite", "--keep", "10")
     return copy(base.folder / "live" / "ckpt-96.pt", tmp_path / "ckpt.pt")

@@ -296,7 +296,7 @@ def test_new_parameters_or_all_get_a_rate_of_their_own_and_give_it_back():
         new = {
             p for block, rule in zip(model.blocks, receipt["rules"], strict=True) if rule != "kept" for p in block.parameters()
         }
-        set_rate_of(optimizer, new, 0.5)
+        set_rate_of(model, optimizer, new, 0.5)
         assert len(model.blocks) == expected and len(optimizer.param_groups) == 4
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
@@ -307,11 +307,13 @@ def test_new_parameters_or_all_get_a_rate_of_their_own_and_give_it_back():
             assert group["lr"] == (5e-3 if group["params"][0] in new else 1e-2)
             assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
             assert all(p in new for p in group["params"]) or not any(p in new for p in group["params"])
-    set_rate_of(optimizer, set(model.parameters()), 0.25)
+    set_rate_of(model, optimizer, set(model.parameters()), 0.25)
     assert {group.get("rate", 1.0) for group in optimizer.param_groups if group["params"]} == {0.25}
-    set_rate_of(optimizer, set(), 1.0)
+    set_rate_of(model, optimizer, set(), 1.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert [len(group["params"]) for group in optimizer.param_groups][:2] == [4 * sizes[0] - 3 * 2, 4 * sizes[1] - 3]
+    anew = [group["params"] for group in make_optimizer(model, Optim()).param_groups]
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups[:2]] == [list(map(id, group)) for group in anew]
 
 
 def test_another_optimizer_only_names_its_state():

@@ -364,7 +364,7 @@ def test_commands_tell_mistakes_in_one_line(corpus, tmp_path):
         done = run(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt-0.pt", "ckpt.pt", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "model"]
 
 
 def test_model_that_is_still_ramped_in_is_not_exported(corpus, tmp_path):

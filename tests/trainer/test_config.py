@@ -1,6 +1,7 @@
 """Config files and overrides."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
@@ -15,7 +16,8 @@ PRESETS = sorted(str(path) for path in (ROOT / "config").glob("*.py"))
 def test_every_preset_loads_and_divides_over_one_to_32_devices(path):
     config = load(path, [])
     one_device = "quickstart" in path or "50m" in path
-    assert isinstance(config, Train) and config.model.vocab_size == (8192 if "50m" in path else None)
+    given = {"50m": 8192, "70b": 128256}
+    assert isinstance(config, Train) and config.model.vocab_size == given.get(Path(path).stem)
     sequences = config.batch_tokens // config.model.seq_len
     worlds = (1,) if one_device else (1, 8, 32)
     assert all(sequences % (config.micro_batch * world) == 0 for world in worlds)

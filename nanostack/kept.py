@@ -1,0 +1,74 @@
+"""The checkpoints of a run: `ckpt.pt` is the last one, or points to it; earlier ones have their samples in their names."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from nanostack import files, shard_reader, sharded
+
+
+def prune(path: Path, keep: int) -> None:
+    """Remove all checkpoints but `path`, or what it points to, and the last `keep` - 1 of the others."""
+    others = [other for other in numbered_checkpoints(path) if other.name != sharded.pointed_to(path)]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        sharded.remove(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def go_back(source: Path, path: Path) -> None:
+    """Make `path` the earlier checkpoint `source`, or point to it; what was there gets a number."""
+    if (folder := sharded.folder_of(source)) is not None:
+        beside = path.parent / folder.name
+        if not beside.exists():
+            shutil.copytree(folder, beside)
+        give_number(path)
+        sharded.point(path, beside)
+        return
+    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(source, "rb") as earlier, files.replacing(new, "wb") as copy:
+        shutil.copyfileobj(earlier, copy)
+    put_in_place(new, path, samples_of(new))
+
+
+def put_in_place(new: Path, path: Path, new_samples: int | None) -> None:
+    """Rename `new` to `path`, and give the checkpoint that was there the name with its number. One of them is always there."""
+    give_number(path, unless=new_samples)
+    os.replace(new, path)
+    files.sync(path.parent)
+
+
+def give_number(path: Path, unless: int | None = None) -> None:
+    """Give a checkpoint that is one file the name with its number, unless it is that one: another is to be `path`."""
+    samples = samples_of(path) if sharded.pointed_to(path) is None else None
+    if samples is None or samples == unless:
+        return
+    numbered = path.with_name(f"{path.stem}-{samples}{path.suffix}")
+    numbered.unlink(missing_ok=True)
+    try:
+        os.link(path, numbered)  # for a moment: whatever takes its place ends it
+    except OSError:  # a file system without hard links
+        os.replace(path, numbered)
+
+
+def samples_of(path: Path) -> int | None:
+    """The samples that a checkpoint has seen, its tensors unread; None where it is none."""
+    try:
+        if (folder := sharded.folder_of(path)) is not None:
+            return int(shard_reader.plain_of(folder)["cursor"]["samples"])
+        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["cursor"]["samples"])
+    except Exception:  # a damaged zip or pickle fails in many ways
+        return None
+
+
+def numbered_checkpoints(path: Path) -> list[Path]:
+    """`ckpt-<samples>.pt` beside `ckpt.pt`, and sharded ones, in the order of their numbers: those of clocks can be wrong."""
+    found = [(_samples_in(file, path), file) for file in path.parent.glob(f"{path.stem}-*")]
+    return [file for samples, file in sorted(found, key=lambda one: one[0] or 0) if samples is not None]
+
+
+def _samples_in(file: Path, path: Path) -> int | None:
+    """The number in the name of a numbered checkpoint of `path`; None where it is none."""
+    found = re.fullmatch(rf"-(\d+)({re.escape(path.suffix)}|{re.escape(sharded.AGAIN)}|)", file.name.removeprefix(path.stem))
+    return int(found[1]) if found and file.is_dir() == (found[2] != path.suffix) else None

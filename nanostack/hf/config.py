@@ -113,7 +113,7 @@ def from_config(found: dict, where: Path) -> LlamaConfig:
     silent = ARCHITECTURES[kind]
     for name in (name for name, kept in ANYWHERE.items() if type(found.get(name)) not in (kept, type(None))):
         field.whole(name) if ANYWHERE[name] is int else field.flag(name)
-    if (named := found.get("architectures")) not in (None, [silent.name]):
+    if (named := found.get("architectures")) and named != [silent.name]:
         told(f"{where}: its model_type is {kind!r}, its architectures are {named!r}; the first counts, as in transformers")
     if found.get("quantization_config") is not None:
         raise UserError(f"{where} is of quantized weights: save them anew in bfloat16 with transformers (dequantize)")

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from conftest import TINY
 from hflm import BOS, EOS, byte_level, write_tokenizer
 
 from nanostack import checkpoint
 from nanostack.commands import evaluate, import_hf, sample
-from nanostack.config import Growth, Optim
+from nanostack.commands import export as export_command
+from nanostack.config import Growth, Optim, load
 from nanostack.errors import UserError
 from nanostack.hf import export
 from nanostack.hf import weights as hf
@@ -60,6 +62,21 @@ def test_folder_and_checkpoint_have_one_loss_and_the_blocks_are_told(read, capsy
     ]
     assert answers[0]["val"] == answers[1]["val"]
     assert capsys.readouterr().err.count(f"the loss is that of blocks of {WINDOW} tokens, the model's sliding window") == 2
+
+
+def test_what_is_exported_has_the_window_for_its_context(read, capsys):
+    _, path, data = read
+    export_command.main(export_command.Command(path, data.with_name("out"), json=True))
+    assert f"with a sliding window, and its context is {WINDOW}" in capsys.readouterr().err
+    out = hf.load(data.with_name("out"))
+    assert out["window"] is None and out["config"]["seq_len"] == WINDOW
+
+
+def test_longer_run_is_refused(read):
+    _, path, _ = read
+    config = load(TINY, ["--model.seq_len", str(CONTEXT)])
+    with pytest.raises(UserError, match=f"model.seq_len is {WINDOW} there, {CONTEXT} here"):
+        checkpoint.check_fits(checkpoint.load(path), path, config, None)
 
 
 def test_text_beyond_the_window_is_neither_scored_nor_written(read):

@@ -195,7 +195,7 @@ def load(path: str | Path) -> dict:
     verified, when they are asked for.
 
     Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, bounds, versions,
-    hashes. Raises `UserError` for a file that is missing, foreign, truncated or altered.
+    hashes, and window where there is one. Raises `UserError` for a file that is missing, foreign, truncated or altered.
     """
     path = Path(path)
     if (folder := sharded.folder_of(path)) is not None:
@@ -312,6 +312,7 @@ def _plain(state: State, manifest_sha256: str | None, as_json: bool = False) -> 
         "manifest_sha256": manifest_sha256,
         "seed": state.seed,
         "bounds": dataclasses.asdict(state.bounds),
+        **({} if state.window is None else {"window": state.window}),
         "versions": {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__},
     }
 

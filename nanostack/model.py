@@ -362,6 +362,8 @@ def _kept(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
         return torch.zeros_like(frequencies)
     if scaling.kind == "llama3":
         turns = original * frequencies / (2 * math.pi)  # within the original context
+        if scaling.high_freq_factor <= scaling.low_freq_factor:  # none is between them
+            return (turns >= scaling.low_freq_factor).float()
         return (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     # The channels that make so many turns: the mixture goes from one to the other.
     places = [half * math.log(original / (n * 2 * math.pi)) / math.log(theta) for n in (scaling.beta_fast, scaling.beta_slow)]

@@ -51,6 +51,7 @@ class State:
     growth: list[Receipt] = field(default_factory=list)
     seed: int = 0  # of the order of the text, and of what growth draws
     bounds: Bounds = field(default_factory=Bounds)  # how the texts begin and end that the model has seen
+    window: int | None = None  # of a model with a longer context: so far its attention sees, and it was read so far
 
     @classmethod
     def create(cls, config: LlamaConfig, optim: Optim, placement: Placement, seed: int) -> "State":
@@ -87,7 +88,8 @@ class State:
         cursor, receipts = Cursor(**saved["cursor"]), [Receipt.of(receipt) for receipt in saved["growth"]]
         if receipts and receipts[-1].ramps and (share := receipts[-1].ramp_share(cursor.tokens)) < 1:
             growth.attach_ramp(model, receipts[-1], share)
-        return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0, Bounds(**saved["bounds"]))
+        own = Bounds(**saved["bounds"]), saved.get("window")
+        return cls(model, optimizer, placement, cursor, receipts, saved["seed"] or 0, *own)
 
     def grow(self, how: Growth, probe: Tensor | None = None, gradients: Callable[[], Tensor] | None = None) -> Receipt:
         """Grow the model in place and keep the ledger. Returns the receipt, which is kept too.

@@ -112,6 +112,8 @@ def main(command: Command) -> dict:
     device = choose_device("auto")
     placement = Placement(device, getattr(torch, command.dtype))
     state = models.restore(saved, placement)
+    if command.val and state.window:
+        print(f"note: the loss is that of blocks of {state.window} tokens, the model's sliding window", file=sys.stderr)
     state.model.end_of_text = text.eot if text and command.document_mask else None
     answer = {
         "checkpoint": str(command.checkpoint),
@@ -132,7 +134,7 @@ def main(command: Command) -> dict:
             answer["val"] = validation(state.model, command.val, command.batch)
         if tasks:
             live = live_model(state.model, text, command.checkpoint, command.batch, progress)
-            live.context = saved.get("context", config.seq_len)
+            live.window = state.window
             answer |= run_tasks(live, tasks, command.num_fewshot, command.limit)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{command.batch} texts at once do not fit the GPU: choose a smaller --batch") from error

@@ -66,6 +66,8 @@ def main(command: Command) -> dict:
         check_tokenizer(command.data, command.checkpoint.parent / "metrics.jsonl")
         print(f"note: the model was trained on other data than {command.data}: is it the same tokenizer?", file=sys.stderr)
     state = models.restore(saved, Placement(torch.device("cpu")))
+    if state.window:
+        print(f"note: {command.folder} is of a model with a sliding window, and its context is {state.window}", file=sys.stderr)
     folder = command.checkpoint.parent
     records = read_run(folder)[1] if (folder / "metrics.jsonl").is_file() else None
     if any(not isinstance(record, dict) or not record.keys() >= {"tokens", "flops"} for record in records or ()):

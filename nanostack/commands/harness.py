@@ -40,6 +40,7 @@ NO_MATTER = """
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate renormalize_logits
     remove_invalid_values low_memory disable_compile compile_config prefill_chunk_size transformers_version _from_model_config
 """
+OF_THE_CALL = ("pad_token_id", "use_cache", "input_ids", "attention_mask", "stopping_criteria", "return_dict_in_generate")
 ONES = "repetition_penalty encoder_repetition_penalty guidance_scale num_beams num_beam_groups num_return_sequences"
 
 
@@ -119,7 +120,7 @@ class LiveModel(TemplateLM):
     def __init__(self, model: Llama, text: HubTokenizer, batch: int, progress: Callable[[list, str], Iterable]):
         super().__init__()
         self.model, self.text, self.batch, self.progress = model, text, batch, progress
-        self.context = model.config.seq_len  # of the model that was read: longer, where a sliding window bounds ours
+        self.window: int | None = None  # of the model that was read, if its context is longer
         self._device = model.embed.weight.device
         self._tasks: dict[tuple, str | None] = {}  # of each request, to name it
         self._prefix = text.decode([text.prefix], special=True)
@@ -145,9 +146,9 @@ class LiveModel(TemplateLM):
 
     def check_window(self, what: tuple | None, length: int) -> None:
         """UserError where a model with a sliding window would see further than ours, which would cut the text instead."""
-        if length > (seq_len := self.model.config.seq_len) and self.context > seq_len:
+        if self.window is not None and length > self.window:
             raise self.refused(
-                what, f"it takes {length} tokens, and beyond {seq_len} the model's attention is a sliding window"
+                what, f"it takes {length} tokens, and beyond {self.window} the model's attention is a sliding window"
             )
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -268,6 +269,15 @@ class Asked:
         self.length = how.pop("max_length", len(self.prompt) + most)
         if not len(self.prompt) < self.length <= seq_len:
             raise live.refused((context,), f"prompt and text are to have {self.length} tokens, the prompt {len(self.prompt)}")
+        self.ends = self.hub.ends
+        if "eos_token_id" in how:  # transformers takes them instead of the model's, and null for none
+            ends = how.pop("eos_token_id")
+            listed = ends if isinstance(ends, list) else [ends]
+            if not listed or not all(type(one) is int and one >= 0 for one in listed if ends is not None):
+                raise live.refused((context,), f"its eos_token_id is {ends!r}, neither an id nor a list of ids")
+            self.ends = set(listed)
+        if taken := [name for name in OF_THE_CALL if name in how]:
+            raise live.refused((context,), f"lm-eval's Hugging Face model says {taken[0]} itself, and fails where a task does")
         if odd := unlike_greedy(self.hub.generation, how):
             raise live.refused((context,), f"with {odd} another text would come than the likeliest, which is all that is known")
         self.stopping: StoppingCriteriaList = stop_sequences_criteria(self.hub.theirs, self.stops, 0, 1)
@@ -275,7 +285,7 @@ class Asked:
     def add(self, token: int) -> None:
         self.made.append(token)
         stopped = bool(self.stopping(torch.tensor([self.made]), None).all())
-        self.done = stopped or token in self.hub.ends or len(self.prompt) + len(self.made) >= self.length
+        self.done = stopped or token in self.ends or len(self.prompt) + len(self.made) >= self.length
 
     def text(self) -> str:
         return postprocess_generated_text(self.hub.decode(self.made), self.stops, None)

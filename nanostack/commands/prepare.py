@@ -11,8 +11,8 @@ A source is a folder, a file, a dataset of Hugging Face's, packages, or one of t
                     (nanostack.text.hub), or, with --no_keep_downloads, deleted when they have been read
     *.jsonl         one document per line, in --field; so are .ndjson, .jsonlines, .jl, .ldjson, and under any other name files
                     whose first two lines are objects. The first one must have the field, those that lack it are counted
-    *.json          if it is one array of objects: one document per object, in --field. An array of anything else is left
-                    out and counted; one object is text, as a program's settings
+    *.json          one array of objects: one document per object, in --field. An array of anything else is left out and
+                    counted; one object is a document if it has text in --field, else text, as a program's settings
     *.parquet       one document per row, in the column --field
     anything else   plain text or code; a file is a document, a long one several (cut at line ends, see sources.LONGEST)
 

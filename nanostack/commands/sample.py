@@ -86,6 +86,12 @@ def main(command: Command) -> dict:
     saved = models.read(command.checkpoint)
     text = find_tokenizer(saved, command.checkpoint, command.data)
     encoded = {prompt: encode(prompt, text, saved["config"]["seq_len"]) for prompt in prompts}
+    window, longest = saved.get("window"), max(encoded, key=lambda prompt: len(encoded[prompt]))
+    if window and (length := len(encoded[longest]) + command.tokens - 1) > window:
+        raise UserError(
+            f"the prompt {longest[:40]!a} and {command.tokens} more tokens take {length}, and beyond {window} the attention of "
+            f"{command.checkpoint} is a sliding window, which ours is not: at most --tokens {window + command.tokens - length}"
+        )
     samples = [Sample(prompt, list(encoded[prompt]), command.seed + i) for prompt in prompts for i in range(command.n)]
     device = choose_device("auto")
     model = models.restore(saved, Placement(device)).model

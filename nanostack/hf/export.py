@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,13 +25,15 @@ from nanostack.flops import n_params
 from nanostack.hf import gguf
 from nanostack.hf import weights as hf
 from nanostack.hf.config import ARCHITECTURES, model_type, to_config
-from nanostack.hf.gguf_vocabulary import QWEN2_PATTERN
+from nanostack.hf.gguf_vocabulary import does_as_qwen2
 from nanostack.model import RESIDUAL_OUTPUTS, LlamaConfig
 from nanostack.state import State
+from nanostack.text.bounds import Bounds
 from nanostack.text.tokenizer import JSON_FILE, Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of files begin that go with a model
+OF_TEXTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")  # of a config.json; AutoTokenizer reads the last
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|generation_config\.json|README\.md|curves\.(png|svg)|.*\.gguf|"
     + "|".join(map(re.escape, hf.TOKENIZER_FILES))
@@ -86,15 +89,19 @@ def save(
     try:
         partial.mkdir(parents=True)
         written = written_shape(config.unrolled(), tokenizer)
-        described = to_config(written, eot, dtype)
+        found = hf.read_json(tokenizer / "config.json") if isinstance(tokenizer, Path) else None
+        described = to_config(written, eot, dtype, found)
         _write_weights(state, written, partial, dtype, shard_bytes)
         about = _ledger(state, folder, manifest_sha256) | {"fingerprint": hf.Weights(partial, written).fingerprint()}
         ends = sorted({*state.bounds.ends, *([] if eot is None else [eot])})
-        generation = {"eos_token_id": ends if len(ends) > 1 else eot, "do_sample": True, "temperature": 0.8, "top_k": 50}
-        special, base = {}, None
-        if isinstance(tokenizer, Path):
-            found = hf.read_json(tokenizer / "config.json")
-            special = {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        special: dict[str, Any] = {"bos_token_id": _begin(state.bounds, tokenizer)}
+        base = None
+        special["eos_token_id"] = eot if eot is not None else ends if len(ends) > 1 else ends[0] if ends else None
+        generation = {**special, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        generation |= {"eos_token_id": ends} if len(ends) > 1 else {}
+        if isinstance(tokenizer, Path) and found is not None:
+            described = {key: value for key, value in described.items() if key not in OF_TEXTS}
+            special = {key: found[key] for key in OF_TEXTS if key in found}  # where it is silent, its architecture has others
             if (tokenizer / "generation_config.json").is_file():
                 generation = hf.read_json(tokenizer / "generation_config.json")
             base = tokenizer.resolve().name if manifest_sha256 is None else None
@@ -119,6 +126,13 @@ def save(
             shutil.rmtree(partial)
 
 
+def _begin(bounds: Bounds, tokenizer: Tokenizer | Path | None) -> int | None:
+    """The token that stands for an empty text, as tokenizer_config.json names it; None where that is not known."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.prefix
+    return bounds.prefix if bounds.prefix is not None else bounds.start[0] if bounds.start else None
+
+
 def _ledger(state: State, folder: Path, manifest_sha256: str | None) -> dict:
     """What config.json keeps under "nanostack", as Hugging Face has no place for it."""
     receipts = [receipt.as_dict() for receipt in state.growth]
@@ -137,15 +151,14 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def written_shape(config: LlamaConfig, tokenizer: Tokenizer | Path | None) -> LlamaConfig:
-    """The shape that is written: the model's own, but for a Qwen2 whose tokenizer cuts text in another way than Qwen's.
+    """The shape that is written: the model's own, but for a Qwen2 whose tokenizer does other than Qwen's.
 
-    transformers takes the tokenizer of every qwen2 folder for Qwen's, whatever its files say, and would give other ids. Such a
-    model is written as a Llama, whose out projections have biases, too: they are 0.
+    transformers makes Qwen's tokenizer of the entries and merges of every qwen2 folder, whatever its files say, and would give
+    other ids. Such a model is written as a Llama, whose out projections have biases, too: they are 0.
     """
     if not isinstance(tokenizer, Tokenizer) or model_type(config) != "qwen2":
         return config
-    own = json.dumps(QWEN2_PATTERN)[1:-1] in tokenizer.to_json().decode()
-    return config if own else dataclasses.replace(config, out_bias=True)
+    return config if does_as_qwen2(json.loads(tokenizer.to_json())) else dataclasses.replace(config, out_bias=True)
 
 
 def _replace(partial: Path, folder: Path) -> None:

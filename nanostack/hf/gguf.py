@@ -75,10 +75,15 @@ def write(folder: Path, path: Path, name: str) -> None:
     if kind is None:
         raise UserError(f"{name} is of architecture {found['model_type']!r}; a GGUF can be of {', '.join(ARCHITECTURES)}")
     writer = GGUFWriter(None, kind.name)
-    config = from_config(found, folder / "config.json")
-    if config.seq_len < context_of(found):
-        window = f"a sliding window of {config.seq_len} and a context of {context_of(found)}"
+    config = from_config(found, where := folder / "config.json")
+    if config.seq_len < (context := context_of(found, where)):
+        window = f"a sliding window of {config.seq_len} and a context of {context}"
         raise UserError(f"{name} has {window}; llama.cpp would attend to all")
+    if found["model_type"] == "qwen3" and config.qkv_bias:
+        raise UserError(f"{name} is a Qwen3 with biases (attention_bias), which llama.cpp does not load")
+    if found["model_type"] == "qwen2" and config.d_head is not None:
+        wide = f"{config.n_head} heads of {config.head_dim} channels in a width of {config.d_model} (head_dim)"
+        raise UserError(f"{name} is a Qwen2 with {wide}, which llama.cpp does not load")
     writer.add_name(name)
     _add_shape(writer, config, name)
     add_vocabulary(writer, folder, name, config.vocab_size)

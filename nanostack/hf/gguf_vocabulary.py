@@ -6,15 +6,15 @@ llama.cpp, which keeps 'ſ together with letters behind it. A tokenizer of anoth
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nanostack.errors import UserError
+from nanostack.hf.config import told
 from nanostack.hf.weights import read_json
 from nanostack.text.tokenizer import BYTES_PATTERN, JSON_FILE, PATTERN
-from nanostack.text.tokenizer_json import template_of
+from nanostack.text.tokenizer_json import bounds_of, template_of
 from nanostack.text.translation import bytes_to_unicode
 
 ENGLISH, WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -66,7 +66,7 @@ def _way(made: dict, whose: str) -> str:
     if (normalizer := made.get("normalizer")) and normalizer["type"] != "NFC":
         raise UserError(f"{whose} changes text by {normalizer['type']} before it cuts, which llama.cpp does not do")
     if normalizer:
-        print("note: llama.cpp does not compose characters (NFC): of text that is not, its ids are others", file=sys.stderr)
+        told("llama.cpp does not compose characters (NFC): of text that is not, its ids are others")
     steps = list(_steps(made.get("pre_tokenizer") or {"type": "nothing"}))
     if (way := WAYS.get(", ".join(steps))) is None:
         raise UserError(f"{whose} cuts text by {', '.join(steps)}, for which llama.cpp has no name")
@@ -74,8 +74,22 @@ def _way(made: dict, whose: str) -> str:
     if whole != bool(model.get("ignore_merges")) and (odd := _not_merged(made)) is not None:
         raise UserError(f"{whose}: no merges make {odd!r}, which llama.cpp would find where this does not, or the reverse")
     if way in WITHOUT_CASE and _tells_long_s(model["vocab"]):
-        print("note: llama.cpp takes 'ſ for the beginning of a word: of text with it, its ids may be others", file=sys.stderr)
+        told("llama.cpp takes 'ſ for the beginning of a word: of text with it, its ids may be others")
     return way
+
+
+def does_as_qwen2(made: dict) -> bool:
+    """Whether a tokenizer.json does with text what transformers' Qwen2Tokenizer does, which keeps entries, merges and template.
+
+    That composes characters (NFC), cuts by Qwen's pattern, merges always, and has <|endoftext|> for an entry, or adds it.
+    """
+    model, steps = made["model"], made.get("pre_tokenizer") or {}
+    cuts = list(_steps(steps)) == [QWEN2_PATTERN] and steps.get("type") == "Sequence"
+    plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    known = {*model.get("vocab", ()), *(token["content"] for token in made["added_tokens"])}
+    if (made.get("normalizer") or {}).get("type") != "NFC" or not cuts or not plain or "<|endoftext|>" not in known:
+        return False
+    return model["type"] == "BPE" and (not model.get("ignore_merges") or _not_merged(made) is None)
 
 
 def _steps(step: dict) -> Iterator[str]:
@@ -129,19 +143,23 @@ def _add_special(writer: Any, folder: Path, whose: str, number_of: dict[str, int
     }
     ends = found.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
+    ends += [one for one in bounds_of(folder).ends if one not in ends]  # of generation_config.json, of the tokenizer
+    ends = [one for one in ends if one is not None]
     if after and after[0] not in ends:
         raise UserError(f"{whose} puts token {after[0]} behind a text, which is not the model's eos_token_id {ends}")
     begin = before[0] if before else number_of.get(named.get("bos_token") or "")
-    eos = after[0] if after else ends[0] if ends[0] is not None else number_of.get(named.get("eos_token") or "")
+    eos = after[0] if after else ends[0] if ends else None
     pad = named.get("pad_token")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     if begin is not None:
         writer.add_bos_token_id(begin)
-    if eos is not None:
-        writer.add_eos_token_id(eos)
-    if others := [number for number in ends if number not in (eos, None)]:
-        writer.add_eot_token_id(others[0])
+    ways = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)  # llama.cpp ends a text at each
+    listed = [] if eos is None else [eos, *(one for one in ends if one != eos)]
+    for add, number in zip(ways, listed, strict=False):
+        add(number)
+    if more := listed[len(ways) :]:
+        told(f"a GGUF has room for {len(ways)} ends of a text: llama.cpp will not end one at {', '.join(map(str, more))}")
     if pad in number_of:
         writer.add_pad_token_id(number_of[pad])
     template = folder / "chat_template.jinja"

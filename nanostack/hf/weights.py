@@ -9,9 +9,11 @@ Their q_proj, k_proj, v_proj are the rows of our qkv, gate_proj and up_proj thos
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,6 +36,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",  # of GPT-2's kind
+    "merges.txt",
+    "tekken.json",  # Mistral's
     "chat_template.jinja",
 )
 BLOCK = {  # ours: theirs, put side by side in this order
@@ -58,6 +63,8 @@ OPTIONAL = {  # the field of LlamaConfig with which a block has it
     "mlp.gate_up.bias": "mlp_bias",
     "mlp.down.bias": "mlp_bias",
 }
+ADAPTER = "adapter_config.json"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 
 
@@ -134,7 +141,7 @@ class Weights(Mapping):
         for part, shape, one in zip(parts, shapes_of(name, self.config), theirs(name), strict=True):
             if part.shape != shape:
                 raise UserError(f"{self.folder}: {one} is {tuple(part.shape)}, its config.json asks for {shape}")
-            if part.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if part.dtype not in FLOATS:
                 raise UserError(f"{self.folder}: {one} is of {part.dtype}; only whole weights can be read, no quantized ones")
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -148,6 +155,19 @@ class Weights(Mapping):
         """Whether the file has a head that is not the embedding, whatever its config.json says of tying them."""
         (embed,), (head,) = (theirs(name) for name in ("embed.weight", "head.weight"))
         return head in self._files and not torch.equal(self._read(embed), self._read(head))
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest that holds the values of all tensors. Ours are float32, so that float64 is told and becomes that."""
+        dtypes = {one: self._read(one, first_row=True).dtype for name in names_of(self.config) for one in theirs(name)}
+        known = {dtype for dtype in dtypes.values() if dtype in FLOATS}  # of another, the tensor is refused when it is read
+        widest = functools.reduce(torch.promote_types, known, torch.bfloat16 if torch.bfloat16 in known else torch.float16)
+        if len(known) > 1:
+            told(
+                f"{self.folder} has tensors of {len(known)} dtypes: what is made of it is of {str(widest)[6:]}, which holds all"
+            )
+        if widest == torch.float64:
+            told(f"{self.folder} has tensors of float64: they are rounded to float32, which our models are of")
+        return torch.float32 if widest == torch.float64 else widest
 
     def fingerprint(self) -> str:
         """SHA-256 of the first row of every tensor, as it is stored: other weights have another."""
@@ -174,9 +194,14 @@ def _open(path: Path):
     from safetensors import safe_open
 
     with _damage_told(path):
-        if path.suffix == ".bin":
-            return _Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        return safe_open(path, "pt")
+        if path.suffix != ".bin":
+            return safe_open(path, "pt")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # else of older torch
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, no tensors by their names")
+    if others := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: its {others[0]!r} is a {type(found[others[0]]).__name__}, no tensor")
+    return _Pickled(found)
 
 
 @contextlib.contextmanager
@@ -185,12 +210,20 @@ def _damage_told(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+    except UnpicklingError as error:  # torch's own advice is to run what is in the file
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors, which could be code and is not run: have whoever made it save it "
+            "as model.safetensors (save_pretrained)"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, IndexError) as error:
         raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _files_of(folder: Path) -> dict[str, str]:
     """{tensor: file}, from the index or the one file; UserError for shards that are not there."""
+    kinds = [any(folder.glob(f"{name}*")) for name in ("model.safetensors", "pytorch_model.bin")]
+    if all(kinds):
+        told(f"{folder} has both model.safetensors and pytorch_model.bin: the first is read, as in transformers")
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
         if single.is_file():
@@ -221,13 +254,18 @@ def read_json(path: Path) -> dict:
 def load(folder: str | Path) -> dict:
     """What `checkpoint.load` gives, of a Hugging Face folder: no optimizer; the ledger where we wrote it, else a new one.
 
-    "model" reads from the files as it is asked; "dtype" is what they hold; "context" what the folder's model takes, more than
-    ours where it has a sliding window. Raises `UserError` for another architecture, missing shards, damaged files.
+    "model" reads from the files as it is asked; "dtype" holds what they hold; "window" is how far attention sees, where the
+    folder's model takes more. Raises `UserError` for another architecture, missing shards, damaged files.
     """
     folder = Path(folder)
     require_extra()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} has {ADAPTER}, an adapter of PEFT's, which transformers puts on the weights: merge it "
+            "(merge_and_unload, save_pretrained), or move the file away to read the weights alone"
+        )
     found = read_json(folder / "config.json")
     config = from_config(found, folder / "config.json")
     _check_tokenizer(folder, config)
@@ -254,8 +292,8 @@ def load(folder: str | Path) -> dict:
         "manifest_sha256": ours.get("manifest_sha256"),
         "seed": ours.get("seed", 0),
         "bounds": vars(_bounds(folder, ours)),
-        "context": context_of(found),
-        "dtype": weights["norm.weight"].dtype,
+        "window": config.seq_len if config.seq_len < context_of(found, folder / "config.json") else None,
+        "dtype": weights.dtype(),
         "eot": found.get("eos_token_id"),
     }
 

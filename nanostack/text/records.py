@@ -11,29 +11,92 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Literal
 
 LONGEST_RECORD = 1 << 26  # bytes of an array's element, and of a line that may be a record
+DEFAULT_FIELD = "text"
 BLOCK = 1 << 20  # bytes of an array that are read at a time
 DECODER = json.JSONDecoder(parse_int=len)
 SPACE = re.compile(r"[ \t\n\r]*")
 BEGIN = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\]?)")
 
 
-def form(opened: Callable[[], BinaryIO], named_json: bool) -> Literal["lines", "array", "text"]:
-    """How a file is written whose name does not tell: as lines if the first two are objects, as an array if named .json.
+def form(opened: Callable[[], BinaryIO], named_json: bool, field: str) -> Literal["lines", "array", "record", "text"]:
+    """How a file is written whose name does not tell.
 
-    opened: gives a stream at the beginning of the file.
+    opened: gives a stream at the beginning of the file. Lines: the first two that are not blank are objects, or one is and the
+    other would be if it were whole; named .json also one object and anything behind it. An array: named .json it begins as
+    one, under another name its first element is an object with the field. A record: one object with text in the field, named
+    .json. Another object in a .json is text, as a program's settings, unless it is one line and a field is asked for by name.
     """
-    start = opened().read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    begin = _beginning(opened())
+    if begin.startswith(b"["):
+        return _form_of_array(opened, begin, named_json, field)
+    if not begin.startswith(b"{"):
+        return "text"
+    lines = _lines(opened())
+    first, second = next(lines, b""), next(lines, b"")
+    one: object = _object(first)
+    if one is not None and (second.startswith(b"{") or (named_json and second)):
+        return "lines"
+    if _object(second) is not None and first.startswith(b'{"'):
+        return "lines"
+    if not named_json:
+        return "text"
+    if one is None:
+        whole = opened().read(LONGEST_RECORD)
+        try:
+            one, more = first_value(whole.decode("utf-8-sig", "surrogatepass"))
+        except ValueError:  # settings with comments, a template
+            return "text"
+        if more.startswith("{"):  # several objects, each on several lines
+            return "lines"
+    if isinstance(one, dict) and isinstance(one.get(field), str):
+        return "record"
+    return "lines" if field != DEFAULT_FIELD and _object(first) is not None else "text"
+
+
+def _form_of_array(opened: Callable[[], BinaryIO], begin: bytes, named_json: bool, field: str) -> Literal["array", "text"]:
+    begin = begin[1:].lstrip()[:1]
+    if named_json:
+        return "array" if not begin or begin in b'{["-0123456789tfn]' else "text"
+    if begin not in (b"{", b""):
+        return "text"
     try:
-        if start == b"{":
-            lines = opened()
-            if all(isinstance(decode(lines.readline(LONGEST_RECORD)), dict) for _ in range(2)):
-                return "lines"
-        if start == b"[" and named_json:
-            next(elements(opened()), None)
-            return "array"
+        element = next(elements(opened()), None)
     except ValueError:
-        pass
-    return "text"
+        return "text"
+    return "array" if isinstance(element, dict) and field in element else "text"
+
+
+def _beginning(stream: BinaryIO) -> bytes:
+    """Some bytes from the first on that is no white space, nor the mark of UTF-8."""
+    begin = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not begin and (block := stream.read(BLOCK)):
+        begin = block.lstrip()
+    return begin
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines that are not blank, without the mark of UTF-8 before the first; of a long one the beginning."""
+    start = True
+    while line := stream.readline(LONGEST_RECORD):
+        line = (line.removeprefix(codecs.BOM_UTF8) if start else line).strip()
+        start = False
+        if line:
+            yield line
+
+
+def _object(line: bytes) -> dict | None:
+    """The object that a line is, if it is one."""
+    try:
+        value = decode(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def first_value(text: str) -> tuple[object, str]:
+    """The value with which a text begins, and the text behind it. ValueError if there is none."""
+    value, at = _scan(text, 0)
+    return value, text[at:]
 
 
 def decode(line: bytes) -> object:
@@ -48,7 +111,9 @@ def decode(line: bytes) -> object:
 def elements(stream: BinaryIO) -> Iterator[object]:
     """The elements of the array that a stream is, each as soon as it has come. ValueError if it is not JSON."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogatepass")
-    text = decoder.decode(stream.read(BLOCK))
+    text = ""
+    while text.strip() in ("", "[") and (block := stream.read(BLOCK)):
+        text += decoder.decode(block)
     if (begin := BEGIN.match(text)) is None:
         raise json.JSONDecodeError("Expecting '['", text, 0)
     at, closed = begin.end(), bool(begin[1])

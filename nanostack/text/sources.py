@@ -5,6 +5,7 @@
 at a time is LONGEST bytes of plain text, a line or an element of JSON, or 256 rows of .parquet.
 """
 
+import codecs
 import gzip
 import io
 import os
@@ -175,13 +176,13 @@ class Reader:
             raw.seek(0)
             return _unpacked(raw, packing)
 
-        form = "lines" if kind in LINES else records.form(opened, kind == ".json")
+        form = "lines" if kind in LINES else records.form(opened, kind == ".json", self.field)
         if form == "text" and file.repository and kind == ".json":
             form = "lines"  # a dataset has no settings
         yield from self._plain(opened()) if form == "text" else self._records(opened(), path, form)
 
     def _plain(self, stream: BinaryIO) -> Iterator[str]:
-        tail, first = b"", True
+        tail, first = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8), True
         while (block := tail + stream.read(LONGEST - len(tail))) or first:
             cut = len(block) if len(block) < LONGEST else block.rfind(b"\n") + 1 or _last_character(block)
             block, tail = block[:cut], block[cut:]
@@ -199,12 +200,16 @@ class Reader:
 
     def _records(self, stream: BinaryIO, path: Path, form: str) -> Iterator[str]:
         """The texts of records. The first one tells whether the field is there; a later one may lack it, and is counted."""
-        unit, first = "line" if form == "lines" else "record", True
+        unit, first, others = "line" if form == "lines" else "record", True, 0
         for number, record in _numbered(stream, path, form):
             where = f"{path}, {unit} {number}"
-            if first and form == "array" and not isinstance(record, dict):
-                self.dropped["array_of_no_records"] += 1
-                return
+            if form == "array" and not isinstance(record, dict) and first:
+                others += 1
+                continue
+            if others:
+                raise UserError(
+                    f"{path}, record 1: no object, and record {number} is one: of an array all are records, or none"
+                )
             if not isinstance(record, dict) or (first and self.field not in record):
                 there = ", ".join(record) or "nothing" if isinstance(record, dict) else f"a {type(record).__name__}"
                 raise UserError(f"{where}: no field {self.field!r} (there is {there}); choose it with --field")
@@ -213,6 +218,8 @@ class Reader:
                 yield self._text(record[self.field], where)
             else:
                 self.dropped["without_field"] += 1
+        if others:
+            self.dropped["array_of_no_records"] += 1
 
     def _parquet(self, path: Path) -> Iterator[str]:
         try:
@@ -250,8 +257,10 @@ def _numbered(stream: BinaryIO, path: Path, form: str) -> Iterator[tuple[int, ob
     try:
         if form == "lines":
             for number, line in enumerate(stream, 1):
-                if line.strip():
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     yield number, records.decode(line)
+        elif form == "record":
+            yield 1, records.first_value(stream.read().decode("utf-8-sig", "surrogatepass"))[0]
         else:
             for number, record in enumerate(records.elements(stream), 1):
                 yield number, record

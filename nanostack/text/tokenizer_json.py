@@ -155,6 +155,9 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} does not hold a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object, but a {type(found).__name__}")
+    return found

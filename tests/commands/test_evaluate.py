@@ -127,7 +127,7 @@ def test_rolling_windows_are_lm_evals(state, text, n, monkeypatch):
 
 def test_what_a_sliding_window_would_see_more_of_is_refused_and_not_cut(state, text):
     model = live(state, text)
-    model.context = 2 * CONFIG.seq_len
+    model.window = CONFIG.seq_len
     assert model.loglikelihood(requests("loglikelihood", ("a", " b")))[0][0] < 0
     asked = {
         model.loglikelihood: requests("loglikelihood", (LONG, " b")),

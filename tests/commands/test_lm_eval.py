@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,29 @@ def test_request_that_lm_evals_own_model_cannot_answer_is_refused_with_the_name_
     (bare / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "num_beams": 1, "temperature": 0.6}')
     with pytest.raises(UserError, match=r"with no_repeat_ngram_size 3 in generation_config\.json another text"):
         live(bare).generate_until(requests("generate_until", ("Q", {"until": [], "max_gen_toks": 5})))
+
+
+def test_ends_that_a_request_names_go_before_those_of_the_model(folder, theirs, tmp_path):
+    ids = theirs.tok_encode("the cat sat")
+    free = theirs.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    config, place = json.loads((folder / "config.json").read_text()), tmp_path / "model"
+    place.mkdir()
+    for path in folder.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [config["eos_token_id"], free[6]]}))
+    ours, judge, lengths = live(place), hflm(place), set()
+    for ends in (free[3], [free[5], 9], [free[9]], None):
+        asked = requests("generate_until", ("the cat sat", {"until": [], "max_gen_toks": 12, "eos_token_id": ends}))
+        assert ours.generate_until(asked) == judge.generate_until(asked), ends
+        lengths.add(len(ours.generate_until(asked)[0]))
+    assert len(lengths) == 4, "each ends elsewhere"
+    for how, why in (
+        *(({"eos_token_id": odd}, f"its eos_token_id is {odd!r}, neither an id") for odd in ([], -1, True, "a", [[3]])),
+        ({"pad_token_id": 0}, "lm-eval's Hugging Face model says pad_token_id itself"),
+        ({"use_cache": True}, "lm-eval's Hugging Face model says use_cache itself"),
+    ):
+        with pytest.raises(UserError, match=re.escape(why)):
+            ours.generate_until(requests("generate_until", ("a", {"until": [], "max_gen_toks": 4} | how), task="quiz"))
 
 
 def answers_to_some(model: LiveModel) -> list:

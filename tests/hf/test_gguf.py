@@ -80,6 +80,77 @@ def test_template_bos_and_second_end_of_a_tokenizer_are_said(folder):
     assert said["ggml.token_type"][256:261] == [3, 3, 3, 4, 5] and said["chat_template"] == "{{ messages }}"
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted", "note"),
+    [
+        (256, [256, 7], {"eos": 256, "eot": 7}, ""),
+        ([7, 256], [256, 9], {"eos": 7, "eot": 256, "eom": 9}, ""),
+        ([256, 7], None, {"eos": 256, "eot": 7}, ""),
+        (None, [8], {"eos": 8, "eot": 256}, ""),
+        (
+            [256, 7, 8, 9],
+            [10],
+            {"eos": 256, "eot": 7, "eom": 8},
+            "room for 3 ends of a text: llama.cpp will not end one at 9, 10",
+        ),
+    ],
+)
+def test_every_end_of_a_text_is_said_or_told(folder, config, generation, wanted, note, capsys):
+    edit(folder / "config.json", eos_token_id=config)
+    edit(folder / "generation_config.json", eos_token_id=generation)
+    write(folder, folder / "again.gguf", "again")
+    fields = gguf.GGUFReader(folder / "again.gguf").fields
+    said = {
+        name: fields[key].contents() for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in fields
+    }
+    assert said == wanted and note in capsys.readouterr().err
+
+
+QWEN3 = LlamaConfig(**vars(SHAPE) | {"rope_scaling": None, "qk_norm": True, "d_head": 16})
+QWEN2 = LlamaConfig(**vars(SHAPE) | {"rope_scaling": None, "qkv_bias": True})
+OTHERS = {
+    "llama": LlamaConfig(**vars(SHAPE) | {"d_head": 16, "qkv_bias": True, "out_bias": True, "mlp_bias": True}),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
+BIASES = {"blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_down.bias"}
+
+
+@pytest.mark.parametrize(("kind", "shape"), OTHERS.items(), ids=OTHERS)
+def test_tensors_are_those_that_llama_cpp_loads_in_its_shapes(kind, shape, tmp_path):
+    """What its loader asks for (src/models): norms of q and k of Qwen3, biases of q, k, v of Qwen2, of a Llama any."""
+    state = State.create(shape, Optim(), Placement(torch.device("cpu")), 0)
+    export.save(state, tmp_path / "model", None)
+    (tmp_path / "model/tokenizer.json").write_bytes(BYTES.to_json())
+    write(tmp_path / "model", tmp_path / "model.gguf", "model")
+    read = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert read.fields["general.architecture"].contents() == kind
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in read.tensors}
+    known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[kind.upper()]]
+    names = {gguf.TENSOR_NAMES[tensor].format(bid=0) for tensor in known}
+    assert {name.rpartition(".")[0] for name in shapes if not name.startswith("blk.1")} <= names
+    heads, kv = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    wanted = {"attn_q": (heads, 32), "attn_k": (kv, 32), "attn_v": (kv, 32), "attn_output": (32, heads)}
+    assert {name: shapes[f"blk.0.{name}.weight"] for name in wanted} == wanted
+    biases = {"qwen2": {"blk.0.attn_q.bias"}, "llama": BIASES}.get(kind, set())
+    assert BIASES & shapes.keys() == biases and ("blk.0.attn_q_norm.weight" in shapes) == (kind == "qwen3")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (LlamaConfig(**vars(QWEN3) | {"qkv_bias": True, "out_bias": True}), "is a Qwen3 with biases"),
+        (LlamaConfig(**vars(QWEN2) | {"d_head": 16}), "is a Qwen2 with 4 heads of 16 channels in a width of 32"),
+    ],
+)
+def test_model_that_llama_cpp_does_not_load_is_refused(shape, message, tmp_path):
+    state = State.create(shape, Optim(), Placement(torch.device("cpu")), 0)
+    export.save(state, tmp_path / "model", None)
+    (tmp_path / "model/tokenizer.json").write_bytes(BYTES.to_json())
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "model", tmp_path / "model.gguf", "model")
+
+
 def tokenizer_with(**parts):
     def change(folder):
         made = json.loads((folder / "tokenizer.json").read_text())

@@ -330,7 +330,7 @@ BAD = [
     (with_too_many_ids, "has ids up to 256, the model beside it a vocabulary of 200"),
     (edit_index, "does not say which tensor is in which file"),
     (of_whole_numbers, "is of torch.int8; only whole weights can be read"),
-    (edit(hidden_size=None), "does not describe a model"),
+    (edit(hidden_size=None), "its hidden_size is null, no whole number of 1 or more"),
     (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "which its index names"),
     (cut, "is damaged"),
     (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),

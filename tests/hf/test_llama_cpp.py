@@ -163,6 +163,23 @@ def test_architectures_of_transformers_compute_the_same_there(kind, parts, tmp_p
         assert theirs.greedy(ids[0].tolist(), 20) == wanted.tolist()
 
 
+def test_text_ends_at_each_of_three_ends(tmp_path):
+    state, _ = of_ours(OURS, tmp_path)
+    free = greedy(state.model, BPE.encode("def "), 12)
+    at = [number for number, token in enumerate(free) if token not in free[:number]][2:5]
+    folder = tmp_path / "model"
+    for number in at:
+        others = [one for one in (508, 509) if one != free[number]]
+        config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": others[0]}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[number], BPE.eot]}))
+        gguf.write(folder, tmp_path / f"{number}.gguf", "ends")
+        how = {"temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
+        told = LlamaCpp(tmp_path / f"{number}.gguf").ask("completion", prompt="def ", n_predict=12, **how)
+        assert told["stop_type"] == "eos" and told["tokens"][:number] == free[:number] and len(told["tokens"]) <= number + 1
+
+
 def cut(way: str) -> bytes:
     """A tokenizer.json that cuts text so, with a token for every two bytes that are neighbours in ODD."""
     made = tokenizer.Tokenizer("odd", tokenizer.PATTERN, RANKS, {tokenizer.EOT: len(RANKS)})

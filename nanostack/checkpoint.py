@@ -197,7 +197,7 @@ def load(path: str | Path) -> dict:
     Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, bounds, versions,
     hashes, and window where there is one. Raises `UserError` for a file that is missing, foreign, truncated or altered.
     """
-    path = Path(path)
+    path = kept.found(Path(path))
     if (folder := sharded.folder_of(path)) is not None:
         return shard_reader.load(folder)
     if not path.is_file():

@@ -62,6 +62,14 @@ def samples_of(path: Path) -> int | None:
         return None
 
 
+def found(path: Path) -> Path:
+    """`path`, or ckpt.pt for a ckpt-SAMPLES.pt that is not there, where that has seen so many: the last one has no number."""
+    last = path.with_name(re.sub(r"-\d+$", "", path.stem) + path.suffix)
+    if path.exists() or last == path or not last.is_file() or _samples_in(path, last) != samples_of(last):
+        return path
+    return last
+
+
 def numbered_checkpoints(path: Path) -> list[Path]:
     """`ckpt-<samples>.pt` beside `ckpt.pt`, and sharded ones, in the order of their numbers: those of clocks can be wrong."""
     found = [(_samples_in(file, path), file) for file in path.parent.glob(f"{path.stem}-*")]

@@ -26,6 +26,7 @@ class RunFolder:
         self.out, self.ckpt = Path(config.out), Path(config.out) / "ckpt.pt"
         self._lock: lock.Lock | None = None
         self._source: str | None = None
+        self._goes_back = False  # to resume_from
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -78,10 +79,11 @@ class RunFolder:
     def _find(self) -> str | None:
         found, restarted = self._checkpoints(), self._restarted()
         if self.config.resume_from is not None and not restarted:  # else the run has gone on from there meanwhile
-            if not Path(self.config.resume_from).exists():
+            if not kept.found(Path(self.config.resume_from)).exists():
                 there = f"there are {', '.join(map(str, found))}" if found else "the run has none"
                 raise UserError(f"--resume_from: there is no checkpoint {self.config.resume_from}; {there}")
-            return self.config.resume_from
+            self._goes_back = True
+            return str(kept.found(Path(self.config.resume_from)))
         if self.config.goes_on or restarted:
             return str(self._last(found)) if found else None  # a run that died before its first checkpoint starts again
         if (found or (self.out / "metrics.jsonl").exists()) and not self.config.overwrite:
@@ -111,7 +113,7 @@ class RunFolder:
             if self.ckpt.exists() and kept.samples_of(self.ckpt) is None:  # damaged
                 os.replace(self.ckpt, self.ckpt.with_name(self.ckpt.name + LEFT))
             kept.go_back(source, self.ckpt)
-        if self._source == self.config.resume_from:
+        if self._goes_back:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(self.out / "metrics.jsonl", self.out / f"metrics.jsonl{LEFT}")
         later = [file for file in kept.numbered_checkpoints(self.ckpt) if (kept.samples_of(file) or 0) > samples]

@@ -190,3 +190,10 @@ def test_full_disk_at_resume_is_one_line_and_loses_nothing(copy, go_on, monkeypa
     with pytest.raises(ValueError, match=r"cannot write to .*: No space left on device"):
         go_on()
     assert (copy.folder / "done/metrics.jsonl").read_bytes() == records and len(numbered(copy)) == 4
+
+
+def test_last_checkpoint_is_found_by_its_number_too(trainer):
+    out = trainer.good("run", "--stages.0.tokens", "1024", "--stages.1.tokens", "1024")
+    assert not (out / "ckpt-64.pt").exists() and checkpoint.load(out / "ckpt-64.pt")["cursor"]["samples"] == 64
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*ckpt-65\.pt"):
+        checkpoint.load(out / "ckpt-65.pt")

@@ -86,8 +86,6 @@ class Optim:
             near = difflib.get_close_matches(str(self.name), get_args(OptimizerName), 1)
             there = f"perhaps you meant {near[0]}" if near else f"there are {' and '.join(get_args(OptimizerName))}"
             raise UserError(f"there is no optimizer {self.name!r}; {there}")
-        if self.name == "adamw" and self.momentum != type(self).momentum:
-            raise UserError(f"optim.momentum {self.momentum} is Muon's; AdamW has betas, of which the first is {self.betas[0]}")
         slow = {"betas[1]": self.betas[1]} | ({"momentum": self.momentum} if self.name == "muon" else {})
         for name, value in slow.items():
             if self.moments == "bfloat16" and value > 0.99:
@@ -97,6 +95,8 @@ class Optim:
                 )
         if not (all(0 <= beta < 1 for beta in (*self.betas, self.momentum)) and self.eps > 0):
             raise UserError(f"optim needs betas and momentum in [0, 1) and eps > 0, not {self}")
+        if self.name == "adamw" and self.momentum != type(self).momentum:
+            raise UserError(f"optim.momentum {self.momentum} is Muon's; AdamW has betas, of which the first is {self.betas[0]}")
         if not (self.weight_decay >= 0 and self.grad_clip > 0):
             raise UserError(f"optim needs weight_decay ≥ 0 and grad_clip > 0, not {self}")
 

@@ -14,7 +14,6 @@ from conftest import ROOT, records
 from sharded_growth import CONFIG, gradients, train
 
 from nanostack import checkpoint
-from nanostack import sharded as sharded_checkpoint
 from nanostack.config import Growth, Optim, Parallel
 from nanostack.parallel import Placement, mesh_shape
 from nanostack.state import State
@@ -43,8 +42,7 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
     first, second = records(trainer.folder / "whole"), records(out)
     assert len(second) < len(first)
     # The first stage was whole; go on from its end on one process, where the growth still lies ahead.
-    sharded_checkpoint.point(out / "ckpt.pt", out / "ckpt-96")
-    trainer.good("parts", "--resume")
+    trainer.good("parts", "--resume_from", str(out / "ckpt-96"))
     expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-5) for r in first]
     assert [r["loss"] for r in records(out)] == expected
 

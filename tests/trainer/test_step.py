@@ -114,9 +114,9 @@ def test_saver_writes_what_was_when_it_was_asked_while_training_goes_on(corpus, 
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.0.tokens", "1024"]))
     run.train()
     expected, go_on = checkpoint.pack(run.state, "manifest"), threading.Event()
-    write = checkpoint._write_and_link
-    monkeypatch.setattr(checkpoint, "_write_and_link", lambda *args: (go_on.wait(60), write(*args)))
-    with checkpoint.Saver(tmp_path / "ckpt.pt", "manifest", keep=2) as saver:
+    write = checkpoint._replace
+    monkeypatch.setattr(checkpoint, "_replace", lambda *args: (go_on.wait(60), write(*args)))
+    with checkpoint.Saver(tmp_path / "ckpt.pt", "manifest", 2, in_shards=False, say=print) as saver:
         saver.save(run.state)
         with torch.no_grad():
             for parameter in run.state.model.parameters():
@@ -131,14 +131,23 @@ def test_saver_writes_what_was_when_it_was_asked_while_training_goes_on(corpus, 
     assert checkpoint.load(tmp_path / "ckpt.pt")["growth"][-1] == LATER.as_dict()
 
 
-def test_saver_tells_of_a_failed_write_at_the_next_occasion(corpus, tmp_path):
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_saver_tells_of_a_failed_write_at_once_and_asks_for_another(corpus, tmp_path, monkeypatch, in_shards):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.0)
     run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(tmp_path / "run"), "--stages.0.tokens", "1024"]))
-    (tmp_path / "file").write_text("")
-    saver = checkpoint.Saver(tmp_path / "file" / "ckpt.pt", "manifest", keep=2)
+    (tmp_path / "folder").write_text("")
+    said: list[str] = []
+    saver = checkpoint.Saver(tmp_path / "folder" / "ckpt.pt", "manifest", 2, in_shards, said.append)
     saver.save(run.state)
-    with pytest.raises(ValueError, match=r"could not save .*ckpt.*: File exists; earlier checkpoints are intact"):
+    with pytest.raises(ValueError, match=r"could not save .*ckpt.*: (File exists|Not a directory)"):
         saver.wait()
+    assert len(said) == 1 and said[0].startswith("warning: could not save") and saver.wants_to_save
+    (tmp_path / "folder").unlink()
+    (tmp_path / "folder").mkdir()
+    saver.save(run.state)
     saver.wait()
+    assert not saver.wants_to_save and checkpoint.load(tmp_path / "folder" / "ckpt.pt")["cursor"]["samples"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can capture graphs")

@@ -187,7 +187,7 @@ def write(contents: dict | None, path: Path, name: Path | None = None) -> None:
         with files.replacing(path, "wb") as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f"could not save {name or path}: {reason(error)}; earlier checkpoints are intact") from error
+        raise UserError(f"could not save {name or path}: {sharded.reason(error)}; earlier checkpoints are intact") from error
 
 
 def load(path: str | Path) -> dict:
@@ -330,7 +330,7 @@ def _replace(contents: dict, path: Path, keep: int) -> None:
     try:
         kept.put_in_place(new, path, contents["cursor"]["samples"])
     except OSError as error:
-        raise UserError(f"could not put {new} in place of {path}: {reason(error)}") from error
+        raise UserError(f"could not put {new} in place of {path}: {sharded.reason(error)}") from error
     kept.prune(path, keep)
 
 
@@ -364,8 +364,3 @@ def _verify(saved: dict, path: Path) -> None:
             if actual.get(name) != recorded.get(name)
         ]
         raise UserError(f"{path} is damaged: {wrong[0]} is not what was saved; use an earlier checkpoint of the run")
-
-
-def reason(error: Exception) -> str:
-    cause = error if isinstance(error, OSError) else error.__context__
-    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]

@@ -4,10 +4,12 @@ A model is built without storage, each block is prepared (activation checkpointi
 it gets storage and values. Nothing here changes what is computed; one device is simply a mesh that is not there.
 """
 
+import contextlib
 import functools
 import os
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -280,6 +282,18 @@ def _join(launch: Launch, backend: str, timeout: timedelta, patience: timedelta)
     store = dist.PrefixStore(f"attempt_{launch.attempt}", launch.store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
     _patient = dist.new_group(backend="gloo", timeout=patience)
+
+
+@contextlib.contextmanager
+def fake_ranks(shape: tuple[int, int], rank: int = 0, device: str = "cpu") -> Iterator[DeviceMesh]:
+    """The (replicate, shard) mesh of ranks of which this process is one, and no other is there: collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which also makes the backend known
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=shape[0] * shape[1])
+    try:
+        yield init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    finally:
+        dist.destroy_process_group()
 
 
 def saving_group() -> "dist.ProcessGroup | None":

@@ -16,7 +16,7 @@ from nanostack.errors import UserError
 from nanostack.growth import Growth, Receipt
 from nanostack.growth.moments import RESET
 from nanostack.micro_step import MicroStep
-from nanostack.parallel import Placement
+from nanostack.parallel import Placement, fake_ranks
 from nanostack.state import State
 from nanostack.text.dataset import Prefetcher, Tokens
 
@@ -48,7 +48,7 @@ def _grow_part(source: Path, how: Growth, pointer: Path, device: torch.device, p
     saved = models.read(source)
     if how.moments() == RESET:
         saved["optimizer"] = {}  # never to be read
-    with sharded.in_turn(part, parts, device) as mesh:
+    with fake_ranks((1, parts), part, device.type) as mesh:
         state = models.restore(saved, replace(Placement(device), mesh=mesh), optimizer=True)
         receipt = state.grow(how)
         writer = checkpoint.part_writer(state, pointer, saved["manifest_sha256"])
@@ -92,7 +92,7 @@ def to_file(saved: dict, path: Path) -> None:
             for name, place in places.items():
                 place.copy_(saved["rng"][name.removeprefix("rng.")] if name.startswith("rng.") else shards[name])
     except (OSError, RuntimeError) as error:
-        raise UserError(f"could not save {path}: {checkpoint.reason(error)}; what was there is intact") from error
+        raise UserError(f"could not save {path}: {sharded.reason(error)}; what was there is intact") from error
 
 
 def gradients_of(

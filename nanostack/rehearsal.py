@@ -10,7 +10,6 @@ drawn on to the depth that is asked for. The mesh is one of CPU ranks, where FSD
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanostack import growth
@@ -30,7 +27,7 @@ from nanostack.kernels import dispatch
 from nanostack.memory import Live, MemoryEstimate
 from nanostack.model import Llama, LlamaConfig
 from nanostack.optimizer import AdamW, Muon, guarded_step, make_optimizer
-from nanostack.parallel import Placement, check_gathering, mesh_shape, place, sync_gradients
+from nanostack.parallel import Placement, check_gathering, fake_ranks, mesh_shape, place, sync_gradients
 
 DEPTHS = (3, 5)  # layers of the models whose steps are traced, beside those that are gathered further ahead
 
@@ -127,16 +124,6 @@ class Rehearsal:
     grown: Grown | None
 
 
-@contextlib.contextmanager
-def fake_ranks(number: int, shape: tuple[int, int]) -> Iterator[DeviceMesh]:
-    """The (replicate, shard) mesh of so many ranks, of which this process is the first and the others do not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
-    try:
-        yield init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-    finally:
-        dist.destroy_process_group()
-
-
 def step_of(
     config: Train, model: LlamaConfig, placement: Placement, on_triton: bool, sequences: int, micro_steps: int = 2
 ) -> Step:
@@ -216,7 +203,7 @@ def rehearse(config: Train, dtype: torch.dtype, on_triton: bool, count: int, wit
     model = config.shapes()[-1]
     micro_steps = -(-config.batch_tokens // (model.seq_len * config.micro_batch * count))
     growths = [stage.growth for stage in config.stages if stage.growth]
-    with fake_ranks(count, shape) as mesh:
+    with fake_ranks(shape) as mesh:
         placement = place(config.parallel, torch.device("cpu"), dtype, mesh)
         depths = [config.parallel.prefetch + n for n in DEPTHS]
 

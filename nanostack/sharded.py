@@ -10,13 +10,12 @@ number of ranks on any mesh: each rank reads the shards that overlap its own, on
 """
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanostack import files
 from nanostack.errors import UserError
@@ -196,17 +194,19 @@ def tensors_of(model: dict[str, Tensor], optimizer: dict[str, dict[str, Tensor]]
 def save(tensors: dict[str, Tensor], writer: Writer, together: bool = True) -> None:
     """Write a checkpoint and wait for it; all ranks must call it. UserError on all of them where one could not.
 
-    Ranks that are not `together`, as those of `in_turn`, each write their part alone.
+    Ranks that are not `together`, as those of `parallel.fake_ranks`, each write their part alone.
     """
     try:
         alone = not dist.is_initialized()
         dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
     except CheckpointException as error:
+        if alone or not together or dist.get_rank() == 0:
+            shutil.rmtree(writer.path, ignore_errors=True)  # it takes room, and is no checkpoint
         raise UserError(f"could not save {writer.folder}: {reason(error)}; earlier checkpoints are intact") from error
 
 
 class PartWriter(Writer):
-    """Writes the shards of one rank of `in_turn`; when all have written theirs, `make_one` makes a checkpoint of them."""
+    """Writes the shards of one of `parallel.fake_ranks`; when all have written theirs, `make_one` makes one checkpoint."""
 
     account: tuple[Metadata, list]  # of what was written
 
@@ -222,18 +222,6 @@ class PartWriter(Writer):
             super().finish(table, [of_rank for _, results in accounts for of_rank in results])
         except OSError as error:
             raise UserError(f"could not save {self.folder}: {reason(error)}; earlier checkpoints are intact") from error
-
-
-@contextlib.contextmanager
-def in_turn(rank: int, world: int, device: torch.device) -> Iterator[DeviceMesh]:
-    """A mesh of so many ranks, of which this process is one, and no other is there: no collective does anything."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # which also makes the backend known
-
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield init_device_mesh(device.type, (1, world), mesh_dim_names=("replicate", "shard"))
-    finally:
-        dist.destroy_process_group()
 
 
 def save_async(tensors: dict[str, Tensor], writer: Writer, staging: DefaultStager, group: dist.ProcessGroup | None) -> Future:

@@ -6,7 +6,8 @@ import subprocess
 import time
 
 import pytest
-from conftest import Trainer, records
+from conftest import Trainer, python, records
+from test_checkpoint import trained
 
 from nanostack import checkpoint
 
@@ -74,3 +75,13 @@ def test_run_that_ends_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(smal
     code, said = process.wait(), process.stdout.read()
     assert code == 2 and re.search("error: could not (save|write)", said) and "Traceback" not in said
     assert checkpoint.load(out / "ckpt.pt")["cursor"]["tokens"] > 0
+
+
+def test_consolidating_onto_a_full_disk_leaves_nothing_there(small, tmp_path):
+    checkpoint.save(trained(), tmp_path / "file.pt")
+    checkpoint.save_sharded(trained(), tmp_path / "shards.pt")
+    fill(small.folder)
+    for name in ("file.pt", "shards.pt"):
+        done = python("-m", "nanostack", "consolidate", tmp_path / name, small.folder / "out.pt")
+        assert done.returncode == 2 and "could not save" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in small.folder.iterdir()] == ["fill"]

@@ -14,8 +14,8 @@ from nanostack.errors import UserError
 from nanostack.flops import n_matrices, n_params
 from nanostack.memory import estimate, scratch_of
 from nanostack.old_fields import former_config
-from nanostack.parallel import check_gathering, place
-from nanostack.rehearsal import fake_ranks, growth_of, rehearse, step_of
+from nanostack.parallel import check_gathering, fake_ranks, place
+from nanostack.rehearsal import growth_of, rehearse, step_of
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_rehearsed_step_takes_and_sends_what_four_ranks_do(four_ranks, name):
 def test_step_of_a_deep_model_lies_on_the_line_through_two_shallow_ones(parallel, optim):
     config = replace(MEASURED, parallel=parallel, optim=optim)
     shape = rehearsal.mesh_shape(parallel, 8)
-    with fake_ranks(8, shape) as mesh:
+    with fake_ranks(shape) as mesh:
         placement = place(parallel, torch.device("cpu"), torch.bfloat16, mesh)
         first = parallel.prefetch + rehearsal.DEPTHS[0]
         few, more, deep = (
@@ -130,7 +130,7 @@ def test_estimate_by_formula_that_a_run_checks_is_above_the_rehearsed_peak_by_le
 def test_muon_is_rehearsed_to_its_update_and_sends_its_momenta():
     shape = (1, 4)
     config = load(TINY, ["--optim.name", "muon", "--model.vocab_size", "256"])
-    with fake_ranks(4, shape) as mesh:
+    with fake_ranks(shape) as mesh:
         placement = place(config.parallel, torch.device("cpu"), torch.bfloat16, mesh)
         grown = growth_of(config, config.model, [config.stages[1].growth], placement, True)
     found = rehearse(config, torch.bfloat16, True, 4)

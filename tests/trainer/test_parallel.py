@@ -1,5 +1,6 @@
 """One process against two: the same losses, the same growth. gloo stands for nccl."""
 
+import collections
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, records
+from conftest import ROOT, TINY, ranks, records
 from sharded_growth import CONFIG, gradients, train
 
 from nanostack import checkpoint
@@ -45,6 +46,57 @@ def test_run_of_two_processes_goes_on_as_one(trainer):
     trainer.good("parts", "--resume_from", str(out / "ckpt-96"))
     expected = [r["loss"] and pytest.approx(r["loss"], rel=1e-5) for r in first]
     assert [r["loss"] for r in records(out)] == expected
+
+
+UNTIL = """
+import json, os, signal, sys, torch, train
+from nanostack import parallel
+from nanostack.config import load
+until, to, *options = sys.argv[1:]
+run = train.Run(load(*options[:1], options[1:]))
+def note(_, inputs):
+    step = run.recorder.step + 1
+    if not torch.is_grad_enabled() or step > int(until):
+        return
+    with open(f"{to}.{parallel.rank()}", "a") as file:
+        print(json.dumps([step, inputs[0].tolist()]), file=file)
+    if step == int(until):
+        os.kill(os.getpid(), signal.SIGTERM)
+run.state.model.register_forward_pre_hook(note)
+run.train()
+parallel.leave(run.stop.exit_code)
+"""
+
+
+def by_step(folder, name: str) -> dict[int, list]:
+    """Which samples all ranks together saw in each step."""
+    seen = collections.defaultdict(list)
+    for path in folder.glob(f"{name}.samples.*"):
+        for step, rows in map(json.loads, path.read_text().splitlines()):
+            seen[step] += rows
+    return {step: sorted(rows) for step, rows in sorted(seen.items())}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_number_of_ranks_may_change_at_every_resume(trainer):
+    """1, 2, 4, 3 ranks and 1 again, and a growth while there are 4: every step has the same samples, and losses but for rounding."""
+    options = (TINY, "--data.path", trainer.corpus, "--batch_tokens", 12 * 32, "--micro_batch", 1, "--log_interval", 12 * 32)
+
+    def samples(name: str, number: int, until: int, *more: str) -> None:
+        out = trainer.folder / name
+        done = ranks("-c", UNTIL, until, f"{out}.samples", *options, "--out", out, *more, number=number)
+        assert done.returncode == (0 if until == 99 else 143), done.stdout + done.stderr
+
+    samples("whole", 1, 99)
+    for number, until in ((1, 3), (2, 6), (4, 10), (3, 13), (1, 99)):
+        samples("changed", number, until, *(() if until == 3 else ("--resume",)))
+    of_whole, of_changed = (by_step(trainer.folder, name) for name in ("whole", "changed"))
+    assert list(map(len, of_whole.values())) == [12] * 16 and of_whole == of_changed
+    whole, changed = (records(trainer.folder / name) for name in ("whole", "changed"))
+    assert [record["step"] for record in whole] == [record["step"] for record in changed]
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert [r[name] for r in changed] == [r[name] and pytest.approx(r[name], rel=1e-5) for r in whole]
 
 
 QWEN3 = {"d_head": 12, "qk_norm": True, "qkv_bias": True, "out_bias": True}

@@ -210,10 +210,11 @@ class Run:
 
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__}\nusage: train.py CONFIG.py [--field.name value ...]; train.py CONFIG.py --help lists all fields")
+        usage = f"{Path(sys.argv[0]).name} CONFIG"
+        print(f"{__doc__}\nusage: {usage} [--field.name value ...]; {usage} --help lists all fields")
         sys.exit(0 if arguments else 2)
     if arguments[0].startswith("--"):
-        raise UserError(f"a config file comes first, as in: train.py config/quickstart.py {arguments[0]} ...")
+        raise UserError(f"a config comes first, as in: {Path(sys.argv[0]).name} config/quickstart.py {arguments[0]} ...")
     try:
         run = Run(load(arguments[0], arguments[1:]))
         run.train()

@@ -1,10 +1,17 @@
-"""One door: `nanostack COMMAND ...`, or `python -m nanostack COMMAND ...`."""
+"""One door: `nanostack COMMAND ...`, or `python -m nanostack COMMAND ...`; with ranks, `torchrun -m nanostack train ...`."""
 
 import importlib
 import os
+import runpy
 import select
 import sys
 
+from nanostack.version import __version__
+
+SCRIPTS = {  # name: what it does, as the script of this name does at the top of a clone
+    "train": "train a model in stages, each of which may grow it",
+    "grow": "make a deeper model of a checkpoint",
+}
 COMMANDS = {  # name: (module in nanostack.commands, what it does)
     "prepare": ("prepare", "text to tokens"),
     "sample": ("sample", "let a model write"),
@@ -21,7 +28,8 @@ COMMANDS = {  # name: (module in nanostack.commands, what it does)
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    about = SCRIPTS | {name: what for name, (_, what) in COMMANDS.items()}
+    lines = [f"  {name:<{width}}  {what}" for name, what in about.items()]
     return "\n".join(["usage: nanostack COMMAND ...; nanostack COMMAND --help tells its options", "", *lines])
 
 
@@ -30,13 +38,16 @@ def run(name: str | None) -> None:
     if name in (None, "-h", "--help", "help"):
         print(usage())
         sys.exit(2 if name is None else 0)
-    if name in ("train", "grow"):
-        print(f"error: {name} is a script: python {name}.py --help", file=sys.stderr)
-        sys.exit(2)
-    if name not in COMMANDS:
-        print(f"error: nanostack has no command {name!r}; it has {', '.join(COMMANDS)}", file=sys.stderr)
+    if name == "--version":
+        print(__version__)
+        return
+    if name not in SCRIPTS | COMMANDS:
+        print(f"error: nanostack has no command {name!r}; it has {', '.join(SCRIPTS | COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv[:2] = [f"nanostack {name}"]
+    if name in SCRIPTS:
+        runpy.run_module(f"nanostack.scripts.{name}", run_name="__main__")
+        return
     importlib.import_module(f"nanostack.commands.{COMMANDS[name][0]}").run()
 
 

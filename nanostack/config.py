@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import runpy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
@@ -21,6 +22,8 @@ from nanostack.growth.config import Growth
 from nanostack.model import LlamaConfig
 from nanostack.old_fields import ADDED, current, renamed
 from nanostack.schedule import Schedule, scheduled
+
+PRESETS = Path(__file__).with_name("presets")  # a link to config/
 
 
 @dataclass(frozen=True)
@@ -311,17 +314,33 @@ class Train:
         return json.loads(json.dumps(values))
 
 
+def config_file(name: str) -> Path:
+    """The file of a config: `name` is its path, or that of a preset, `1b` for config/1b.py, which an installation has too.
+
+    UserError where there is neither, and where a preset's name is also that of a file in this folder.
+    """
+    path, presets = Path(name), {file.stem: file for file in sorted(PRESETS.glob("*.py"))}
+    if name in presets:
+        for here in (path, path.with_suffix(".py")):
+            if here.is_file():
+                raise UserError(f"{name} is a preset, and {here} is here: say ./{here}, or {presets[name]} for the preset")
+        return presets[name]
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(path.stem, presets, 1)
+    said = f"did you mean {nearest[0]}? The" if nearest else "the"
+    raise UserError(f"there is no config file {name}, and no preset of that name; {said} presets are {', '.join(presets)}")
+
+
 def load(path: str, overrides: list[str]) -> Train:
-    """The `config` of the file at `path`, changed by overrides such as `--stages.1.lr 1e-4`.
+    """The `config` of the file at `path`, or of the preset of that name, changed by overrides such as `--stages.1.lr 1e-4`.
 
     Raises `UserError` (a ValueError) for a missing or broken file, an unknown or misspelt name and a value that does not
     parse. `--help` among the overrides prints all names and exits.
     """
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(file) for file in Path("config").glob("*.py")))
-        raise UserError(f"there is no config file {path}" + (f"; there are {known}" if known else ""))
+    file = config_file(path)
     try:
-        config = runpy.run_path(path).get("config")
+        config = runpy.run_path(str(file)).get("config")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:
@@ -335,7 +354,7 @@ def load(path: str, overrides: list[str]) -> Train:
             Train,
             current(overrides),
             default=config,
-            prog=f"train.py {path}",
+            prog=f"{Path(sys.argv[0]).name} {path}",
             config=(tyro.conf.AvoidSubcommands,),  # a stage's growth is overridden like any other field
         )
     except UserError as error:

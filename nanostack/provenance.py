@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from nanostack.version import __version__
+
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"nanostack": __version__, "python": platform.python_version(), "torch": torch.__version__}
     try:
         import triton
 
@@ -30,12 +32,20 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this repository, with -dirty where tracked files differ from it; None where there is no repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    """The commit of this repository, with -dirty where tracked files differ from it.
+
+    None for what is installed, be it somewhere within a repository of others.
+    """
+    here = Path(__file__)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return git(here.parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def tokenizer_name(manifest: dict) -> str:

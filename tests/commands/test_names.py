@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, python
 
-from nanostack.__main__ import COMMANDS
+from nanostack.__main__ import COMMANDS, SCRIPTS
 from nanostack.names import MOVED
 
 
@@ -14,7 +14,7 @@ def test_door_lists_its_commands_with_a_line_each():
     listed = python("-m", "nanostack")
     assert listed.returncode == 2 and python("-m", "nanostack", "--help").stdout == listed.stdout
     _, _, *lines = listed.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert [line.split()[0] for line in lines] == [*SCRIPTS, *COMMANDS]
     assert all(len(line.split()) > 2 for line in lines)
 
 

@@ -1,12 +1,17 @@
-"""What an installation brings: nanostack with its kernels, and no package of a name that others have."""
+"""What an installation brings: nanostack with its kernels and scripts, and no package of a name that others have."""
 
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
 from conftest import ROOT
+from installed import use
+
+import nanostack
 
 pytest.importorskip("setuptools", "77", reason="builds a wheel, which takes setuptools")
 
@@ -18,7 +23,9 @@ def clone(tmp_path):
     for name in ("nanostack", "kernels", "bench", "study", "tests", "config"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "train.py", "grow.py"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("train.py", "grow.py"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -31,14 +38,42 @@ def built(clone, what: str):
     return zipfile.ZipFile(clone / done.stdout.splitlines()[-1])
 
 
-def test_wheel_brings_nanostack_alone(clone):
-    names = set(built(clone, "build_wheel").namelist())
+def test_wheel_and_source_bring_nanostack_alone_and_pass_the_checks_of_the_trade(clone):
+    """The wheel is built from the source archive, as whoever packages it would."""
+    words = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", "dist"]
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    source, wheel = sorted(clone.glob("dist/*"), key=lambda path: path.suffix == ".whl")
+    assert wheel.name == f"nanostack-{nanostack.__version__}-py3-none-any.whl"
+    checks = ["twine", "check", "--strict", source, wheel], ["check_wheel_contents", wheel]
+    for check in checks:
+        done = subprocess.run([sys.executable, "-m", *check], cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"nanostack"}
-    for source in (*clone.glob("nanostack/**/*.py"), *clone.glob("kernels/*.[pc]*")):
-        name = source.relative_to(clone).as_posix()
-        if source.is_file():
-            assert (f"nanostack/{name}" if name.startswith("kernels/") else name) in names
-    assert "nanostack/py.typed" in names
+    for path in (*clone.glob("nanostack/**/*.*"), *clone.glob("kernels/*.*"), *clone.glob("config/*.py")):
+        name = path.relative_to(clone).as_posix()
+        name = f"nanostack/{name.replace('config/', 'presets/')}" if name.startswith(("kernels/", "config/")) else name
+        assert not path.is_file() or name in names, name
+    assert {"nanostack/py.typed", "nanostack/scripts/train.py", "nanostack/scripts/grow.py"} <= names
+    archive = subprocess.run(["tar", "tzf", source], capture_output=True, text=True).stdout.split()
+    assert not [name for name in archive if "/tests" in name] and any(name.endswith("/CITATION.cff") for name in archive)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_wheel_serves_someone_without_a_clone(clone, tmp_path):
+    """An environment that sees the packages of this one, but no clone."""
+    environment, folder = tmp_path / "environment", tmp_path / "empty"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    wheel = built(clone, "build_wheel").filename
+    install = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "--no-deps", wheel]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    use(environment / "bin/python", folder)
 
 
 def test_editable_installation_puts_the_clone_on_the_path(clone):
@@ -46,3 +81,9 @@ def test_editable_installation_puts_the_clone_on_the_path(clone):
     with built(clone, "build_editable") as wheel:
         (pth,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         assert wheel.read(pth).decode().strip() == str(clone)
+
+
+def test_version_is_said_alike_everywhere():
+    version = nanostack.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version

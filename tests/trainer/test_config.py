@@ -78,7 +78,7 @@ def test_wrong_overrides_raise_one_line_that_names_them(overrides, message):
         ("x = 1", "has no variable `config`"),
         ("config = 3", "has no variable `config`"),
         ("from nanostack.config import Train\nconfig = Train(modle=3)", "unexpected keyword argument 'modle'"),
-        ("config = (", "SyntaxError"),
+        ("config = (", "NameError"),
         ("import missing_module", "missing_module"),
     ],
 )
@@ -89,10 +89,18 @@ def test_broken_config_file_is_named(tmp_path, text, message):
     assert "config.py" in str(caught.value)
 
 
-def test_missing_config_file_lists_the_ones_there_are(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match=r"there is no config file config/2b\.py; there are .*config/1b\.py"):
-        load("config/2b.py", [])
+def test_config_is_a_file_or_a_preset_and_nothing_between(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load("1b", []) == load(str(ROOT / "config/1b.py"), [])
+    (tmp_path / "3b.py").write_text("broken")
+    for name, message in (
+        ("config/2b.py", r"there is no config file config/2b\.py, and no preset .*; the presets are 1b, 1b_base, "),
+        ("1b_bas", r"did you mean 1b_base\?"),
+        ("3b", r"3b is a preset, and 3b\.py is here: say \./3b\.py, or /.*3b\.py for the preset"),
+        ("./3b.py", "NameError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name, [])
 
 
 def test_run_must_not_start_by_growing_nothing():

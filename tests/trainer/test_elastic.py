@@ -1,4 +1,4 @@
-"""Two hosts, of which one is cut off in the middle of a run and comes back: network namespaces of this machine, and torchrun."""
+"""Two hosts, one of which is cut off in the middle of a run and comes back: torchrun in two network namespaces."""
 
 import collections
 import json
@@ -59,7 +59,17 @@ def hosts():
 def torchrun(host: int, name: str, *script: object) -> subprocess.Popen:
     """Start the torchrun of a host, the first of which holds the rendezvous: one host is enough, and two are welcome."""
     command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname $0; exec "$@"', f"host-{host}"]
-    command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "9"]
+    command += [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "1:2",
+        "--nproc_per_node",
+        "1",
+        "--max-restarts",
+        "9",
+    ]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--local_addr", f"10.77.0.{host + 1}"]
     command += ["--rdzv_conf", f"is_host={int(host == 0)},last_call_timeout=3"]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

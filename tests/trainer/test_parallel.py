@@ -80,7 +80,7 @@ def by_step(folder, name: str) -> dict[int, list]:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_number_of_ranks_may_change_at_every_resume(trainer):
-    """1, 2, 4, 3 ranks and 1 again, and a growth while there are 4: every step has the same samples, and losses but for rounding."""
+    """1, 2, 4, 3 ranks and 1 again, with a growth among 4: every step has the same samples, and its loss but for rounding."""
     options = (TINY, "--data.path", trainer.corpus, "--batch_tokens", 12 * 32, "--micro_batch", 1, "--log_interval", 12 * 32)
 
     def samples(name: str, number: int, until: int, *more: str) -> None:

@@ -2,8 +2,7 @@
 
 Makes an empty environment, installs nanostack from a folder of wheels alone, and there, in an empty folder, prepares text,
 trains a preset, grows it, trains it on with two ranks and lets it write. FOLDER holds the wheels of nanostack and of all that
-it needs: `pip wheel --wheel-dir FOLDER --constraint constraints.txt "torch==2.13.0" .`, or `python -m build --wheel --outdir FOLDER`
-beside wheels that are there.
+it needs, as `pip wheel --wheel-dir FOLDER --constraint constraints.txt "torch==2.13.0" .` fills it.
 """
 
 import argparse

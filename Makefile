@@ -19,7 +19,7 @@ WHEELS ?=
 CACHE ?=
 FOR ?= 3.12
 
-.PHONY: quickstart test gpu-right gpu-fast gpu-tune gpu-wheels gpu-cache dry-gpu lint format clean
+.PHONY: quickstart test docs gpu-right gpu-fast gpu-tune gpu-wheels gpu-cache dry-gpu lint format clean
 
 quickstart: $(READY)
 	$(RUN) -m study.quickstart $(ARGS)
@@ -52,6 +52,9 @@ gpu-cache: $(READY)
 		--platform manylinux_2_27_x86_64 --target out/triton-$(TRITON)-$(FOR) triton==$(TRITON)
 	TRITON_CACHE_DIR=$(CACHE) PYTHONPATH=out/triton-$(TRITON):. $(RUN) -m pytest -q -n 2 -p bench.carried \
 		--compiled-for out/triton-$(TRITON)-$(FOR) --dry-gpu=$(firstword $(subst $(comma), ,$(ARCH))) -m gpu $(ARGS)
+
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict
 
 lint: $(READY)
 	$(RUN) -m ruff check .

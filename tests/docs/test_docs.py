@@ -48,6 +48,29 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
     assert linked >= pages.keys()
 
 
+def test_site_is_built_and_a_dead_link_fails(tmp_path):
+    for name in ("mkdocs.yml", "README.md", "docs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for name in ("config", "nanostack"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+
+    def build() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = build()
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "out/site"
+    assert {path.stem for path in site.glob("*.html")} == {path.stem for path in DOCS.glob("*.md")} | {"index", "404"}
+    front = (site / "index.html").read_text()
+    assert 'src="quickstart.png"' in front and 'href="runs.html"' in front
+    assert not re.search(r'(src|href)="(https?:)?//(?!arxiv\.org|squidfunk)', front), "nothing is asked of other hosts"
+    for dead in ("nowhere.md", "nowhere.py", "runs.md#nowhere"):
+        (tmp_path / "docs/first_aid.md").write_text(f"[dead]({dead})")
+        assert build().returncode != 0, dead
+
+
 def test_no_page_has_commands_that_are_not_run():
     others = [path for path in DOCS.glob("*.md") if path.stem not in (*PAGES, "add_an_operator")]
     assert not {path.name: found for path in others if (found := commands(path))}

@@ -1,15 +1,29 @@
-"""What one would train the same Llama with instead: plain torch, and Hugging Face's own, as their users write it.
+"""What one would train with instead: the same Llama in plain torch, by Hugging Face and by litgpt, and nanoGPT.
 
-Both keep fp32 weights and compute in bfloat16 under autocast, as is usual; neither knows our kernels. The plain one has its
+The Llamas keep fp32 weights and compute in bfloat16 under autocast, as is usual; none knows our kernels. The plain one has its
 residual stream in bfloat16 too, as ours has; Hugging Face's keeps it in fp32, as it does under autocast.
 """
 
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanostack.config import Train
+from nanostack.device import choose_device, compute_dtype
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig, rope_angles
+from nanostack.text.dataset import Tokens
 
 
 class PlainNorm(nn.RMSNorm):
@@ -108,3 +122,84 @@ class HuggingFaceLlama(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return self.model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
+
+
+class LitLlama(nn.Module):
+    """litgpt's GPT in the shape of a Llama, with its cross entropy, as its `pretrain` calls them."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        try:
+            from litgpt import GPT, Config
+            from litgpt.utils import chunked_cross_entropy
+        except ImportError as error:
+            raise UserError("--against litgpt needs litgpt: pip install litgpt, after torch") from error
+        if config.rope_scaling is not None or config.tie_embeddings:
+            raise UserError("--against litgpt compares models without rope scaling, with a head of their own")
+        self.loss = chunked_cross_entropy
+        self.model = GPT(
+            Config(
+                name="ours",
+                hf_config={},
+                block_size=config.seq_len,
+                padded_vocab_size=config.vocab_size,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_query_groups=config.n_kv_head,
+                n_embd=config.d_model,
+                head_size=config.head_dim,
+                intermediate_size=config.d_ff,
+                rotary_percentage=1.0,
+                rope_base=int(config.rope_theta),
+                parallel_residual=False,
+                bias=False,
+                norm_class_name="RMSNorm",
+                norm_eps=config.norm_eps,
+                mlp_class_name="LLaMAMLP",
+            )
+        )
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.loss(self.model(tokens_BT), targets_BT, chunk_size=0)
+
+
+def nanogpt(clone: Path, config: Train, steps: int, began: float) -> dict:
+    """Run nanoGPT's own train.py: seconds of each step, those from `began` to the end of the first, peak of memory in bytes.
+
+    Its model is a GPT-2 of the config's layers, heads, width and vocabulary, on its ids and with its batch; without
+    torch.compile, as its README trains on a CPU. It draws batches in its own order, and first evaluates, on one batch.
+    """
+    scripts = [clone / name for name in ("train.py", "model.py", "configurator.py")]
+    if missing := [path.name for path in scripts if not path.is_file()]:
+        raise UserError(f"--nanogpt {clone} is no clone of github.com/karpathy/nanoGPT: it has no {missing[0]}")
+    model, device = config.model, choose_device("auto")
+    if device.type != "cpu" or compute_dtype(device, config.dtype) != torch.float32:
+        raise UserError("--against nanogpt times what its README does on a CPU, in float32: add --dtype float32")
+    options = {
+        **dict.fromkeys(("eval_interval", "lr_decay_iters"), 2**31),
+        **{"dataset": "bench", "device": "cpu", "compile": False, "dtype": "float32", "eval_iters": 1, "log_interval": 1},
+        **{"n_layer": model.n_layer, "n_head": model.n_head, "n_embd": model.d_model, "block_size": model.seq_len},
+        **{"batch_size": config.micro_batch, "always_save_checkpoint": False, "max_iters": steps - 1},
+        **{"gradient_accumulation_steps": config.batch_tokens // (config.micro_batch * model.seq_len)},
+    }
+    with TemporaryDirectory() as folder:
+        data = Path(folder, "data/bench")
+        data.mkdir(parents=True)
+        for path in scripts:
+            shutil.copy(path, folder)
+        for split in ("train", "val"):
+            tokens = Tokens(config.data.path, split, model.seq_len)
+            tokens.blocks(0, min(tokens.n_blocks, 10_000))[:, :-1].astype(np.uint16).tofile(data / f"{split}.bin")
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": model.vocab_size}))
+        command = [sys.executable, "-u", "train.py", *(f"--{name}={value}" for name, value in options.items())]
+        process = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        seconds, said, first = [], [], 0.0
+        for line in process.stdout or ():
+            said.append(line)
+            if found := re.match(r"iter \d+: .* time ([\d.]+)ms", line):
+                seconds.append(float(found[1]) / 1e3)
+                first = first or time.time() - began
+        if process.wait() or len(seconds) != steps:
+            raise UserError(f"nanoGPT ended with exit code {process.returncode}: {said[-1].strip() if said else ''}")
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"seconds": seconds, "first_step": first, "peak_bytes": peak, "kernels": "torch"}

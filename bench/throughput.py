@@ -3,10 +3,12 @@
     python bench/throughput.py                                   config/1b.py on a GPU, config/quickstart.py without
     python bench/throughput.py config/3b.py --against compile,hf
     python bench/throughput.py --optim.name muon --against adamw  ours by either optimizer
+    python bench/throughput.py --against litgpt,nanogpt --nanogpt ../nanoGPT
 
 Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
 The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
-with Liger's kernels where they are installed and there is a GPU. Each runs in a process of its own, in turns, several rounds,
+with Liger's kernels where they are installed and there is a GPU; litgpt's; a GPT-2 of the same layers and width by nanoGPT's
+own train.py, from a clone, on a CPU. Each runs in a process of its own, in turns, several rounds,
 so that a slow minute hits all; the first round starts with empty compilation caches (but the libraries read from the disk
 before) and tells the time to the first step. What was measured is kept after every turn.
 
@@ -48,7 +50,8 @@ from study import training_run
 
 OURS = "nanostack"
 STARTED = "NANOSTACK_BENCH_STARTED"  # in the environment: when the process of a way was started
-PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face", "adamw": "nanostack, AdamW"}
+PEERS = {"eager": "torch eager", "compile": "torch.compile", "hf": "Hugging Face", "litgpt": "litgpt", "nanogpt": "nanoGPT"}
+PEERS |= {"adamw": "nanostack, AdamW"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Command:
     """Changes to it as train.py takes them: all options that are not named here. Without --data.path, the batches are random
     ids (bench/ids.py): text does not decide how fast a step is."""
     against: str = "eager,compile,hf"
-    """Which others, by comma: eager, compile, hf; "" for none."""
+    """Which others, by comma: eager, compile, hf, litgpt, nanogpt; "" for none."""
+    nanogpt: Path | None = None
+    """A clone of github.com/karpathy/nanoGPT, for --against nanogpt."""
     rounds: int = 3
     steps: int = 20
     """Timed in each round, after as many as `warmup`."""
@@ -117,13 +122,14 @@ def ours(config: Train, mark) -> str:
 
 def theirs(name: str, config: Train, mark) -> str:
     """Train as a user of plain torch or transformers does, calling `mark` after every step."""
-    from bench.peers import HuggingFaceLlama, PlainLlama
+    from bench.peers import HuggingFaceLlama, LitLlama, PlainLlama
 
     device = choose_device("auto")
     dtype = compute_dtype(device, config.dtype)
     torch.set_float32_matmul_precision("high")
     with device:
-        model = HuggingFaceLlama(config.model, liger(device)) if name == "hf" else PlainLlama(config.model)
+        kinds = {"hf": lambda shape: HuggingFaceLlama(shape, liger(device)), "litgpt": LitLlama}
+        model = kinds.get(name, PlainLlama)(config.model)
     if name == "compile":
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optim.betas, weight_decay=0.1, fused=True)
@@ -165,6 +171,11 @@ def liger(device: torch.device) -> bool:
 def work(command: Command, config: Train) -> dict:
     """Be one of the ways: run warm-up and timed steps in this process."""
     began = float(os.environ.get(STARTED, time.time()))  # before Python was started
+    if command.worker == "nanogpt":
+        from bench.peers import nanogpt
+
+        found = nanogpt(command.nanogpt or Path(), config, command.warmup + command.steps, began)
+        return found | {"seconds": found["seconds"][command.warmup :]}
     cuda, marks = torch.cuda.is_available(), []
 
     def mark():
@@ -204,6 +215,8 @@ def main(command: Command) -> dict:
     against = [name.strip() for name in command.against.split(",") if name.strip()]
     if unknown := [name for name in against if name not in PEERS]:
         raise UserError(f"--against takes {', '.join(PEERS)}, not {', '.join(unknown)}")
+    if "nanogpt" in against and command.nanogpt is None:
+        raise UserError("--against nanogpt needs a clone of github.com/karpathy/nanoGPT: --nanogpt FOLDER")
     config, steps = load(path, list(command.overrides)), command.warmup + command.steps
     with timed(config, command.overrides, steps, command.accumulate) as config:
         return work(command, config) if command.worker else compare(command, path, against, config, device)
@@ -257,6 +270,7 @@ def rotated_by(names: list[str], turn: int) -> list[str]:
 def in_process(name: str, path: str, command: Command, data: str, caches: Path, number: int) -> dict:
     """One round of one way. Its caches are empty in the first round, and of its own."""
     arguments = [sys.executable, str(Path(__file__)), path, *command.overrides, "--data.path", data, "--worker", name, "--json"]
+    arguments += ["--nanogpt", str(command.nanogpt)] if command.nanogpt else []
     arguments += ["--steps", str(command.steps), "--warmup", str(command.warmup), "--accumulate", str(command.accumulate)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor")}
     environment |= {"TRITON_CACHE_DIR": str(caches / name / "triton"), "XDG_CACHE_HOME": str(caches / name)}

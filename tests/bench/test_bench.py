@@ -122,7 +122,12 @@ def test_anchor_of_50m_is_what_autoresearch_counts_and_stands_beside_its_config_
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("throughput", ("--against", "jax"), "--against takes eager, compile, hf, adamw, not jax"),
+        ("throughput", ("--against", "jax"), "--against takes eager, compile, hf, litgpt, nanogpt, adamw, not jax"),
+        (
+            "throughput",
+            ("--against", "nanogpt"),
+            "--against nanogpt needs a clone of github.com/karpathy/nanoGPT: --nanogpt FOLDER",
+        ),
         ("throughput", ("--rounds", "0"), "must be at least 1"),
         ("throughput", ("config/none.py",), "there is no config file config/none.py"),
         ("throughput", (TINY, "--data.pth", "x"), "--data.pth"),

@@ -1,4 +1,4 @@
-"""What mkdocs.yml needs beyond its options: README.md is the front page, and a link to a file that is no page becomes its name."""
+"""What mkdocs.yml needs beyond options: README.md is the front page, and a link to a file that is no page becomes its name."""
 
 import re
 from pathlib import Path

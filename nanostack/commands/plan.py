@@ -15,15 +15,15 @@ from nanostack.errors import UserError, command_line
 from nanostack.flops import flops_per_token, n_params
 from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise, hours, rate_of
 
-MEASURED = {  # bench/results/study-muon-cpu.json
-    "adamw": "stacking saved +51 ± 74 % over AdamW from scratch",
-    "muon": "stacking saved +51 ± 62 % over Muon from scratch, and Muon from scratch +31 ± 37 % over AdamW",
+MEASURED = {  # bench/results/study-quickstart-cpu.json; of AdamW study-muon-cpu.json
+    "adamw": "stacking saved +51 ± 74 % over AdamW from scratch (three seeds)",
+    "muon": "stacking saved +61 ± 16 % over Muon from scratch (five seeds), and Muon from scratch +31 ± 37 % over AdamW (three)",
 }
 
 
 ADVICE = {  # what docs/study.md found, in a line
     "adamw": "keep old moments, zero for new layers, no warm-up; 10 to 30 % of the FLOPs were equally good times to grow",
-    "muon": "keep old momentum, zero for new layers, no warm-up; half the base's rate after growth; with one seed, growing "
+    "muon": "keep old momentum, zero for new layers, no warm-up; half the base's rate after growth, or twice; with one seed, growing "
     "after 5 to 10 % of the FLOPs was best, and after 30 % saved nothing",
 }
 
@@ -134,7 +134,7 @@ def main(command: Command) -> dict:
     print(
         f"grown     {advice['flops_grown']:.3g} FLOPs, {advice['hours_grown']:,.0f} h, if the speedup is {command.speedup:.0%}"
     )
-    print(f"measured  {MEASURED[command.optim]}: 0.27M parameters, 20 tokens for each, three seeds (docs/study.md)")
+    print(f"measured  {MEASURED[command.optim]}: 0.27M parameters, 20 tokens for each (docs/study.md)")
     print(f"advice    {ADVICE[command.optim]}")
     print("hours are estimates. A config to begin with:\n\n" + config_text(advice, command.optim))
     return advice

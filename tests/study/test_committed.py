@@ -46,10 +46,13 @@ def test_what_pages_and_commands_say_of_muon_is_in_the_results():
     pairs = {"muon": ("stacked", "scratch"), "adamw": ("adamw stacked", "adamw"), "both": ("scratch", "adamw")}
     gains = {name: gain_said(*over_gains(results, arm, "flops", 9e12, control), 3) for name, (arm, control) in pairs.items()}
     muon, adamw = gains["muon"], gains["adamw"]
-    assert muon in MEASURED["muon"] and gains["both"] in MEASURED["muon"] and adamw in MEASURED["adamw"]
-    answer = (ROOT / "study/answer.md").read_text()
-    assert f"speedup of {muon[1:3]} %" in answer.replace("\n  ", " ")
-    assert f"± {muon.split('± ')[1]}" in answer and f"± {adamw.split('± ')[1]}" in answer
+    five = at_best_pace(json.loads((ROOT / "bench/results/study-quickstart-cpu.json").read_text()))
+    most = gain_said(*over_gains(five, "grown", "flops", 9e12, "scratch"), 5)
+    assert most in MEASURED["muon"] and gains["both"] in MEASURED["muon"] and adamw in MEASURED["adamw"]
+    answer = (ROOT / "study/answer.md").read_text().replace("\n  ", " ")
+    assert all(gain.lstrip("+") in answer for gain in (most, muon, adamw))
+    for control in ("scratch", "base4", "base"):
+        assert plus_minus(difference(five, "grown", control, 9e12)).lstrip("-") in answer
     losses = [f"{arms[name]['losses'][1]['mean']:.3f}" for name in ("adamw", "scratch", "adamw stacked", "stacked")]
     assert "end at {} and {}, stacked at {} and {}".format(*losses) in OTHER
     means = study_of(ROOT / "study/studies/muon.py").means.replace("\n", " ")
@@ -70,14 +73,15 @@ def test_what_pages_and_commands_say_of_muon_is_in_the_results():
     assert all(gain.lstrip("+").split(" %")[0] in means for gain in (muon, adamw))
 
 
-def test_losses_that_are_told_of_one_seed_are_in_its_results():
-    """Every loss that a text on study `muon_growth` names is an arm's there, or a mean of study `muon`."""
-    results = [
-        json.loads((ROOT / f"bench/results/study-{name}-cpu.json").read_text())["arms"] for name in ("muon_growth", "muon")
-    ]
+@pytest.mark.parametrize(
+    ("study", "texts", "most"), [("muon_growth", ("muon_growth", "muon"), 25), ("quickstart", ("quickstart",), 5)]
+)
+def test_losses_that_are_told_of_a_study_are_in_its_results(study, texts, most):
+    """Every loss that its text names is that of a run, or a mean of seeds."""
+    results = [json.loads((ROOT / f"bench/results/study-{name}-cpu.json").read_text())["arms"] for name in texts]
     sweeps = [
         losses for arms in results for arm in arms.values() for rates in arm["sweep"].values() for losses in rates.values()
     ]
     known = {f"{loss:.3f}" for losses in sweeps for loss in (*losses, sum(losses) / len(losses))}
-    told = re.findall(r"\b2\.\d{3}\b", study_of(ROOT / "study/studies/muon_growth.py").means)
-    assert len(told) > 25 and not set(told) - known
+    told = re.findall(r"\b2\.\d{3}\b", study_of(ROOT / f"study/studies/{study}.py").means)
+    assert len(told) > most and not set(told) - known

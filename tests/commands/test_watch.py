@@ -19,7 +19,8 @@ from nanostack.commands.watch import ROWS, TEXTS, Watched
 from nanostack.growth import Receipt
 from nanostack.runs import Follower
 
-HEADER = {"config": {"batch_tokens": 256, "stages": [{"tokens": 1024, "growth": None}, {"tokens": 900, "growth": {"op": "stack"}}]}}
+STAGES = [{"tokens": 1024, "growth": None}, {"tokens": 900, "growth": {"op": "stack"}}]
+HEADER = {"config": {"batch_tokens": 256, "stages": STAGES}}
 LOSS, VAL = 5, 6  # columns of a row
 
 
@@ -322,7 +323,8 @@ def test_it_starts_without_torch():
 # In a browser
 
 
-QUIET = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update".split()
+QUIET = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"]
+QUIET += ["disable-background-networking", "disable-component-update", "disable-sync", "window-size=1280,900"]
 
 
 class Browser:
@@ -362,7 +364,7 @@ def chromium(tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
-    for flag in (*QUIET, "disable-sync", "window-size=1280,900", f"user-data-dir={tmp_path / 'profile'}"):
+    for flag in (*QUIET, f"user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))

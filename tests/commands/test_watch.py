@@ -420,12 +420,15 @@ def records_of(out: Path) -> list[dict]:
 @pytest.mark.slow
 def test_browser_shows_two_runs_over_what_the_reader_chooses(tmp_path, chromium):
     """The second has half of the tokens, a quarter of the FLOPs and the same seconds."""
-    write(tmp_path / "one", *(record(step, val_loss=4.0 - step / 10) for step in range(1, 21)))
+    stages = [{"tokens": 30 * 256, "growth": None}, {"tokens": 10 * 256, "growth": {"op": "stack"}}]
+    header = {"config": {"batch_tokens": 256, "stages": stages}}
+    write(tmp_path / "one", *(record(step, val_loss=4.0 - step / 10) for step in range(1, 21)), header=header)
     half = (record(step, val_loss=4.0, tokens=128 * step, flops=2.5e8 * step) for step in range(1, 21))
     write(tmp_path / "two<b>", *half)
     with watching(tmp_path / "one", tmp_path / "two<b>") as (process, port):
         browser = chromium(port)
         browser.wait("runs.length === 2 && document.querySelector('.plot')")
+        assert "step 20 of 40, 50.0 %, more than 10 s to go, last record " in browser.text(), "a growth makes steps slower"
         left, right = browser.run("return [LEFT, view.width - RIGHT]")
         begins = {"flops": 2.5e8, "tokens": 128, "seconds": 0.5}
         for axis, (one, two) in {"flops": (2e10, 5e9), "tokens": (5120, 2560), "seconds": (10, 10)}.items():

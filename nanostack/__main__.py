@@ -22,6 +22,7 @@ COMMANDS = {  # name: (module in nanostack.commands, what it does)
     "fit": ("fit", "the largest micro-batch that fits a GPU"),
     "plan": ("plan", "when to grow, how much, and what it may save"),
     "plot": ("plot", "draw the curves of runs"),
+    "watch": ("watch", "watch runs in the browser while they train"),
     "track": ("track", "show runs in TensorBoard or wandb"),
 }
 

@@ -12,7 +12,7 @@ import tyro
 
 from nanostack.curves import AXES, draw
 from nanostack.errors import UserError, command_line
-from nanostack.runs import read_run
+from nanostack.runs import name_of, read_run
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,12 @@ def main(command: Command) -> dict:
         raise UserError(f"--out names a picture, not {str(out)!r}")
     out = out.with_suffix(".png") if out.suffix in (".png", ".svg") else out.with_name(out.name + ".png")
     try:
-        draw({name(folder, list(runs)): records for folder, records in runs.items()}, command.x, out)
+        draw({name_of(folder, list(runs)): records for folder, records in runs.items()}, command.x, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     if not command.json:
         print(f"wrote {out} and {out.with_suffix('.svg')}")
     return {"png": str(out), "svg": str(out.with_suffix(".svg"))}
-
-
-def name(folder: Path, all_: list[Path]) -> str:
-    """The folder's own name, or its whole path where others have the same."""
-    return folder.name if sum(other.name == folder.name for other in all_) == 1 else str(folder)
 
 
 def run() -> None:

@@ -88,7 +88,7 @@ def point(path: Path, folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name."""
-    going = folder.with_name(folder.name + PARTIAL)
+    going = folder.with_name(f"{folder.name}.old{PARTIAL}")  # not the name under which another is being written
     shutil.rmtree(going, ignore_errors=True)
     os.rename(folder, going)
     shutil.rmtree(going, ignore_errors=True)

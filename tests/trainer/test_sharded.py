@@ -130,6 +130,14 @@ def test_pointer_moves_last_and_a_name_that_is_taken_is_freed(saved):
     assert checkpoint.load(saved)["cursor"]["samples"] == 8
 
 
+def test_whole_folder_to_which_nothing_points_yet_gives_way_to_a_new_one(saved):
+    """As after a save whose pointer could not be written any more."""
+    saved.unlink()
+    checkpoint.save_sharded(trained(3), saved, "manifest")
+    assert sharded.folder_of(saved) == saved.with_name("ckpt") and checkpoint.load(saved)["cursor"]["samples"] == 6
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["ckpt", "ckpt.pt"]
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_write_what_one_process_reads_and_goes_on_with(trainer_of_module, by_two):

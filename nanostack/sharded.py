@@ -86,6 +86,22 @@ def point(path: Path, folder: Path) -> None:
         file.write(json.dumps({"format": POINTER, "folder": folder.name}) + "\n")
 
 
+def check_place(out: Path, source: Path, overwrite: bool) -> None:
+    """Raise `UserError` unless a sharded checkpoint made of `source` can be put at `out`, and its shards beside it."""
+    if not out.suffix:
+        raise UserError(f"{out} points to the folder of a sharded checkpoint: give it a suffix, as in {out}.pt")
+    beside, own = out.with_suffix(""), folder_of(source) or source
+    for place in (beside, out.with_name(pointed_to(out) or out.name)):
+        if place.exists() and place.samefile(own):
+            raise UserError(f"{place}, whose place the shards would take, is the checkpoint {source} itself: choose another name")
+    if not os.path.lexists(beside):
+        return
+    if beside.is_symlink() or folder_of(beside) != beside:
+        raise UserError(f"{beside}, where the shards would go, exists already and is no checkpoint: choose another name")
+    if not overwrite:
+        raise UserError(f"{beside}, where the shards would go, exists already: choose another name, or --overwrite")
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name."""
     going = folder.with_name(f"{folder.name}.old{PARTIAL}")  # not the name under which another is being written

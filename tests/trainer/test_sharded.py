@@ -138,6 +138,20 @@ def test_whole_folder_to_which_nothing_points_yet_gives_way_to_a_new_one(saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["ckpt", "ckpt.pt"]
 
 
+@pytest.mark.parametrize("out", ["texts.pt", "ckpt.pt", "ckpt.bin", "ckpt-1.pt"])
+def test_shards_of_a_grown_checkpoint_take_no_place_that_is_not_theirs(saved, out):
+    """A folder of the user's, the checkpoint that grows, and another one, beside the name that is asked for."""
+    source = saved.with_name("ckpt")
+    (saved.parent / "texts").mkdir()
+    (saved.parent / "texts" / "thesis").write_text("kept")
+    shutil.copytree(source, saved.with_name("ckpt-1"))
+    before = {path: path.read_bytes() for path in saved.parent.rglob("*") if path.is_file()}
+    options = () if out == "ckpt-1.pt" else ("--overwrite",)
+    done = python("grow.py", source, "--g", "2", "--out", saved.with_name(out), *options)
+    assert done.returncode == 2 and "choose another name" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert before == {path: path.read_bytes() for path in saved.parent.rglob("*") if path.is_file()}
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_write_what_one_process_reads_and_goes_on_with(trainer_of_module, by_two):

@@ -70,12 +70,12 @@ def pointed_to(path: Path) -> str | None:
         if not path.is_file() or path.stat().st_size > 4096:
             return None
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found.get("format") != POINTER:
         return None
     name = found.get("folder")
-    if not isinstance(name, str) or not name or name != Path(name).name:
+    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or len(name.encode()) > 255:
         raise UserError(f"{path} is damaged: it names no folder beside it")
     return name
 

@@ -1,5 +1,6 @@
 """A sharded checkpoint is whole or not there; any number of ranks reads it; what is not what was saved is refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from test_checkpoint import CONFIG, CPU, trained
 
 from nanostack import checkpoint, sharded
 from nanostack.config import Optim
+from nanostack.errors import UserError
 from nanostack.state import State
 
 
@@ -119,6 +121,37 @@ def test_code_in_a_table_is_never_run(saved, tmp_path):
     with pytest.raises(ValueError, match="no table of a checkpoint"):
         checkpoint.load(saved)
     assert not mark.exists()
+
+
+def test_tensor_that_its_shards_do_not_make_whole_is_refused(saved):
+    """A table that lacks one, whatever its hash says: what was not read would be what lay in memory."""
+    folder = saved.with_name("ckpt")
+    table = pickle.loads((folder / ".metadata").read_bytes())
+    table.state_dict_metadata["model.embed.weight"].chunks.pop()
+    raw = pickle.dumps(table)
+    (folder / ".metadata").write_bytes(raw)
+    plain = json.loads((folder / "nanostack.json").read_text()) | {"table_sha256": hashlib.sha256(raw).hexdigest()}
+    plain |= {"sha256": sharded.plain_sha256({key: value for key, value in plain.items() if key != "sha256"})}
+    (folder / "nanostack.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="does not hold all of model.embed.weight"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["..", "x" * 300])
+def test_pointer_to_what_is_no_name_is_one_line(saved, name):
+    saved.write_text(json.dumps({"format": "nanostack-pointer-1", "folder": name}))
+    with pytest.raises(UserError, match="names no folder beside it"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 4000])
+def test_what_is_no_pointer_and_no_plain_values_is_one_line(saved, content):
+    saved.with_name("ckpt").joinpath("nanostack.json").write_text(content)
+    with pytest.raises(UserError, match="missing or damaged"):
+        checkpoint.load(saved)
+    saved.write_text(content)
+    with pytest.raises(UserError, match="damaged or not a nanostack checkpoint"):
+        checkpoint.load(saved)
 
 
 def test_pointer_moves_last_and_a_name_that_is_taken_is_freed(saved):

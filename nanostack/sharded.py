@@ -56,7 +56,7 @@ def folder_of(path: Path) -> Path | None:
     name = pointed_to(path)
     if name is None:
         return None
-    folder = path.parent / name
+    folder = (path.resolve() if path.is_symlink() else path).parent / name
     if not folder.is_dir():
         there = sorted(other.name for other in path.parent.glob(f"{path.stem}-*") if folder_of(other) == other)
         others = f"there are {', '.join(there)}, each of which can be named instead" if there else "no other is there"

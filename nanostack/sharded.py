@@ -215,7 +215,7 @@ def save(tensors: dict[str, Tensor], writer: Writer, together: bool = True) -> N
     try:
         alone = not dist.is_initialized()
         dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
-    except CheckpointException as error:
+    except (CheckpointException, OSError, RuntimeError) as error:  # the first where ranks are together
         if alone or not together or dist.get_rank() == 0:
             shutil.rmtree(writer.path, ignore_errors=True)  # it takes room, and is no checkpoint
         raise UserError(f"could not save {writer.folder}: {reason(error)}; earlier checkpoints are intact") from error

@@ -16,7 +16,7 @@ PAST = ("batch_tokens", "seed", "model", "data")  # what all that was trained de
 def check(config: Train, cursor: Position) -> None:
     """Say on standard error what `config` changes in the run that its folder holds, which has come to `cursor`.
 
-    UserError for what would change the past, unless config.resume_anyway. Where the run has no header, that is all that is told.
+    UserError for what would change the past, unless config.resume_anyway. Without a header, only that is told.
     """
     path = Path(config.out) / "metrics.jsonl"
     then = header_config(path)

@@ -93,7 +93,7 @@ def check_place(out: Path, source: Path, overwrite: bool) -> None:
     beside, own = out.with_suffix(""), folder_of(source) or source
     for place in (beside, out.with_name(pointed_to(out) or out.name)):
         if place.exists() and place.samefile(own):
-            raise UserError(f"{place}, whose place the shards would take, is the checkpoint {source} itself: choose another name")
+            raise UserError(f"{place}, whose place the shards would take, is {source} itself: choose another name")
     if not os.path.lexists(beside):
         return
     if beside.is_symlink() or folder_of(beside) != beside:

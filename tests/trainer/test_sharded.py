@@ -133,7 +133,7 @@ def test_tensor_that_its_shards_do_not_make_whole_is_refused(saved):
     plain = json.loads((folder / "nanostack.json").read_text()) | {"table_sha256": hashlib.sha256(raw).hexdigest()}
     plain |= {"sha256": sharded.plain_sha256({key: value for key, value in plain.items() if key != "sha256"})}
     (folder / "nanostack.json").write_text(json.dumps(plain))
-    with pytest.raises(UserError, match="does not hold all of model.embed.weight"):
+    with pytest.raises(UserError, match=r"does not hold all of model\.embed\.weight"):
         checkpoint.load(saved)
 
 

@@ -158,7 +158,7 @@ def test_failed_save_of_which_nobody_was_told_yet_is_no_success(tmp_path, monkey
     saver = checkpoint.Saver(tmp_path / "ckpt.pt", "manifest", 2, False, print)
     saver._writing = Future()
     saver._writing.set_exception(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(ValueError, match="could not save .*No space left"):
+    with pytest.raises(ValueError, match=r"could not save .*No space left"):
         saver.wait()
 
 

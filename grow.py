@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from nanostack import checkpoint, models, parallel
+from nanostack import checkpoint, models, parallel, sharded
 from nanostack.config import Parallel
 from nanostack.device import check_room, choose_device, free_bytes
 from nanostack.errors import UserError, exits_cleanly, parse
@@ -84,8 +84,8 @@ def main(command: Command) -> dict:
     device, shards = placement.device, "shards" in saved or placement.mesh is not None
     if folder and placement.mesh is not None:
         raise UserError(f"{command.checkpoint}: one process grows a Hugging Face folder, without torchrun")
-    if shards and not out.suffix:
-        raise UserError(f"{out} points to the folder of a sharded checkpoint: give it a suffix, as in {out}.pt")
+    if shards:
+        sharded.check_place(out, command.checkpoint, command.overwrite)
     in_parts = shards and placement.mesh is None and plan.width is None and not plan.learns and not val
     if plan.moments == RESET:
         saved["optimizer"] = {}  # never to be read

@@ -125,17 +125,22 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        if not writing.exception():
+        if (error := writing.exception()) is None:
             self._failed = None
-        elif is_main_rank():
+            return
+        self._failed = self._failed or (time.monotonic(), self._why(error))  # `_tell` may be called only a moment later
+        if is_main_rank():
             for partial in self.path.parent.glob(f"{self.path.stem}-*{sharded.PARTIAL}"):  # takes room, and is no checkpoint
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _why(self, error: BaseException) -> str:
+        return str(error) if isinstance(error, UserError) else f"could not save {self.path}: {sharded.reason(error)}"
 
     def _tell(self, writing: Future) -> None:
         """Called by the thread that wrote."""
         if (error := writing.exception()) is None:
             return
-        why = str(error) if isinstance(error, UserError) else f"could not save {self.path}: {sharded.reason(error)}"
+        why = self._why(error)
         self._failed = time.monotonic(), why
         if not isinstance(error, UserError | CheckpointException | OSError):
             why += f" ({type(error).__name__})"

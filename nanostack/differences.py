@@ -16,10 +16,12 @@ PAST = ("batch_tokens", "seed", "model", "data")  # what all that was trained de
 def check(config: Train, cursor: Position) -> None:
     """Say on standard error what `config` changes in the run that its folder holds, which has come to `cursor`.
 
-    UserError for what would change the past, unless config.resume_anyway. Nothing is told where the run has no header.
+    UserError for what would change the past, unless config.resume_anyway. Without a header, only that is told.
     """
     path = Path(config.out) / "metrics.jsonl"
     then = header_config(path)
+    if then is None:
+        print(f"note: {path} does not tell with which options the run began, so none are compared", file=sys.stderr)
     changed = _differences(then, config.shaping()) if then else {}
     past = [name for name in changed if _is_past(name, *changed[name], cursor)]
     if past and not config.resume_anyway:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from nanostack import files, shard_reader, sharded
+from nanostack.errors import UserError
 
 
 def prune(path: Path, keep: int) -> None:
@@ -21,8 +22,11 @@ def go_back(source: Path, path: Path) -> None:
     """Make `path` the earlier checkpoint `source`, or point to it; what was there gets a number."""
     if (folder := sharded.folder_of(source)) is not None:
         beside = path.parent / folder.name
+        if beside.exists() and not beside.samefile(folder):
+            raise UserError(f"{beside} is in the way of a copy of {folder}: rename one of them")
         if not beside.exists():
-            shutil.copytree(folder, beside)
+            shutil.copytree(folder, beside.with_name(f"{beside.name}{sharded.PARTIAL}"), dirs_exist_ok=True)
+            os.replace(beside.with_name(f"{beside.name}{sharded.PARTIAL}"), beside)
         give_number(path)
         sharded.point(path, beside)
         return
@@ -79,4 +83,7 @@ def numbered_checkpoints(path: Path) -> list[Path]:
 def _samples_in(file: Path, path: Path) -> int | None:
     """The number in the name of a numbered checkpoint of `path`; None where it is none."""
     found = re.fullmatch(rf"-(\d+)({re.escape(path.suffix)}|{re.escape(sharded.AGAIN)}|)", file.name.removeprefix(path.stem))
-    return int(found[1]) if found and file.is_dir() == (found[2] != path.suffix) else None
+    if found is None:
+        return None
+    as_named = not file.is_dir() if found[2] == path.suffix else file.is_dir() and sharded.folder_of(file) is not None
+    return int(found[1]) if as_named else None

@@ -43,7 +43,12 @@ class Lock:
             os.close(self._descriptor)
 
     def _beat(self) -> None:
+        told = False
         while not self._ended.wait(BEAT_SECONDS):
+            if not (told or self.path.exists() or self._ended.is_set()):
+                gone = f"{self.path.parent} was moved or deleted, or its {NAME}: records go where metrics.jsonl is, checkpoints"
+                print(f"warning: {gone} into a folder of the former name", file=sys.stderr, flush=True)
+                told = True
             with contextlib.suppress(OSError):  # the file system may be away for a while, or the folder deleted
                 mine = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
                 if mine:

@@ -3,6 +3,7 @@
 import mmap
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -33,13 +34,18 @@ def grow(source: Path, how: Growth, pointer: Path, device: torch.device, done: C
     # torch keeps what it found out about a mesh, whichever rank asks: every part has a process of its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanostack.parts"])
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        found = []
-        for part in range(parts):
-            found.append(pool.submit(_grow_part, source, how, pointer, device, part, parts).result())
-            done()
-    receipt, plain, _ = found[0]
-    sharded.PartWriter(pointer.with_suffix(""), plain, pointer).make_one([written for *_, written in found])
+    writer = sharded.PartWriter(pointer.with_suffix(""), {}, pointer)
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            found = []
+            for part in range(parts):
+                found.append(pool.submit(_grow_part, source, how, pointer, device, part, parts).result())
+                done()
+        receipt, writer.plain, _ = found[0]
+        writer.make_one([written for *_, written in found])
+    except BaseException:
+        shutil.rmtree(writer.path, ignore_errors=True)  # parts are no checkpoint
+        raise
     return receipt
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: whether a run may have it and where it goes on from, made out before anything in it is touched."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -62,10 +63,10 @@ class RunFolder:
                 raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
             for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
                 shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-            if self.launch is not None:
-                (out / MARK).write_text(self.launch.mark())
             if resuming:
                 self._set_aside(samples)
+            if self.launch is not None:  # last: the next attempt of the launch takes what it finds, and no resume_from any more
+                (out / MARK).write_text(self.launch.mark())
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -111,16 +112,21 @@ class RunFolder:
         source = Path(self._source or self.ckpt)
         if source.resolve() != self.ckpt.resolve():
             if self.ckpt.exists() and kept.samples_of(self.ckpt) is None:  # damaged
-                os.replace(self.ckpt, self.ckpt.with_name(self.ckpt.name + LEFT))
+                os.replace(self.ckpt, _left(self.ckpt))
             kept.go_back(source, self.ckpt)
         if self._goes_back:
             with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(self.out / "metrics.jsonl", self.out / f"metrics.jsonl{LEFT}")
+                shutil.copyfile(self.out / "metrics.jsonl", _left(self.out / "metrics.jsonl"))
         later = [file for file in kept.numbered_checkpoints(self.ckpt) if (kept.samples_of(file) or 0) > samples]
-        for file in later:
-            if (left := file.with_name(file.name + LEFT)).is_dir():
-                shutil.rmtree(left)
-            os.replace(file, left)
+        left = [_left(file) for file in later]
+        for file, new in zip(later, left, strict=True):
+            os.replace(file, new)
         if later:
-            names = ", ".join(file.name + LEFT for file in later)
+            names = ", ".join(new.name for new in left)
             print(f"note: {self.out} goes on from {samples} samples; what it leaves behind is kept as {names}", file=sys.stderr)
+
+
+def _left(file: Path) -> Path:
+    """NAME.left for what a run leaves behind; NAME.2.left and so on where an earlier one has that."""
+    names = (f"{file.name}{f'.{number}' if number > 1 else ''}{LEFT}" for number in itertools.count(1))
+    return next(new for name in names if not (new := file.with_name(name)).exists())

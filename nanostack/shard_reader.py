@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,8 +156,11 @@ def load(folder: Path) -> dict:
         for place in table.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
         shards = Shards(Reader(folder, plain["hashes"], table))
+        lacking = _lacking(table, plain["hashes"])
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / TABLE} is no table of a checkpoint: {error}") from error
+    if lacking:
+        raise UserError(f"{folder} does not hold all of {lacking}; {EARLIER}")
     for name, end in sorted(ends.items()):
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, the shards of one rank; {EARLIER}")
@@ -173,12 +177,24 @@ def load(folder: Path) -> dict:
     return plain | found | {"shards": shards, "ranks": len(ends)}
 
 
+def _lacking(table: Metadata, hashes: Mapping[str, str]) -> str | None:
+    """A tensor of which there is no shard for some part, or a shard without its tensor or its hash; None where all is there."""
+    found = {key_of(index): index.fqn for index in table.storage_data}
+    for name in sorted(found.keys() ^ hashes.keys()):
+        return name
+    for name, one in tensors_in(table).items():
+        known = [chunk for chunk in one.chunks if key_of(MetadataIndex(name, chunk.offsets)) in found]
+        if sum(math.prod(chunk.sizes) for chunk in known) != math.prod(one.size):
+            return name
+    return next((name for name in found.values() if name not in table.state_dict_metadata), None)
+
+
 def plain_of(folder: Path) -> dict:
     path = folder / PLAIN
     try:
         plain = json.loads(path.read_text())
         whole = plain.pop("sha256") == plain_sha256(plain)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not what was written"
         raise UserError(f"{path} is missing or damaged ({why}); {EARLIER}") from error
     if plain.get("format") != FORMAT:

@@ -56,7 +56,7 @@ def folder_of(path: Path) -> Path | None:
     name = pointed_to(path)
     if name is None:
         return None
-    folder = path.parent / name
+    folder = (path.resolve() if path.is_symlink() else path).parent / name
     if not folder.is_dir():
         there = sorted(other.name for other in path.parent.glob(f"{path.stem}-*") if folder_of(other) == other)
         others = f"there are {', '.join(there)}, each of which can be named instead" if there else "no other is there"
@@ -70,12 +70,12 @@ def pointed_to(path: Path) -> str | None:
         if not path.is_file() or path.stat().st_size > 4096:
             return None
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found.get("format") != POINTER:
         return None
     name = found.get("folder")
-    if not isinstance(name, str) or not name or name != Path(name).name:
+    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or len(name.encode()) > 255:
         raise UserError(f"{path} is damaged: it names no folder beside it")
     return name
 
@@ -86,9 +86,25 @@ def point(path: Path, folder: Path) -> None:
         file.write(json.dumps({"format": POINTER, "folder": folder.name}) + "\n")
 
 
+def check_place(out: Path, source: Path, overwrite: bool) -> None:
+    """Raise `UserError` unless a sharded checkpoint made of `source` can be put at `out`, and its shards beside it."""
+    if not out.suffix:
+        raise UserError(f"{out} points to the folder of a sharded checkpoint: give it a suffix, as in {out}.pt")
+    beside, own = out.with_suffix(""), folder_of(source) or source
+    for place in (beside, out.with_name(pointed_to(out) or out.name)):
+        if place.exists() and place.samefile(own):
+            raise UserError(f"{place}, whose place the shards would take, is {source} itself: choose another name")
+    if not os.path.lexists(beside):
+        return
+    if beside.is_symlink() or folder_of(beside) != beside:
+        raise UserError(f"{beside}, where the shards would go, exists already and is no checkpoint: choose another name")
+    if not overwrite:
+        raise UserError(f"{beside}, where the shards would go, exists already: choose another name, or --overwrite")
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name."""
-    going = folder.with_name(folder.name + PARTIAL)
+    going = folder.with_name(f"{folder.name}.old{PARTIAL}")  # not the name under which another is being written
     shutil.rmtree(going, ignore_errors=True)
     os.rename(folder, going)
     shutil.rmtree(going, ignore_errors=True)
@@ -199,7 +215,7 @@ def save(tensors: dict[str, Tensor], writer: Writer, together: bool = True) -> N
     try:
         alone = not dist.is_initialized()
         dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
-    except CheckpointException as error:
+    except (CheckpointException, OSError, RuntimeError) as error:  # the first where ranks are together
         if alone or not together or dist.get_rank() == 0:
             shutil.rmtree(writer.path, ignore_errors=True)  # it takes room, and is no checkpoint
         raise UserError(f"could not save {writer.folder}: {reason(error)}; earlier checkpoints are intact") from error

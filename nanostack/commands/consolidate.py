@@ -38,9 +38,7 @@ def main(command: Command) -> dict:
         raise UserError(f"{out} exists already: choose another name" + ("" if out.samefile(source) else ", or --overwrite"))
     saved = checkpoint.load(source)
     if "shards" not in saved:
-        beside = out.with_suffix("")
-        if beside.exists() and (sharded.folder_of(beside) is None or not command.overwrite):
-            raise UserError(f"{beside}, where the shards would go, exists already: choose another name")
+        sharded.check_place(out, source, command.overwrite)
         parts.to_shards(saved, out)
     else:
         parts.to_file(saved, out)

@@ -85,3 +85,11 @@ def test_consolidating_onto_a_full_disk_leaves_nothing_there(small, tmp_path):
         done = python("-m", "nanostack", "consolidate", tmp_path / name, small.folder / "out.pt")
         assert done.returncode == 2 and "could not save" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in small.folder.iterdir()] == ["fill"]
+
+
+def test_growing_part_by_part_onto_a_full_disk_leaves_nothing_there(small, tmp_path):
+    checkpoint.save_sharded(trained(), tmp_path / "shards.pt")
+    fill(small.folder)
+    done = python("grow.py", tmp_path / "shards.pt", "--g", "2", "--out", small.folder / "out.pt")
+    assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [path.name for path in small.folder.iterdir()] == ["fill"]

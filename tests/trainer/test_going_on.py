@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import TINY, Trainer, assert_same_state, python, records
+from test_checkpoint import trained
 
 import train
 from nanostack import checkpoint, kept, lock
@@ -98,6 +99,9 @@ def test_going_back_sets_the_later_checkpoints_and_the_records_aside_and_ends_th
     assert_same_state(checkpoint.load(out / "ckpt.pt"), checkpoint.load(out / "ckpt-64.pt.left"))
     assert (out / "metrics.jsonl.left").read_bytes() == (finished.folder / "done/metrics.jsonl").read_bytes()
     assert {"ckpt-16.pt", "ckpt-32.pt", "ckpt-48.pt", "ckpt.pt"} <= set(numbered(copy))
+    first = {path: path.read_bytes() for path in out.glob("*.left")}
+    assert "kept as ckpt-48.pt.2.left, ckpt-64.pt.2.left" in go_on("--resume_from", str(out / "ckpt-32.pt"))
+    assert all(path.read_bytes() == content for path, content in first.items()), "what was left the first time is kept too"
     go_on("--overwrite")
     assert not list(out.glob("*.left"))
 
@@ -107,6 +111,29 @@ def test_damaged_ckpt_is_kept_by_who_goes_back_behind_it(go_on, copy):
     (out / "ckpt.pt").write_bytes(b"torn")
     go_on("--resume_from", str(out / "ckpt-48.pt"))
     assert (out / "ckpt.pt.left").read_bytes() == b"torn" and checkpoint.load(out / "ckpt.pt")["cursor"]["samples"] == 64
+
+
+def test_going_back_to_a_folder_elsewhere_takes_no_other_one_of_that_name(tmp_path):
+    (mine := tmp_path / "mine").mkdir()
+    for path, steps in ((mine / "ckpt-4.pt", 1), (tmp_path / "ckpt-4.pt", 2)):
+        checkpoint.save_sharded(trained(steps), path)
+    with pytest.raises(ValueError, match="is in the way of a copy"):
+        kept.go_back(tmp_path / "ckpt-4", mine / "ckpt.pt")
+    assert not (mine / "ckpt.pt").exists()
+
+
+def test_link_to_a_pointer_leads_to_the_folder_beside_the_pointer(tmp_path):
+    (run := tmp_path / "run").mkdir()
+    checkpoint.save_sharded(trained(), run / "ckpt.pt")
+    (tmp_path / "best.pt").symlink_to(run / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "best.pt")["cursor"]["samples"] == 4
+
+
+def test_folder_that_is_no_checkpoint_is_none_whatever_its_name(tmp_path):
+    (tmp_path / "ckpt-100").mkdir()
+    (tmp_path / "ckpt-100" / "config.json").write_text("{}")
+    checkpoint.save(trained(), tmp_path / "ckpt.pt", keep=1)
+    assert (tmp_path / "ckpt-100" / "config.json").exists() and not kept.numbered_checkpoints(tmp_path / "ckpt.pt")
 
 
 def test_copy_over_one_checkpoint_leaves_the_others(copy, go_on):
@@ -143,7 +170,8 @@ def test_torn_header_costs_no_record(copy, go_on):
     path = copy.folder / "done/metrics.jsonl"
     header, *lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([header[:100] + "\n", *lines]))
-    assert "line 1 is torn" in go_on()
+    said = go_on()
+    assert "line 1 is torn" in said and "does not tell with which options the run began" in said
     first, *rest = path.read_text().splitlines(keepends=True)
     assert rest == lines and json.loads(first)["config"] == json.loads(header)["config"]
 

@@ -52,6 +52,15 @@ def test_next_run_of_the_same_process_has_the_folder(tmp_path):
     second.release()
 
 
+def test_folder_that_is_moved_away_is_told_once(tmp_path, quick, capfd):
+    (folder := tmp_path / "run").mkdir()
+    held = lock.take(folder, None)
+    folder.rename(tmp_path / "moved")
+    time.sleep(1)
+    held.release()
+    assert capfd.readouterr().err.count("was moved or deleted") == 1
+
+
 def test_machine_that_beats_is_refused(tmp_path, quick, capfd):
     path = left_by_a_machine(tmp_path)
     beat = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(.3); os.utime({str(path)!r}); time.sleep(9)"])

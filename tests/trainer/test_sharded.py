@@ -1,5 +1,6 @@
 """A sharded checkpoint is whole or not there; any number of ranks reads it; what is not what was saved is refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from test_checkpoint import CONFIG, CPU, trained
 
 from nanostack import checkpoint, sharded
 from nanostack.config import Optim
+from nanostack.errors import UserError
 from nanostack.state import State
 
 
@@ -121,6 +123,37 @@ def test_code_in_a_table_is_never_run(saved, tmp_path):
     assert not mark.exists()
 
 
+def test_tensor_that_its_shards_do_not_make_whole_is_refused(saved):
+    """A table that lacks one, whatever its hash says: what was not read would be what lay in memory."""
+    folder = saved.with_name("ckpt")
+    table = pickle.loads((folder / ".metadata").read_bytes())
+    table.state_dict_metadata["model.embed.weight"].chunks.pop()
+    raw = pickle.dumps(table)
+    (folder / ".metadata").write_bytes(raw)
+    plain = json.loads((folder / "nanostack.json").read_text()) | {"table_sha256": hashlib.sha256(raw).hexdigest()}
+    plain |= {"sha256": sharded.plain_sha256({key: value for key, value in plain.items() if key != "sha256"})}
+    (folder / "nanostack.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"does not hold all of model\.embed\.weight"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["..", "x" * 300])
+def test_pointer_to_what_is_no_name_is_one_line(saved, name):
+    saved.write_text(json.dumps({"format": "nanostack-pointer-1", "folder": name}))
+    with pytest.raises(UserError, match="names no folder beside it"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 4000])
+def test_what_is_no_pointer_and_no_plain_values_is_one_line(saved, content):
+    saved.with_name("ckpt").joinpath("nanostack.json").write_text(content)
+    with pytest.raises(UserError, match="missing or damaged"):
+        checkpoint.load(saved)
+    saved.write_text(content)
+    with pytest.raises(UserError, match="damaged or not a nanostack checkpoint"):
+        checkpoint.load(saved)
+
+
 def test_pointer_moves_last_and_a_name_that_is_taken_is_freed(saved):
     folder = saved.with_name("ckpt")
     checkpoint.save_sharded(trained(3), saved, "manifest")
@@ -128,6 +161,28 @@ def test_pointer_moves_last_and_a_name_that_is_taken_is_freed(saved):
     checkpoint.save_sharded(trained(4), saved, "manifest")
     assert sharded.folder_of(saved) == folder and sorted(p.name for p in saved.parent.iterdir()) == ["ckpt", "ckpt.pt"]
     assert checkpoint.load(saved)["cursor"]["samples"] == 8
+
+
+def test_whole_folder_to_which_nothing_points_yet_gives_way_to_a_new_one(saved):
+    """As after a save whose pointer could not be written any more."""
+    saved.unlink()
+    checkpoint.save_sharded(trained(3), saved, "manifest")
+    assert sharded.folder_of(saved) == saved.with_name("ckpt") and checkpoint.load(saved)["cursor"]["samples"] == 6
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["ckpt", "ckpt.pt"]
+
+
+@pytest.mark.parametrize("out", ["texts.pt", "ckpt.pt", "ckpt.bin", "ckpt-1.pt"])
+def test_shards_of_a_grown_checkpoint_take_no_place_that_is_not_theirs(saved, out):
+    """A folder of the user's, the checkpoint that grows, and another one, beside the name that is asked for."""
+    source = saved.with_name("ckpt")
+    (saved.parent / "texts").mkdir()
+    (saved.parent / "texts" / "thesis").write_text("kept")
+    shutil.copytree(source, saved.with_name("ckpt-1"))
+    before = {path: path.read_bytes() for path in saved.parent.rglob("*") if path.is_file()}
+    options = () if out == "ckpt-1.pt" else ("--overwrite",)
+    done = python("grow.py", source, "--g", "2", "--out", saved.with_name(out), *options)
+    assert done.returncode == 2 and "choose another name" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert before == {path: path.read_bytes() for path in saved.parent.rglob("*") if path.is_file()}
 
 
 @pytest.mark.distributed

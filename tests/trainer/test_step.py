@@ -1,7 +1,9 @@
 """What makes a step fast or small changes nothing that it computes."""
 
+import errno
 import json
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -148,6 +150,16 @@ def test_saver_tells_of_a_failed_write_at_once_and_asks_for_another(corpus, tmp_
     saver.save(run.state)
     saver.wait()
     assert not saver.wants_to_save and checkpoint.load(tmp_path / "folder" / "ckpt.pt")["cursor"]["samples"] == 0
+
+
+def test_failed_save_of_which_nobody_was_told_yet_is_no_success(tmp_path, monkeypatch):
+    """Who waits for a write may wake before the writing thread has told that it failed."""
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", -1.0)
+    saver = checkpoint.Saver(tmp_path / "ckpt.pt", "manifest", 2, False, print)
+    saver._writing = Future()
+    saver._writing.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(ValueError, match=r"could not save .*No space left"):
+        saver.wait()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can capture graphs")

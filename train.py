@@ -77,7 +77,10 @@ class Run:
         config, state, cursor, recorder = self.config, self.state, self.state.cursor, self.recorder
         batches, watchdog = Prefetcher(self.tokens, self.my_samples(), device=self.placement.device), self.watchdog
         with self.folder, watchdog, recorder, batches, watchdog.phase("save"), self.saver, watchdog.phase("train step"):
-            if not self.resuming and not self.enter_stage(batches):
+            if self.resuming:
+                state.ramp(config.stages[cursor.stage])
+                recorder.complete(self.look)
+            elif not self.enter_stage(batches):
                 return
             while True:
                 stage = config.stages[cursor.stage]
@@ -97,27 +100,21 @@ class Run:
                     state.ramp(stage)  # for the next step, and for an evaluation before it
                     watchdog.heard()
 
-                    # A signal has asked for the end: save first, as little time may be left.
-                    if stopping := self.stop.agreed(self.saver.wants_to_save):
-                        self.save()
-
-                    # Then what is due, by tokens trained.
+                    # What is due, by tokens trained. A signal leaves no time to look at the model: --resume does.
+                    stopping = self.stop.agreed(self.saver.wants_to_save)
                     stage_ends = cursor.stage_tokens >= stage.tokens
+                    saving = stage_ends or self.crossed(config.save_interval) or self.stop.save_again
                     evaluating = stage_ends or self.crossed(config.eval_interval)
-                    sampling = self.crossed(config.sample.interval)
-                    logging = evaluating or sampling or self.crossed(config.log_interval)
+                    due = [evaluating, self.crossed(config.sample.interval)]
+                    logging = any(due) or self.crossed(config.log_interval)
                     values = recorder.record_step(lr, logging, loss, norm, skipped)
                     if logging:
-                        speed = recorder.speed()
-                        with recorder.paused():
-                            values |= self.evaluate() if evaluating else {"val_loss": None, "val_bits_per_byte": None}
-                            values |= {"texts": self.writer(state.model)} if sampling else {}
-                        recorder.log(values, speed)
-                    due = stage_ends or self.crossed(config.save_interval) or self.stop.save_again
-                    late = evaluating and not stopping and self.stop.agreed()
-                    if late or (not stopping and due):
+                        seen = {"due": due} if stopping and any(due) else self.look(*due)
+                        recorder.log(values | seen, recorder.speed())
+                    stopping = stopping or (evaluating and self.stop.agreed())
+                    if stopping or saving:
                         self.save()
-                    if stopping or late:
+                    if stopping:
                         self.saver.wait()
                         recorder.say(f"stopped by a signal after step {recorder.step}; --resume goes on from here")
                         return
@@ -162,6 +159,12 @@ class Run:
         receipt.loss_before, receipt.loss_after = before["val_loss"], after["val_loss"]
         self.recorder.record_growth(receipt, after)
         return True
+
+    def look(self, evaluating: bool, sampling: bool) -> dict:
+        """What a record says of the model itself."""
+        with self.recorder.paused():
+            values = self.evaluate() if evaluating else {}
+            return values | ({"texts": self.writer(self.state.model)} if sampling else {})
 
     def evaluate(self) -> dict:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""
@@ -210,8 +213,9 @@ class Run:
 
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        usage = f"{Path(sys.argv[0]).name} CONFIG"
-        print(f"{__doc__}\nusage: {usage} [--field.name value ...]; {usage} --help lists all fields")
+        print(
+            f"{__doc__}\nusage: {Path(sys.argv[0]).name} CONFIG [--field.name value ...]; --help after CONFIG lists all fields"
+        )
         sys.exit(0 if arguments else 2)
     if arguments[0].startswith("--"):
         raise UserError(f"a config comes first, as in: {Path(sys.argv[0]).name} config/quickstart.py {arguments[0]} ...")

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
@@ -30,12 +30,13 @@ from nanostack.errors import UserError
 from nanostack.files import replacing
 from nanostack.flops import mfu, peak_flops
 from nanostack.growth import Receipt
-from nanostack.parallel import Placement, is_main_rank, world_size
+from nanostack.parallel import Placement, is_main_rank, on_rank_0, world_size
 from nanostack.provenance import device_name, git_commit, tokenizer_name, versions
 from nanostack.state import State
 from nanostack.track import Tracking
 
 PATIENCE_SECONDS = 10.0  # how long a run that ends goes on trying to write its records
+NOT_SEEN = {"val_loss": None, "val_bits_per_byte": None}  # of a record whose model was not looked at
 MAX_SKIPPED = 5  # steps in a row that were not finite: more than bad luck
 
 
@@ -84,6 +85,7 @@ class Metrics:
         self._told = False
         self._writes = writes
         self._tracking = tracking
+        self.unfinished: dict | None = None  # the last record, where a signal left no time to look at the model
 
     def __enter__(self) -> "Metrics":
         return self
@@ -107,7 +109,8 @@ class Metrics:
         return 0.0
 
     def resume(self, stage: int, samples: int, header: dict) -> float:
-        """Cut back to the checkpoint's cursor and append after it. Returns the seconds of training recorded so far.
+        """Cut back to the checkpoint's cursor, and to what is `unfinished` there, and append after it. Returns the seconds of
+        training recorded so far.
 
         Where `header` differs (another config, commit or number of devices) it takes the place of the old one, which it keeps
         in its list `before`.
@@ -127,6 +130,9 @@ class Metrics:
                     records.append(record)
             except (ValueError, KeyError, TypeError):  # the process died in the middle of it
                 print(f"note: {self.path}: line {number} is torn, and left out; what follows it stays", file=sys.stderr)
+        if records and "due" in records[-1]:
+            self.unfinished = records.pop()
+            lines.pop()
         before = old.pop("before", []) + ([old] if old and old != header else [])
         first = json.dumps(header | ({"before": before} if before else {})) + "\n"
         with _written(self.path):
@@ -134,7 +140,7 @@ class Metrics:
                 file.write(first + "".join(lines))
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._tracking.start(header, records)
-        return max((record.get("seconds") or 0.0 for record in records), default=0.0)
+        return max((record.get("seconds") or 0.0 for record in (*records, self.unfinished or {})), default=0.0)
 
     def _lines(self) -> list[str]:
         return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
@@ -348,7 +354,15 @@ class Recorder:
         epoch = cursor.samples / self.epoch_blocks
         ledger = {"flops": cursor.flops, "flops_exact": cursor.flops_exact, "epoch": epoch}
         timing = {"tokens_per_s": speed, "mfu": share, "seconds": self._clock.seconds()}
-        record = position | ledger | values | timing
+        self._write(position | ledger | NOT_SEEN | values | timing)
+
+    def complete(self, look: Callable[[bool, bool], dict]) -> None:
+        """Write the record that a signal left unfinished, if one did, with what `look(evaluating, sampling)` finds."""
+        if record := on_rank_0(lambda: self._metrics.unfinished):
+            due = record.pop("due")
+            self._write(record | look(*due))
+
+    def _write(self, record: dict) -> None:
         self._metrics.write(record)
         self._display.log(record, self.step * self.config.batch_tokens)
         self._last_record = self._now()

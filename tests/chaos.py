@@ -1,9 +1,10 @@
 """Kills runs at random moments and looks whether they end as if nothing had been: python tests/chaos.py --kills 100
 
 A run of tests/tiny.py is killed with SIGKILL again and again, in training, saving, growing and evaluating, and resumed each
-time; at its end every weight and moment has to be, bit for bit, that of a run which was left alone. torchrun starts two ranks:
-killed are all of them and torchrun; or one rank, and torchrun starts it anew; or all processes of one of two hosts (each with
-a torchrun, and the first with the rendezvous). `--seed` repeats what was drawn, but for the clock.
+time; at its end every weight, moment and record has to be, bit for bit, that of a run which was left alone. Now and then a
+SIGTERM goes before, as from a machine that gives little time. torchrun starts two ranks: killed are all of them and torchrun;
+or one rank, and torchrun starts it anew; or all processes of one of two hosts (each with a torchrun, and the first with the
+rendezvous). `--seed` repeats what was drawn, but for the clock.
 """
 
 import argparse
@@ -54,13 +55,18 @@ class Launch:
         return []
 
     def kill(self, whom: str, draw: random.Random) -> None:
-        """SIGKILL. Of two hosts one is killed; the other cannot go on without it, and is ended so that both can start again."""
+        """SIGKILL, or SIGTERM a moment before. Of two hosts one is killed; the other cannot go on without it, and is ended so that both can start again."""
         if whom == "a rank":
             while not (ranks := self.workers(self.processes[0])) and self.runs():
                 time.sleep(0.01)
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(draw.choice(ranks), signal.SIGKILL)
             return
+        if draw.random() < 0.3:
+            for pid in [pid for process in self.processes for pid in self.workers(process) or [process.pid]]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(draw.uniform(0, 0.3))
         first = self.processes[int(whom[-1])] if whom.startswith("host") else self.processes[0]
         for process in (first, *(other for other in self.processes if other is not first)):
             for pid in (process.pid, *self.workers(process)):
@@ -86,7 +92,7 @@ def reached(moment: str, out: Path, began: float, wait: float) -> bool:
 
 def chaos(kind: str, data: Path, folder: Path, kills: int, seed: int, say=print) -> int:
     """Run, kill and resume until so many kills have been. Returns in how many runs; AssertionError for one that differs."""
-    from conftest import assert_same_state
+    from conftest import assert_same_state, records
 
     from nanostack import checkpoint
 
@@ -121,6 +127,7 @@ def chaos(kind: str, data: Path, folder: Path, kills: int, seed: int, say=print)
         assert all(process.returncode == 0 for process in launch.processes), f"{kind}, seed {seed}: run {number} failed"
         assert not list(out.glob("*.partial"))
         assert_same_state(everything(checkpoint.load(out / "ckpt.pt")), state)
+        assert records(out) == records(folder / "whole")
         number += 1
     return number
 

@@ -117,6 +117,20 @@ def test_signal_ends_the_run_with_the_step_at_hand_on_all_ranks(trainer, number)
     assert done.returncode == 143 and done.stdout.count("steps [1, 2, 3] 3") == number, done.stdout + done.stderr
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [1, 2])
+def test_record_of_the_step_that_a_signal_ends_is_completed_when_the_run_goes_on(trainer, number):
+    """A signal in a step after which an evaluation and samples are due: there is no time for them, and nothing is lost."""
+    due = ("--eval_interval", "768", "--sample.interval", "768", "--micro_batch", str(8 // number))
+    options = [TINY, "--data.path", trainer.corpus, "--out", trainer.folder / "run", *due]
+    done = ranks("-c", STOPPED_IN_A_STEP, *options, number=number)
+    assert done.returncode == 143, done.stdout + done.stderr
+    last = records(trainer.folder / "run")[-1]
+    assert last["due"] == [True, True] and last["val_loss"] is None and "texts" not in last and last["loss"]
+    trainer.good("run", *due, "--resume", processes=number)
+    assert records(trainer.folder / "run") == records(trainer.good("whole", *due, processes=number))
+
+
 def test_learning_to_grow_can_be_stopped(trainer):
     """Nothing of it is saved; the run learns anew, and ends as if it had not been stopped."""
     learn = (

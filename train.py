@@ -94,9 +94,7 @@ class Run:
                     lr = learning_rate(config.stages, cursor.stage, cursor.stage_tokens)
                     state.rewarm(stage, cursor.stage_tokens)
                     recorder.warn_of_dead(state.dead_after_growth(config.batch_tokens))
-                    norm, skipped = guarded_step(
-                        state.optimizer, loss, lr, config.optim.grad_clip, set_to_none=not config.cuda_graph
-                    )
+                    norm, skipped = guarded_step(state.optimizer, loss, lr, config.optim.grad_clip, not config.cuda_graph)
                     state.ramp(stage)  # for the next step, and for an evaluation before it
                     watchdog.heard()
 

@@ -80,27 +80,19 @@ class RunFolder:
     def _find(self) -> str | None:
         found, restarted = self._checkpoints(), self._restarted()
         if self.config.resume_from is not None and not restarted:  # else the run has gone on from there meanwhile
-            if not kept.found(Path(self.config.resume_from)).exists():
+            wanted = kept.found(Path(self.config.resume_from))
+            if not wanted.exists() or (wanted / "ckpt.pt").exists():
                 there = f"there are {', '.join(map(str, found))}" if found else "the run has none"
-                raise UserError(f"--resume_from: there is no checkpoint {self.config.resume_from}; {there}")
+                raise UserError(f"--resume_from: {self.config.resume_from} is no checkpoint; {there}")
             self._goes_back = True
-            return str(kept.found(Path(self.config.resume_from)))
+            return str(wanted)
         if self.config.goes_on or restarted:
-            return str(self._last(found)) if found else None  # a run that died before its first checkpoint starts again
+            return str(found[-1]) if found else None  # a run that died before its first checkpoint starts again
         if (found or (self.out / "metrics.jsonl").exists()) and not self.config.overwrite:
             raise UserError(
                 f"{self.out} holds a run already: go on with it (--resume), delete it (--overwrite), or choose another --out"
             )
         return None
-
-    def _last(self, found: list[Path]) -> Path:
-        """ckpt.pt, or a folder that was whole when the run died, and to which nothing points yet."""
-        last, newest = (
-            found[-1],
-            max((one for one in found if one.is_dir()), key=lambda one: kept.samples_of(one) or 0, default=None),
-        )
-        samples = kept.samples_of(last)
-        return newest if newest and samples is not None and (kept.samples_of(newest) or 0) > samples else last
 
     def _restarted(self) -> bool:
         """Whether the run in the folder is that of an earlier attempt of this launch."""

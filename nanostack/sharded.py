@@ -266,6 +266,8 @@ def reason(error: BaseException) -> str:
         found = found.__cause__ or found.__context__
     if isinstance(found, OSError) and found.strerror:
         return found.strerror
+    if "inline_container" in str(error):  # what torch's writer of zips says of it, where another rank's cause is lost
+        return "the file system took less than was written: is it full?"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

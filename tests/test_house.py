@@ -20,8 +20,9 @@ def contracts(tree: Path) -> subprocess.CompletedProcess:
 def copy(tmp_path_factory) -> Path:
     """The packages that the contracts are about."""
     tree = tmp_path_factory.mktemp("house")
-    shutil.copy(ROOT / "pyproject.toml", tree)
-    for name in ("nanostack", "kernels", "bench", "study"):
+    for name in ("pyproject.toml", "train.py", "grow.py"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("nanostack", "kernels", "bench", "study", "config"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results"))
     return tree
 

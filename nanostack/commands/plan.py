@@ -17,14 +17,15 @@ from nanostack.growth.budget import MOST_OF_TOKENS, Budget, advise, hours, rate_
 
 MEASURED = {  # bench/results/study-quickstart-cpu.json; of AdamW study-muon-cpu.json
     "adamw": "stacking saved +51 ± 74 % over AdamW from scratch (three seeds)",
-    "muon": "stacking saved +61 ± 16 % over Muon from scratch (five seeds), and Muon from scratch +31 ± 37 % over AdamW (three)",
+    "muon": "stacking saved +61 ± 16 % over Muon from scratch (five seeds), and Muon from scratch "
+    "+31 ± 37 % over AdamW (three)",
 }
 
 
 ADVICE = {  # what docs/study.md found, in a line
     "adamw": "keep old moments, zero for new layers, no warm-up; 10 to 30 % of the FLOPs were equally good times to grow",
-    "muon": "keep old momentum, zero for new layers, no warm-up; half the base's rate after growth, or twice; with one seed, growing "
-    "after 5 to 10 % of the FLOPs was best, and after 30 % saved nothing",
+    "muon": "keep old momentum, zero for new layers, no warm-up; half the base's rate after growth, or twice; with one seed, "
+    "growing after 5 to 10 % of the FLOPs was best, and after 30 % saved nothing",
 }
 
 

@@ -188,7 +188,9 @@ def _checked(model: Llama, optimizer, plan: GrowthPlan, gradients: Callable[[], 
     if unknown:
         raise UserError(f"what to do with the optimizer's {', '.join(sorted(unknown))} is not known: see growth/moments.py")
     if plan.width is not None and any(local_shard(p) is not p for p in model.parameters()):
-        raise UserError("a sharded model does not grow in width: grow its checkpoint with grow.py, or train on one device")
+        raise UserError(
+            "a sharded model does not grow in width: grow its checkpoint with grow.py, without torchrun, or train on one device"
+        )
     if gradients is None:
         if plan.learns:
             raise UserError("learn trains how to grow and needs text: grow in a run, or give grow.py --data")

@@ -260,7 +260,12 @@ def load(folder: str | Path) -> dict:
     folder = Path(folder)
     require_extra()
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+        run = (
+            f"; it is the folder of a run, whose last checkpoint is {folder / 'ckpt.pt'}"
+            if (folder / "ckpt.pt").exists()
+            else ""
+        )
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json{run}")
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{folder} has {ADAPTER}, an adapter of PEFT's, which transformers puts on the weights: merge it "

@@ -58,14 +58,14 @@ study = Study(
     means="""
 It does, with every one of five seeds, against all three controls. The stacked model ends at 2.370, 8 layers from scratch at
 2.499, 4 layers at 2.543 and 2 layers at 2.612: 0.129 ± 0.025, 0.173 ± 0.029 and 0.242 ± 0.008 nats above it. It reaches the
-loss of the model from scratch with a speedup of 61 ± 16 % (by seed 74, 75, 45, 53 and 60 %), and is at half of the budget (2.559)
-where 2 layers do not come with all of it.
+loss of the model from scratch with a speedup of 61 ± 16 % (by seed 74, 75, 45, 53 and 60 %), and is at half of the budget
+(2.559) where 2 layers do not come with all of it.
 
-Every rate was tuned on this text. The grown model took 8e-3, twice the rate that its base has until it grows, and is next to as
-good at 4e-3 (2.375), as the model from scratch is at 2e-3 (2.504).
+Every rate was tuned on this text. The grown model took 8e-3, twice the rate that its base has until it grows, and is next to
+as good at 4e-3 (2.375), as the model from scratch is at 2e-3 (2.504).
 
-What limits it: one target of 0.27M parameters, one kind of text, growth after a tenth of the FLOPs alone. The grid is of factors of
-two, and the sweep takes the two best rates of the first seed to all: 4 layers had 4e-3 with that seed only. The controls were not
-measured at half of the budget, so it is not known from which budget on stacking pays.
+What limits it: one target of 0.27M parameters, one kind of text, growth after a tenth of the FLOPs alone. The grid is of
+factors of two, and the sweep takes the two best rates of the first seed to all: 4 layers had 4e-3 with that seed only. The
+controls were not measured at half of the budget, so it is not known from which budget on stacking pays.
 """,
 )

@@ -89,8 +89,10 @@ def test_past_can_be_changed_by_who_says_so(go_on, copy):
 
 def test_going_back_sets_the_later_checkpoints_and_the_records_aside_and_ends_the_same(go_on, copy, finished):
     out = copy.folder / "done"
-    with pytest.raises(ValueError, match=r"there is no checkpoint nowhere.pt; there are .*ckpt-16.pt, .*ckpt.pt"):
+    with pytest.raises(ValueError, match=r"nowhere.pt is no checkpoint; there are .*ckpt-16.pt, .*ckpt.pt"):
         go_on("--resume_from", "nowhere.pt")
+    with pytest.raises(ValueError, match=r"--resume_from: .*done is no checkpoint; there are .*ckpt-16.pt"):
+        go_on("--resume_from", str(out))
     said = go_on("--resume_from", str(out / "ckpt-16.pt"))
     assert said.endswith(
         "goes on from 16 samples; what it leaves behind is kept as ckpt-32.pt.left, ckpt-48.pt.left, ckpt-64.pt.left\n"

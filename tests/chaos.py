@@ -55,7 +55,10 @@ class Launch:
         return []
 
     def kill(self, whom: str, draw: random.Random) -> None:
-        """SIGKILL, or SIGTERM a moment before. Of two hosts one is killed; the other cannot go on without it, and is ended so that both can start again."""
+        """SIGKILL, or SIGTERM a moment before.
+
+        Of two hosts one is killed; the other cannot go on without it, and is ended so that both can start again.
+        """
         if whom == "a rank":
             while not (ranks := self.workers(self.processes[0])) and self.runs():
                 time.sleep(0.01)

@@ -102,9 +102,7 @@ class Metrics:
     def begin(self, header: dict) -> float:
         """Start the file anew. Returns the seconds of training in it: none."""
         if self._writes:
-            with _written(self.path):
-                self.path.write_bytes(_line(header))
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._replace([_line(header).decode()])
             self._tracking.start(header, [])
         return 0.0
 
@@ -131,26 +129,34 @@ class Metrics:
             except (ValueError, KeyError, TypeError):  # the process died in the middle of it
                 print(f"note: {self.path}: line {number} is torn, and left out; what follows it stays", file=sys.stderr)
         if records and "due" in records[-1]:
-            self.unfinished = records.pop()
-            lines.pop()
+            self.unfinished = records.pop()  # in the file it stays until it is finished
         before = old.pop("before", []) + ([old] if old and old != header else [])
         first = json.dumps(header | ({"before": before} if before else {})) + "\n"
-        with _written(self.path):
-            with replacing(self.path) as file:
-                file.write(first + "".join(lines))
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._replace([first, *lines])
         self._tracking.start(header, records)
         return max((record.get("seconds") or 0.0 for record in (*records, self.unfinished or {})), default=0.0)
+
+    def _replace(self, lines: list[str]) -> None:
+        """Put these lines in the place of the file, at once, to append after them."""
+        with _written(self.path):
+            with replacing(self.path) as file:
+                file.write("".join(lines))
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def _lines(self) -> list[str]:
         return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
 
     def write(self, record: dict) -> None:
+        """Append a record; the first one after an `unfinished` record takes its place."""
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._unwritten.append(_line(finite))
-        self._write()
+        if self.unfinished:
+            self.unfinished = None
+            self._replace([*(f"{line}\n" for line in self._lines()[:-1]), _line(finite).decode()])
+        else:
+            self._unwritten.append(_line(finite))
+            self._write()
         self._tracking.write(finite)
 
     def _write(self) -> None:
@@ -359,8 +365,7 @@ class Recorder:
     def complete(self, look: Callable[[bool, bool], dict]) -> None:
         """Write the record that a signal left unfinished, if one did, with what `look(evaluating, sampling)` finds."""
         if record := on_rank_0(lambda: self._metrics.unfinished):
-            due = record.pop("due")
-            self._write(record | look(*due))
+            self._write({name: value for name, value in record.items() if name != "due"} | look(*record["due"]))
 
     def _write(self, record: dict) -> None:
         self._metrics.write(record)

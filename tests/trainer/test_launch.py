@@ -127,6 +127,9 @@ def test_record_of_the_step_that_a_signal_ends_is_completed_when_the_run_goes_on
     assert done.returncode == 143, done.stdout + done.stderr
     last = records(trainer.folder / "run")[-1]
     assert last["due"] == [True, True] and last["val_loss"] is None and "texts" not in last and last["loss"]
+    died = "import os, sys, train; from nanostack.config import load; run = train.Run(load(sys.argv[1], sys.argv[2:]));"
+    died += "run.state.model.register_forward_pre_hook(lambda *_: os._exit(9)); run.train()"  # as it completes that record
+    assert ranks("-c", died, *options, "--resume", number=number).returncode == 9
     trainer.good("run", *due, "--resume", processes=number)
     assert records(trainer.folder / "run") == records(trainer.good("whole", *due, processes=number))
 

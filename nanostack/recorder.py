@@ -107,8 +107,7 @@ class Metrics:
         return 0.0
 
     def resume(self, stage: int, samples: int, header: dict) -> float:
-        """Cut back to the checkpoint's cursor, and to what is `unfinished` there, and append after it. Returns the seconds of
-        training recorded so far.
+        """Cut back to the checkpoint's cursor and append after it. Returns the seconds of training recorded so far.
 
         Where `header` differs (another config, commit or number of devices) it takes the place of the old one, which it keeps
         in its list `before`.

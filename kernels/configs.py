@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .dispatch import capability
+from .dispatch import AMD, Arch, arch_of
 
 ANY = 1 << 62
 FP32 = 0
@@ -54,7 +54,7 @@ def attention(
     return row(num_warps, num_stages, stack=stack, odd_stack=odd_stack, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA)
 
 
-TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
+TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, size
     "attention_forward": {
         90: {
             32: attention(128, 64, 4, 3, TMA=True),
@@ -68,6 +68,13 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(128, 64, 8, 2, odd_stack=72),
             256: attention(64, 32, 8, 2, odd_stack=168),
         },
+        "cdna": {
+            64: attention(128, 64, 4, 2),
+            128: attention(128, 64, 4, 2),
+            256: attention(128, 32, 4, 2),
+        },
+        "rdna3": {64: attention(128, 64, 8, 1, odd_stack=432)},
+        "rdna3 fp32": {64: attention(32, 16, 4, 1, stack=CHECKED)},
         FP32: {64: attention(32, 16, 4, 1, stack=CHECKED), 256: attention(32, 16, 8, 1, stack=CHECKED)},
     },
     "attention_dq": {
@@ -83,6 +90,16 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2, odd_stack=8),
             256: attention(32, 32, 8, 2),
         },
+        "cdna": {
+            64: attention(128, 64, 4, 2),
+            128: attention(128, 32, 4, 2),
+            256: attention(64, 32, 4, 1),
+        },
+        "rdna3": {
+            32: attention(128, 64, 8, 1),
+            64: attention(128, 32, 8, 1, odd_stack=228),
+        },
+        "rdna3 fp32": {64: attention(16, 16, 8, 1)},
         FP32: {
             64: attention(32, 16, 4, 1, stack=CHECKED),
             128: attention(16, 16, 8, 1, stack=CHECKED),
@@ -104,6 +121,19 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: attention(64, 64, 8, 2, odd_stack=40),
             256: attention(32, 32, 8, 2),
         },
+        "cdna": {
+            32: attention(64, 128, 4, 2),
+            64: attention(64, 128, 4, 1),
+            128: attention(32, 128, 4, 1),
+            256: attention(16, 64, 4, 1),
+        },
+        # Its matrix unit takes 16 rows at least, and a warp holds these of k and v twice: of wider heads every tile spills
+        # (of 128 at least 176 bytes), so torch's attention serves them.
+        "rdna3": {
+            32: attention(32, 128, 8, 1, odd_stack=52),
+            64: attention(16, 64, 8, 1),
+        },
+        "rdna3 fp32": {64: attention(16, 16, 8, 1)},
         FP32: {128: attention(16, 32, 4, 1, stack=CHECKED), 256: attention(16, 32, 8, 1, stack=CHECKED)},
     },
     "rms_norm_forward": {
@@ -122,8 +152,8 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             256: row(4, 3, 4, BLOCK_ROWS=8, odd_stack=8),
             512: row(4, 3, 4, BLOCK_ROWS=4, odd_stack=8),
             1024: row(4, 3, 4, BLOCK_ROWS=2),
-            2048: row(4, 3, 4, BLOCK_ROWS=1),
-            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=8),
+            2048: row(4, 3, 4, BLOCK_ROWS=1, odd_stack=16),
+            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=16),
             8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24),
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
             16384: row(32, 1, 1, stack=80, odd_stack=288, BLOCK_ROWS=1),
@@ -158,31 +188,61 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {  # kernel, architecture, size
             128: row(4, 2, 4, BLOCK_ROWS=8),
         },
     },
-    "swiglu_forward": {80: {ANY: row(4, BLOCK=1024)}},
-    "swiglu_backward": {80: {ANY: row(4, BLOCK=1024)}},
+    "swiglu_forward": {80: {ANY: row(4, BLOCK=1024)}, "cdna": {ANY: row(2, BLOCK=1024)}},
+    "swiglu_backward": {80: {ANY: row(4, BLOCK=1024)}, "cdna": {ANY: row(2, BLOCK=1024)}},
     "cross_entropy": {80: {ANY: row(8, BLOCK_V=4096)}},
 }
 
+# A block has 1024 threads at most, and these are 16 warps of CDNA.
+TABLE["rms_norm_forward"]["cdna"] = TABLE["rms_norm_forward"][80] | {16384: row(16, BLOCK_ROWS=1)}
+TABLE["rms_norm_backward"]["cdna"] = TABLE["rms_norm_backward"][80] | {16384: row(16, BLOCK_ROWS=1)}
+TABLE["rms_norm_backward"]["cdna fp32"] = TABLE["rms_norm_backward"][FP32] | {16384: row(16, BLOCK_ROWS=1)}
 
-def architecture(device: torch.device, dtype: torch.dtype) -> int:
-    """The architecture whose rows serve tensors of this dtype on this device."""
-    found = capability(device)
-    return FP32 if found is None or dtype == torch.float32 else rows_of(found[0])
+SHARED: dict[Arch, tuple[Arch, ...]] = {  # whose rows serve a kernel that has none of these, the nearest first
+    80: (),
+    90: (80,),
+    100: (90, 80),
+    120: (80,),
+    "cdna": (80,),
+    "rdna3": (80,),
+    FP32: (80,),
+    "cdna fp32": (FP32, "cdna", 80),
+    "rdna3 fp32": (FP32, "rdna3", 80),
+}
 
 
-def rows_of(major: int) -> int:
-    """The architecture whose rows serve a GPU of this major compute capability."""
-    return 90 if major in (9, 10) else 80
+def architecture(device: torch.device, dtype: torch.dtype) -> Arch:
+    """The rows that serve tensors of this dtype on this device, as SHARED calls them."""
+    found = arch_of(device)
+    served = isinstance(found, int) or found in AMD  # on other GPUs of AMD's no kernel runs
+    return rows_of(found, dtype == torch.float32) if found is not None and served else FP32
 
 
-def rows_for(kernel: str, arch: int) -> dict[int, Config]:
-    """The rows of a kernel by size, for 80, 90 or FP32."""
-    return TABLE[kernel].get(arch) or TABLE[kernel][80]
+def rows_of(arch: Arch, fp32: bool = False) -> Arch:
+    """The rows that serve a GPU of this architecture, as SHARED calls them."""
+    if isinstance(arch, str):
+        return f"{AMD[arch]} fp32" if fp32 else AMD[arch]
+    return FP32 if fp32 else {9: 90, 10: 100, 12: 120}.get(arch // 10, 80)
+
+
+def owner(kernel: str, rows: Arch) -> Arch:
+    """Whose rows a kernel has for these."""
+    return next(name for name in (rows, *SHARED[rows]) if name in TABLE[kernel])
+
+
+def rows_for(kernel: str, rows: Arch) -> dict[int, Config]:
+    """The rows of a kernel by size, as `rows_of` calls them."""
+    return TABLE[kernel][owner(kernel, rows)]
 
 
 def lookup(kernel: str, size: int, device: torch.device, dtype: torch.dtype) -> Config:
     """The row that serves this kernel for this size, which must not be larger than the largest there is."""
     return fitting(rows_for(kernel, architecture(device, dtype)), size)
+
+
+def for_pointers(kernel: str, size: int, config: Config) -> Config:
+    """The row that serves in place of this one where TMA cannot read the tensors."""
+    return fitting(rows_for(kernel, 80), size) if config.tiles.get("TMA") else config
 
 
 def fitting(rows: dict[int, Config], size: int) -> Config:

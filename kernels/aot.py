@@ -4,11 +4,12 @@
 
 For each row of kernels/configs.py and each way its kernel is called (causal, with documents, ...) it prints registers, stack
 bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a kernel does not
-compile, where a stack is larger than its row allows, where shared memory exceeds the architecture's, where a matrix kernel does
-not use the architecture's matrix instructions, a TMA row no TMA, or a memory-bound kernel does not load 16 bytes at a time.
+compile, where a stack is larger than its row allows, shared memory than the architecture has, or a block than
+1024 threads, where a matrix kernel does not use the architecture's matrix instructions, a TMA row no TMA, or a memory-bound
+kernel does not load 16 bytes at a time.
 
-Sizes are as large as a row serves, and 16 divides them, as it does strides; calls that say so differ. What a real call of an
-operation launches, the dry GPU tells (dry.py).
+Sizes are as large as a row serves, and 16 divides them, as it does strides, and no tensor is larger than 2 GiB, which AMD's
+compiler is told; calls that say so differ. What a real call of an operation launches, the dry GPU tells (dry.py).
 """
 
 import argparse

@@ -8,11 +8,12 @@ and reads registers, stack, shared memory and instructions off the machine code.
 No row has been chosen by measuring yet: they follow from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and
 from what others report of such kernels. Those of rms_norm and rotary have been timed on an H100 (docs/kernels.md).
 
-Rows of 90 are for 9.0; 10.x uses them too, though nobody chose them for it and some spill there. Rows of 80 are for all the
-rest, for a kernel that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6,
-8.9 and 12.0. Rows of FP32 are for
-float32 and for the interpreter, where a kernel has them: in attention small tiles of unlike height and width, which show more
-than fast ones would.
+Rows of 90 are for 9.0, and for 10.x where it has none of its own. Rows of 80 are for all the rest of NVIDIA's, for a kernel
+that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.0, where
+what people train with does not spill, so that these three need rows of their own once only (12.0). Rows of cdna and rdna3 are
+for AMD's gfx90a and gfx942, whose warps are 64 threads, and for its gfx1100; none has TMA. Rows of FP32 are for float32 and for
+the interpreter, where a kernel has them: in attention small tiles of unlike height and width, which show more than fast ones
+would. SHARED says whose rows serve where a kernel has none.
 """
 
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
         80: {
             32: attention(128, 64, 4, 3, odd_stack=16),
             64: attention(128, 64, 8, 3),
-            128: attention(128, 64, 8, 2, odd_stack=72),
+            128: attention(128, 64, 8, 2, odd_stack=120),  # by sm_120; 72 elsewhere
             256: attention(64, 32, 8, 2, odd_stack=168),
         },
         "cdna": {
@@ -122,7 +123,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             256: attention(32, 32, 8, 2),
         },
         "cdna": {
-            32: attention(64, 128, 4, 2),
+            32: attention(64, 128, 4, 2, odd_stack=164),
             64: attention(64, 128, 4, 1),
             128: attention(32, 128, 4, 1),
             256: attention(16, 64, 4, 1),
@@ -134,6 +135,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             64: attention(16, 64, 8, 1),
         },
         "rdna3 fp32": {64: attention(16, 16, 8, 1)},
+        "cdna fp32": {256: attention(16, 32, 4, 1)},
         FP32: {128: attention(16, 32, 4, 1, stack=CHECKED), 256: attention(16, 32, 8, 1, stack=CHECKED)},
     },
     "rms_norm_forward": {
@@ -144,7 +146,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             2048: row(4, BLOCK_ROWS=1),
             4096: row(8, BLOCK_ROWS=1),
             8192: row(16, BLOCK_ROWS=1),
-            16384: row(32, BLOCK_ROWS=1),
+            16384: row(32, odd_stack=8, BLOCK_ROWS=1),  # by sm_120
         },
     },
     "rms_norm_backward": {
@@ -156,12 +158,12 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=16),
             8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24),
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
-            16384: row(32, 1, 1, stack=80, odd_stack=288, BLOCK_ROWS=1),
+            16384: row(32, 1, 1, stack=96, odd_stack=328, BLOCK_ROWS=1),  # by sm_100; 80 and 296 elsewhere
         },
         FP32: {  # twice the bytes: at 8192 three stages would need twice the shared memory there is
             2048: row(4, 2, 2, BLOCK_ROWS=1),
             8192: row(16, 1, 1, BLOCK_ROWS=1),
-            16384: row(32, 1, 1, stack=96, BLOCK_ROWS=1),  # as above
+            16384: row(32, 1, 1, stack=120, BLOCK_ROWS=1),  # as above
         },
     },
     "rotary": {
@@ -193,9 +195,16 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
     "cross_entropy": {80: {ANY: row(8, BLOCK_V=4096)}},
 }
 
+# On sm_100 those of 90 spill, up to 160 bytes. Of 256 no tile with TMA did without: it takes registers, too.
+TABLE["attention_dk_dv"][100] = TABLE["attention_dk_dv"][90] | {
+    128: attention(64, 64, 8, 2, TMA=True),
+    256: attention(32, 64, 8, 1, odd_stack=160),
+}
+# On sm_120 the row of 80 spills 8 bytes, with documents
+TABLE["attention_dq"][120] = TABLE["attention_dq"][80] | {256: attention(64, 32, 8, 1, odd_stack=16)}
 # A block has 1024 threads at most, and these are 16 warps of CDNA.
 TABLE["rms_norm_forward"]["cdna"] = TABLE["rms_norm_forward"][80] | {16384: row(16, BLOCK_ROWS=1)}
-TABLE["rms_norm_backward"]["cdna"] = TABLE["rms_norm_backward"][80] | {16384: row(16, BLOCK_ROWS=1)}
+TABLE["rms_norm_backward"]["cdna"] = TABLE["rms_norm_backward"][80] | {16384: row(16, odd_stack=72, BLOCK_ROWS=1)}
 TABLE["rms_norm_backward"]["cdna fp32"] = TABLE["rms_norm_backward"][FP32] | {16384: row(16, BLOCK_ROWS=1)}
 
 SHARED: dict[Arch, tuple[Arch, ...]] = {  # whose rows serve a kernel that has none of these, the nearest first

@@ -123,7 +123,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             256: attention(32, 32, 8, 2),
         },
         "cdna": {
-            32: attention(64, 128, 4, 2, odd_stack=164),
+            32: attention(64, 128, 4, 2, odd_stack=272),  # by Triton 3.6; by 3.7 164
             64: attention(64, 128, 4, 1),
             128: attention(32, 128, 4, 1),
             256: attention(16, 64, 4, 1),
@@ -156,7 +156,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             1024: row(4, 3, 4, BLOCK_ROWS=2),
             2048: row(4, 3, 4, BLOCK_ROWS=1, odd_stack=16),
             4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=16),
-            8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24),
+            8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=40),  # by sm_89; 24 elsewhere
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
             16384: row(32, 1, 1, stack=96, odd_stack=328, BLOCK_ROWS=1),  # by sm_100; 80 and 296 elsewhere
         },

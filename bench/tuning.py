@@ -7,6 +7,7 @@ the 1B model's, comes first.
 """
 
 import difflib
+import json
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from nanostack import kernels
 from nanostack.errors import UserError, command_line
 from nanostack.kernels import tune
 from nanostack.kernels.configs import ANY, TABLE, Config
+from nanostack.kernels.dispatch import Arch
 from nanostack.provenance import device_name, versions
 
 CONFIGS = "kernels/configs.py"
@@ -52,15 +54,15 @@ def small(kernel: str, size: int, device: torch.device):
     return lambda: (torch.ops.nanostack.swiglu(gate_up),)
 
 
-def few(kernel: str, arch: int) -> list:
+def few(kernel: str, arch: Arch) -> list:
     return tune.candidates(kernel, arch)[:2]
 
 
-def passes(kernel: str, size: int, arch: int, config: Config) -> None:
+def passes(kernel: str, size: int, arch: Arch, config: Config) -> None:
     """The gate, which an interpreted kernel cannot go through."""
 
 
-def finished(kernel: str, size: int, arch: int, config: Config, seconds: float) -> Config:
+def finished(kernel: str, size: int, arch: Arch, config: Config, seconds: float) -> Config:
     return config
 
 
@@ -73,7 +75,7 @@ def patched(source: str, rows: list[dict], measured: str) -> str:
         kernel, size = f'\n    "{row["kernel"]}": {{', "ANY" if row["size"] == ANY else row["size"]
         begin = source.find(kernel)
         end = source.find('\n    "', begin + 1) if source.find('\n    "', begin + 1) > 0 else len(source)
-        rows_of = re.compile(rf"\b{row['arch']}: {{").search(source, max(begin, 0), end)
+        rows_of = re.compile(rf"(?<!\w){json.dumps(row['arch'])}: {{").search(source, max(begin, 0), end)
         old = rows_of and re.compile(rf"\b{size}: (attention|row)\([^()]*\)").search(source, rows_of.end(), end)
         if begin < 0 or not old:
             raise ValueError(f"{CONFIGS} has no row of {row['kernel']}, {row['arch']}, {size}")

@@ -1,31 +1,27 @@
 """Compile every kernel in every configuration of the table, with no GPU, and read what the machine code needs.
 
-    python -m kernels.aot [--arch 80 90] [--kernel attention_forward] [--in-turn] [--json]
+    python -m kernels.aot [--arch 80 90 gfx942] [--kernel attention_forward] [--in-turn] [--json]
 
 For each row of kernels/configs.py and each way its kernel is called (causal, with documents, ...) it prints registers, stack
 bytes (spills), shared memory and the matrix and memory instructions found. It fails, with exit code 1, where a kernel does not
-compile, where a stack is larger than its row allows, where shared memory exceeds the architecture's, where a matrix kernel does
-not use the architecture's matrix instructions, a TMA row no TMA, or a memory-bound kernel does not load 16 bytes at a time.
+compile, where a stack is larger than its row allows, shared memory than the architecture has, or a block than
+1024 threads, where a matrix kernel does not use the architecture's matrix instructions, a TMA row no TMA, or a memory-bound
+kernel does not load 16 bytes at a time.
 
-Sizes are as large as a row serves, and 16 divides them, as it does strides; calls that say so differ. What a real call of an
-operation launches, the dry GPU tells (dry.py).
+Sizes are as large as a row serves, and 16 divides them, as it does strides, and no tensor is larger than 2 GiB, which AMD's
+compiler is told; calls that say so differ. What a real call of an operation launches, the dry GPU tells (dry.py).
 """
 
 import argparse
 import json
 import os
-import re
-import struct
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice, product
+from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,25 +29,27 @@ from rich.progress import track
 from rich.table import Table
 
 from .attention_triton import attention_dk_dv_kernel, attention_dq_kernel, attention_forward_kernel
-from .configs import ANY, FP32, TABLE, Config, fitting, rows_for, rows_of
-from .dispatch import HAS_TRITON, INTERPRETED, triton
+from .configs import ANY, TABLE, Config, for_pointers, rows_for, rows_of
+from .dispatch import HAS_TRITON, INTERPRETED, Arch, triton
 from .linear_cross_entropy import cross_entropy_kernel
+from .machine_code import (
+    ARCHITECTURES,
+    counted,
+    instructions,
+    listings,
+    matrix_instruction,
+    named,
+    resources,
+    shared_memory,
+    target,
+)
 from .norm_rotary import norm_rotary_backward_kernel, norm_rotary_forward_kernel
 from .rms_norm import rms_norm_backward_kernel, rms_norm_forward_kernel
 from .rotary import rotary_kernel
 from .swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-INSTRUCTIONS = {  # that are counted in the machine code: by name, how they are spelled there
-    "HGMMA": r"\bHGMMA",
-    "HMMA": r"\bHMMA",
-    "UTCMMA": r"\bUTC\w*MMA",
-    "TMA": r"\bUTMALDG",
-    "copy": r"\bLDGSTS",
-    "load 16 B": r"\bLDG\w*\.E\.(\w+\.)*128|\bLDGSTS\.E\.(\w+\.)*128",
-}
-MATRIX = {9: "HGMMA", 10: "UTCMMA"}  # by major version; HMMA elsewhere
 DTYPES = ("bf16", "fp16", "fp32")
+MOST_THREADS = 1024  # of a block
 FP32_TENSORS = ("lse", "delta", "dweight", "weight", "dgain", "gain", "cos", "sin", "loss", "row_scale", "logits")
 TYPES = {"bounds_ptr": "*i32", "targets_ptr": "*i64"} | {f"{name}_ptr": "*fp32" for name in FP32_TENSORS}
 
@@ -87,7 +85,7 @@ class Case:
     kernel: str
     size: int
     call: str
-    arch: int
+    arch: Arch
     dtype: str  # one of DTYPES
     config: Config
 
@@ -97,7 +95,7 @@ class Report:
     kernel: str
     size: int | None
     call: str
-    arch: int
+    arch: Arch
     dtype: str
     registers: int
     stack: int
@@ -154,17 +152,12 @@ def calls_of(kernel: str) -> dict[str, Call]:
     return _kernels()[kernel].calls
 
 
-def shared_memory(arch: int) -> int:
-    """Bytes that a block may use. 8.0 has more than its relatives, for which its rows are too."""
-    return (227 if rows_of(arch // 10) == 90 else 99) * 1024
-
-
-def cases(arch: int, kernels: list[str]) -> Iterator[Case]:
+def cases(arch: Arch, kernels: list[str]) -> Iterator[Case]:
     """Every row that this architecture would use, in every way its kernel is called."""
     for name, dtype in product(kernels, DTYPES):
-        for size, config in rows_for(name, FP32 if dtype == "fp32" else rows_of(arch // 10)).items():
+        for size, config in rows_for(name, rows_of(arch, dtype == "fp32")).items():
             for call, how in calls_of(name).items():
-                row = fitting(rows_for(name, 80), size) if how.pointers else config
+                row = for_pointers(name, size, config) if how.pointers else config
                 if dtype in how.dtypes and (dtype != "fp16" or _kernels()[name].matrix):  # without products it is bf16's code
                     yield Case(name, size, call, arch, dtype, row)
 
@@ -200,7 +193,6 @@ def constants(case: Case) -> dict:
 
 def compile_case(case: Case):
     """The compiled kernel, for tensors that start on 16 bytes."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel: Any = _kernels()[case.kernel].function
@@ -217,9 +209,12 @@ def compile_case(case: Case):
 
     aligned = [i for i, n in enumerate(names) if is_aligned(n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    if isinstance(case.arch, str) and by_16:  # the JIT tells AMD's compiler which tensors are no larger than 2 GiB
+        for i in aligned:
+            attributes[(i,)] += [["tt.pointer_range", 32]] if names[i].endswith("_ptr") else []
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in fixed.items()}, attributes)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return triton.compile(source, target=target(case.arch), options=options)
 
 
 @dataclass(frozen=True)
@@ -242,23 +237,23 @@ def build(case: Case) -> Built:
     except Exception as error:  # whatever the compiler raises is a fault of the case
         return Built(time.perf_counter() - started, error=one_line(error))
     seconds = time.perf_counter() - started
-    return Built(seconds, *resources(compiled), compiled.metadata.shared, machine_code(compiled.asm["cubin"]))
+    return Built(seconds, *resources(compiled), compiled.metadata.shared, instructions(compiled))
 
 
 def judge(cases: list[Case], built: list[Built]) -> list[Report]:
     """The report of each case, from what its machine code needs and holds."""
-    listings: dict[int, Any] = {}
+    found: dict[int, str] = {}
     for arch in {case.arch for case in cases}:  # the disassembler takes a third of a second to start, and no time for a kernel
         mine = [number for number, case in enumerate(cases) if case.arch == arch]
-        listings |= dict(zip(mine, disassemble([built[number].code for number in mine], arch), strict=True))
-    return [_report(case, result, listings[number]) for number, (case, result) in enumerate(zip(cases, built, strict=True))]
+        found |= dict(zip(mine, listings([built[number].code for number in mine], arch), strict=True))
+    return [_report(case, result, found[number]) for number, (case, result) in enumerate(zip(cases, built, strict=True))]
 
 
 def _report(case: Case, built: Built, listing: str) -> Report:
     about = (case.kernel, None if case.size == ANY else case.size, case.call, case.arch, case.dtype)
     if built.error is not None:
         return Report(*about, 0, 0, 0, {}, round(built.seconds, 2), [f"does not compile: {built.error}"])
-    found = {name: len(re.findall(pattern, listing)) for name, pattern in INSTRUCTIONS.items()}
+    found = counted(listing, case.arch)
     faults = too_much(case.arch, case.config, built.stack, built.shared, calls_of(case.kernel)[case.call].odd)
     faults += _lacking(case, found)
     return Report(*about, built.registers, built.stack, built.shared, found, round(built.seconds, 2), faults)
@@ -275,49 +270,15 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said[-1] if said else ''}"[:200]
 
 
-def resources(compiled) -> tuple[int, int]:
-    """Registers and stack bytes (spills) of a thread of a compiled kernel."""
-    usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", data=compiled.asm["cubin"])
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return registers, stack
-
-
-def machine_code(cubin: bytes) -> bytes:
-    """The instructions of a cubin, a 64-bit ELF file: its sections .text.*, one after another."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names_section = struct.unpack_from("<HHH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]  # name, _, _, _, offset, length
-    names = cubin[sections[names_section][4] :]
-    return b"".join(cubin[x[4] : x[4] + x[5]] for x in sections if names.startswith(b".text.", x[0]))
-
-
-def disassemble(codes: list[bytes], arch: int) -> list[str]:
-    """The listing of each of them, a line for an instruction of 16 bytes, from one run of the disassembler."""
-    target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
-    text = _nvidia_tool("nvdisasm", "--binary", target, data=b"".join(codes)) if any(codes) else ""
-    lines = (line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
-    listings = ["\n".join(islice(lines, len(code) // 16)) for code in codes]
-    if next(lines, None) is not None or sum(map(len, codes)) // 16 != sum(len(x.splitlines()) for x in listings):
-        raise RuntimeError("nvdisasm printed another number of instructions than it was given")
-    return listings
-
-
-def _nvidia_tool(name: str, *options: str, data: bytes) -> str:
-    """What one of the tools that come with Triton prints about a file that holds `data`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(data)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def too_much(arch: int, config: Config, stack: int, shared: int, odd: bool) -> list[str]:
+def too_much(arch: Arch, config: Config, stack: int, shared: int, odd: bool) -> list[str]:
     """What of it is more than the row allows, to an `odd` call or to one that people train with, or the architecture has."""
     faults, allowed = [], max(config.stack, config.odd_stack if odd else 0)
     if stack > allowed:
         faults.append(f"stack of {stack} bytes, {allowed} allowed")
     if shared > shared_memory(arch):
         faults.append(f"{shared} bytes of shared memory, {shared_memory(arch)} there are")
+    if (threads := config.num_warps * target(arch).warp_size) > MOST_THREADS:  # which no compiler counts
+        faults.append(f"{threads} threads, {MOST_THREADS} at most")
     return faults
 
 
@@ -328,15 +289,15 @@ def _lacking(case: Case, found: dict[str, int]) -> list[str]:
         return faults  # for checking: the matrix units would round
     if calls_of(case.kernel)[case.call].pointers:
         return faults  # nobody is served fast there
-    matrix = MATRIX.get(case.arch // 10, "HMMA")
+    matrix = matrix_instruction(case.arch)
     if _kernels()[case.kernel].matrix:
         if not found[matrix]:
             faults.append(f"no {matrix} instruction")
-        if matrix != "HMMA" and found["HMMA"]:
+        if matrix != "HMMA" and found.get("HMMA"):
             faults.append("HMMA, the slow matrix path of this architecture")
     elif not found["load 16 B"] and calls_of(case.kernel)[case.call].strides_of_16:
         faults.append("no load of 16 bytes at a time")
-    if constants(case).get("TMA") and not found["TMA"]:
+    if constants(case).get("TMA") and not found.get("TMA"):
         faults.append("no UTMALDG instruction: TMA is not used")
     return faults
 
@@ -345,7 +306,7 @@ def inspect_all(todo: list[Case], console: Console) -> list[Report]:
     """Reports in the order of `todo`, compiled by all cores."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["nanostack.kernels.aot"])  # torch is imported once for all workers
-    workers = min(len(todo), os.cpu_count() or 1)
+    workers = min(len(todo), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         done = pool.map(build, todo)
         return judge(todo, list(track(done, "compiling", total=len(todo), console=console, disable=not console.is_terminal)))
@@ -357,14 +318,19 @@ def show(reports: list[Report], console: Console) -> None:
         table.add_column(name, justify="right" if name in ("size", "regs", "stack", "shared") else "left", overflow="fold")
     for r in reports:
         found = ", ".join(f"{count} {name}" for name, count in r.instructions.items() if count)
-        numbers = ("any" if r.size is None else str(r.size), r.call, f"sm_{r.arch}", r.dtype, str(r.registers), str(r.stack))
+        numbers = ("any" if r.size is None else str(r.size), r.call, named(r.arch), r.dtype, str(r.registers), str(r.stack))
         table.add_row(r.kernel, *numbers, f"{r.shared:,}", found, "; ".join(r.faults) or "ok")
     console.print(table)
 
 
+def architecture(word: str) -> Arch:
+    """90 of "90", "gfx942" of "gfx942"."""
+    return int(word) if word.isdecimal() else word
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m nanostack.kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=architecture, nargs="+", default=[80, 90], choices=ARCHITECTURES)
     parser.add_argument("--in-turn", action="store_true", help="a third of the calls, others at each row: for CI")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
@@ -383,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         show(reports, Console(width=None if sys.stdout.isatty() else 200))
     faulty = [report for report in reports if report.faults]
     for report in faulty:
-        where = " ".join(filter(None, (report.kernel, str(report.size or ""), report.call, report.dtype, f"sm_{report.arch}")))
+        where = " ".join(filter(None, (report.kernel, str(report.size or ""), report.call, report.dtype, named(report.arch))))
         print(f"error: {where}: {'; '.join(report.faults)}", file=sys.stderr)
     return 1 if faulty else 0
 

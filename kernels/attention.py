@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import cpu
-from .attention_triton import LN_2, MAX_D_HEAD, document_bounds, flash_attention_op
+from .attention_triton import LN_2, document_bounds, flash_attention_op, widest_head
 from .dispatch import (
     once_differentiable,
     require,
@@ -129,7 +129,7 @@ def documents(cu_seqlens: torch.Tensor, seq_len: int, x: torch.Tensor, d_head: i
 
     Each call takes cu_seqlens, too, with the same result, and translates it anew. Raises ValueError as flash_attention does.
     """
-    if not use_triton(backend, x, _too_wide(d_head)):
+    if not use_triton(backend, x, _too_wide(x, d_head)):
         return Documents(cu_seqlens, None)
     _check_edges(cu_seqlens, seq_len)
     return Documents(cu_seqlens, document_bounds(cu_seqlens, seq_len))
@@ -154,7 +154,7 @@ def flash_attention(
     """
     cu_seqlens, bounds = cu_seqlens if isinstance(cu_seqlens, Documents) else (cu_seqlens, None)
     _check(q, k, v, causal, scale, cu_seqlens, bounds)
-    on_triton = use_triton(backend, q, _too_wide(q.shape[-1]))
+    on_triton = use_triton(backend, q, _too_wide(q, q.shape[-1]))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if on_triton and q.numel():
         if cu_seqlens is not None and bounds is None:
@@ -271,8 +271,9 @@ def _torch_is_faster(q: torch.Tensor) -> bool:
     return q.shape[1] == 1 or q.dtype != torch.float32
 
 
-def _too_wide(d_head):
-    return f"the kernel takes a d_head of at most {MAX_D_HEAD}, not {d_head}" if d_head > MAX_D_HEAD else None
+def _too_wide(x, d_head):
+    most = widest_head(x)
+    return f"the kernel takes a d_head of at most {most} here, not {d_head}" if d_head > most else None
 
 
 def _check(q, k, v, causal, scale, cu_seqlens, bounds=None):

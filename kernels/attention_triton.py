@@ -18,7 +18,7 @@ import math
 import torch
 from torch.library import triton_op
 
-from .configs import Config, fitting, lookup, rows_for
+from .configs import Config, architecture, for_pointers, lookup, rows_for
 from .dispatch import (
     launch,
     refuse_second_derivative,
@@ -28,7 +28,6 @@ from .dispatch import (
     wrap_triton,
 )
 
-MAX_D_HEAD = 256  # wider heads do not fit into the registers
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2: exp2 is one instruction, exp two
 LN_2 = math.log(2)
 # Finite: a row that has met masked columns only gets exp2(-inf - LOWEST) = 0 and not nan. No float32 is below it: a row whose
@@ -250,6 +249,11 @@ def block_d(d_head: int) -> int:
     return max(16, triton.next_power_of_2(d_head))
 
 
+def widest_head(x: torch.Tensor) -> int:
+    """The d_head up to which there are rows for tensors like this one: wider heads do not fit into the registers."""
+    return max(rows_for("attention_dk_dv", architecture(x.device, x.dtype)))
+
+
 def launch_config(kernel: str, *tensors: torch.Tensor) -> Config:
     """The row for these tensors (batch, seq, head, d_head): one with TMA only where rows, heads and batches of them all start
     on 16 bytes, as TMA reads nothing else."""
@@ -259,7 +263,7 @@ def launch_config(kernel: str, *tensors: torch.Tensor) -> Config:
     starts = [start for x in tensors for start in (x.storage_offset(), *x.stride()[:3])]
     tma = all(start * like.element_size() % 16 == 0 for start in starts)
     tma = tma and all(x.stride(1) > 0 for x in tensors)  # an expanded tensor repeats one row, and no descriptor does
-    return config if tma or not config.tiles["TMA"] else fitting(rows_for(kernel, 80), d_head)
+    return config if tma else for_pointers(kernel, d_head, config)
 
 
 @triton_op("nanostack::flash_attention", mutates_args=())

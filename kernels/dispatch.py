@@ -28,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when 
 # torch 2.11's refuses interpreted kernels. One name for both: torch reads the source of an operation for the kernels it wraps.
 wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 BACKENDS = ("auto", "torch", "triton", "c")
+Arch = int | str  # of a GPU: 90 for NVIDIA's sm_90, "gfx942" for AMD's
+AMD = {"gfx90a": "cdna", "gfx942": "cdna", "gfx1100": "rdna3"}  # those of AMD's that configs.py has rows for, by their family
 
 _backend = "auto"
 _traced: bool | None = None  # None: operations are run
@@ -64,11 +66,21 @@ def dry_run(gpu):
         _dry = None
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of the GPU on which tensors of `device` are; None where they are on none."""
+def arch_of(device: torch.device) -> Arch | None:
+    """The architecture of the GPU on which tensors of `device` are; None where they are on none."""
     if _dry is not None:
-        return divmod(_dry.arch, 10)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return _dry.arch
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:  # ROCm calls its devices cuda, and gfx9 reports major 9 as Hopper does
+        return _gcn_arch(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the properties of a device
+def _gcn_arch(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]  # of "gfx942:sramecc+:xnack-"
 
 
 def unavailable_reason(device: torch.device | str) -> str | None:
@@ -79,11 +91,11 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is visible to torch."
-        if torch.version.hip:  # ROCm calls its devices cuda, and gfx9 reports major 9 as Hopper does
-            return "the kernels have no configurations for AMD's GPUs yet."
-        major, minor = capability(device) or (0, 0)
-        if major < 8:
-            return f"the kernels need compute capability 8.0 or newer and {device} has {major}.{minor}."
+        arch = arch_of(device)
+        if isinstance(arch, str) and arch not in AMD:
+            return f"of AMD's GPUs the kernels have rows for {', '.join(AMD)}, and {device} is a {arch}."
+        if isinstance(arch, int) and arch < 80:
+            return f"the kernels need compute capability 8.0 or newer and {device} has {arch // 10}.{arch % 10}."
         return None
     if _dry is not None:
         return None

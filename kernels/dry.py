@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from . import dispatch
-from .aot import ARCHITECTURES, one_line, resources, too_much
+from .aot import one_line, too_much
 from .configs import Config
-from .dispatch import HAS_TRITON, INTERPRETED, triton
+from .dispatch import HAS_TRITON, INTERPRETED, Arch, triton
+from .machine_code import ARCHITECTURES, named, resources, target
 
 MOST_BOX = 256  # elements of a TMA box along each dimension
 MOST_GRID = (2**31 - 1, 65535, 65535)
@@ -29,7 +30,7 @@ class DryFault(RuntimeError):
 
 
 class DryGPU:
-    """A GPU of this architecture (90 for sm_90), for the block that `with` it begins.
+    """A GPU of this architecture (90 for sm_90, "gfx942"), for the block that `with` it begins.
 
     Raises ValueError for an architecture that nobody knows, and where Triton cannot compile; within the block a launch raises
     DryFault if it does not compile, spills more than its row allows, needs more shared memory than there is, exceeds a grid,
@@ -39,9 +40,9 @@ class DryGPU:
 
     multiprocessors = 132
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: Arch):
         if arch not in ARCHITECTURES:
-            raise ValueError(f"there is no sm_{arch} here; there are {', '.join(f'sm_{known}' for known in ARCHITECTURES)}")
+            raise ValueError(f"there is no {named(arch)} here; there are {', '.join(map(named, ARCHITECTURES))}")
         if not HAS_TRITON:
             raise ValueError("Triton is not installed, and nothing else compiles its kernels (pip install triton)")
         if INTERPRETED:
@@ -51,13 +52,11 @@ class DryGPU:
         self.launches = 0
 
     def __enter__(self) -> "DryGPU":
-        from triton.backends.compiler import GPUTarget
-
-        target = GPUTarget("cuda", self.arch, 32)
+        compiled_for = target(self.arch)
         self._driver = triton.runtime.driver._active
         triton.runtime.driver.set_active(  # the JIT keeps what it compiles by device, so an architecture is a device
             SimpleNamespace(
-                get_current_target=lambda: target,
+                get_current_target=lambda: compiled_for,
                 get_current_device=lambda: self.arch,
                 get_current_stream=lambda device=None: 0,
             )
@@ -77,7 +76,7 @@ class DryGPU:
         try:
             compiled = kernel.warmup(x, *arguments, grid=grid, **constants)
         except Exception as error:  # whatever the compiler raises
-            raise DryFault(f"{kernel.__name__} does not compile for sm_{self.arch}: {one_line(error)}") from error
+            raise DryFault(f"{kernel.__name__} does not compile for {named(self.arch)}: {one_line(error)}") from error
         if compiled.hash not in self.compiled:
             self.compiled[compiled.hash] = resources(compiled)
         _, stack = self.compiled[compiled.hash]
@@ -86,10 +85,10 @@ class DryGPU:
         boxes = DESCRIPTOR.findall(compiled.asm["ttir"])
         faults += [fault for box in boxes for fault in _refused_box(*box)]
         if boxes:
-            named = dict(zip((parameter.name for parameter in kernel.params), (x, *arguments), strict=False))
-            faults += _refused_tensors(named)
+            given = dict(zip((parameter.name for parameter in kernel.params), (x, *arguments), strict=False))
+            faults += _refused_tensors(given)
         if faults:
-            raise DryFault(f"{kernel.__name__} on sm_{self.arch} by {config}: {'; '.join(dict.fromkeys(faults))}")
+            raise DryFault(f"{kernel.__name__} on {named(self.arch)} by {config}: {'; '.join(dict.fromkeys(faults))}")
 
 
 def _refused_box(sizes: str, kind: str, bits: str) -> list[str]:
@@ -117,10 +116,10 @@ def _refused_tensors(named: dict[str, Any]) -> list[str]:
     return faults
 
 
-def architectures(names: str) -> list[int]:
+def architectures(names: str) -> list[Arch]:
     """[90, 80] of "sm_90,sm_80". Raises ValueError for anything else."""
     words = [word.strip() for word in names.split(",") if word.strip()]
-    known = {f"sm_{arch}": arch for arch in ARCHITECTURES}
+    known = {named(arch): arch for arch in ARCHITECTURES}
     unknown = [word for word in words if word not in known]
     if unknown or not words:
         raise ValueError(f"it takes architectures by comma, of {', '.join(known)}, not {', '.join(unknown) or 'nothing'}")

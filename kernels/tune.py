@@ -26,8 +26,8 @@ from typing import Any, cast
 import torch
 
 from . import aot
-from .configs import ANY, FP32, TABLE, Config, attention, lookup, row, rows_for, rows_of
-from .dispatch import triton, unavailable_reason
+from .configs import ANY, FP32, TABLE, Config, attention, for_pointers, lookup, owner, row, rows_for, rows_of
+from .dispatch import Arch, arch_of, triton, unavailable_reason
 from .timing import interleaved
 
 BETTER = 0.98  # of the seconds of the call with the row in use
@@ -37,10 +37,10 @@ MOST_WORKERS = 16  # beyond it their memory on the GPU counts
 WHOLE_BACKWARD = ("attention_dq", "attention_dk_dv")  # whose call launches the other one too
 
 
-def candidates(kernel: str, arch: int) -> list[Config]:
+def candidates(kernel: str, arch: Arch) -> list[Config]:
     """The rows that are worth trying for a kernel."""
     if kernel.startswith("attention"):
-        tma = (False, True) if arch >= 90 else (False,)
+        tma = (False, True) if isinstance(arch, int) and arch >= 90 else (False,)
         tiles = product((64, 128), (32, 64, 128), (4, 8), (2, 3), tma)
         return [attention(m, n, warps, stages, TMA=use) for m, n, warps, stages, use in tiles]
     if kernel == "rms_norm_forward":
@@ -98,7 +98,7 @@ def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple
     return lambda: ops.linear_cross_entropy_rows(x, weight, targets, None, -100, 0.0, True, "triton")
 
 
-Judge = Callable[[str, int, int, Config], str | None]
+Judge = Callable[[str, int, Arch, Config], str | None]
 Workload = Callable[[str, int, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
 
 
@@ -177,7 +177,7 @@ def _launch(kernel: str, size: int, config: Config, device: torch.device, make: 
     return None
 
 
-def gated(kernel: str, size: int, arch: int, configs: list[Config], seconds: float, judge: Judge) -> Config | None:
+def gated(kernel: str, size: int, arch: Arch, configs: list[Config], seconds: float, judge: Judge) -> Config | None:
     """The first of them that is found in time to pass the gate in every way the kernel is called; None where there is none."""
     found = answers(judge, [(kernel, size, arch, config) for config in configs], seconds)
     for number, config in enumerate(configs):
@@ -188,7 +188,7 @@ def gated(kernel: str, size: int, arch: int, configs: list[Config], seconds: flo
     return None
 
 
-def _fault(kernel: str, size: int, arch: int, config: Config) -> str | None:
+def _fault(kernel: str, size: int, arch: Arch, config: Config) -> str | None:
     """Why a candidate is not worth trying."""
     for case in calls(kernel, size, arch, config, odd=False):
         if faults := aot.inspect(case).faults:
@@ -196,11 +196,11 @@ def _fault(kernel: str, size: int, arch: int, config: Config) -> str | None:
     return None
 
 
-def calls(kernel: str, size: int, arch: int, config: Config, odd: bool) -> list[aot.Case]:
+def calls(kernel: str, size: int, arch: Arch, config: Config, odd: bool) -> list[aot.Case]:
     """All that the gate would ask of a row: calls that people train with, or odd ones, in every dtype that the row serves."""
     dtypes = ("bf16", "fp16") if FP32 in TABLE[kernel] else aot.DTYPES
-    by_80 = rows_of(arch // 10) == 90  # what serves tensors that TMA cannot read
-    asked = {c: how for c, how in aot.calls_of(kernel).items() if how.odd == odd and not (how.pointers and by_80)}
+    another = for_pointers(kernel, size, config) is not config  # serves tensors that TMA cannot read
+    asked = {c: how for c, how in aot.calls_of(kernel).items() if how.odd == odd and not (how.pointers and another)}
     return [aot.Case(kernel, size, call, arch, d, config) for call, how in asked.items() for d in dtypes if d in how.dtypes]
 
 
@@ -210,7 +210,7 @@ def _odd_stack(case: aot.Case) -> int | str:
     return report.faults[0] if report.faults else report.stack
 
 
-def with_odd_calls(kernel: str, size: int, arch: int, config: Config, seconds: float) -> Config | None:
+def with_odd_calls(kernel: str, size: int, arch: Arch, config: Config, seconds: float) -> Config | None:
     """The row with the stack that its odd calls need by this Triton; None where one of them does not work. Says so where time
     did not do for all of them."""
     asked = calls(kernel, size, arch, config, odd=True)
@@ -228,7 +228,7 @@ def with_odd_calls(kernel: str, size: int, arch: int, config: Config, seconds: f
 def in_use(kernel: str, size: int, config: Config):
     """Within it the kernel is launched with this row, whatever its tensors."""
     before = TABLE[kernel]
-    TABLE[kernel] = {arch: {size: config} for arch in (FP32, 80, 90)}
+    TABLE[kernel] = {arch: {size: config} for arch in (FP32, 80, *before)}
     try:
         yield
     finally:
@@ -286,7 +286,7 @@ class Tuned:
 
     kernel: str
     size: int
-    arch: int  # whose row it is
+    arch: Arch  # whose row it is
     row: str  # source of the best
     row_before: str
     seconds: float
@@ -301,9 +301,9 @@ def tuned(
     seconds: float = math.inf,
     device: torch.device | None = None,
     make: Workload = workload,
-    grid: Callable[[str, int], list[Config]] = candidates,
+    grid: Callable[[str, Arch], list[Config]] = candidates,
     judge: Judge = _fault,
-    finish: Callable[[str, int, int, Config, float], Config | None] = with_odd_calls,
+    finish: Callable[[str, int, Arch, Config, float], Config | None] = with_odd_calls,
 ) -> Iterator[Tuned]:
     """Tune these (kernel, size) in turn, as many as begin within so many seconds. The last one may end with less candidates."""
     device = device or torch.device("cuda", torch.cuda.current_device())
@@ -323,7 +323,7 @@ def tuned(
         while faster and found is None and (best := gated(kernel, size, arch, faster, in_time(end), judge)):
             found, faster = finish(kernel, size, arch, best, in_time(end)), faster[faster.index(best) + 1 :]
         best, found = (best, found) if best and found else (now, now)
-        rows = rows_of(arch // 10) if rows_of(arch // 10) in TABLE[kernel] else 80
+        rows = owner(kernel, rows_of(arch))
         timed = "the whole backward" if kernel in WHOLE_BACKWARD else "the call"
         yield Tuned(kernel, size, rows, as_row(found), as_row(now), times[best], times[now], len(times), timed)
 
@@ -333,12 +333,9 @@ def in_time(end: float) -> float:
     return max(10.0, min(end - time.monotonic(), 3600))
 
 
-def machine(device: torch.device) -> int:
+def machine(device: torch.device) -> Arch:
     """The architecture of a GPU, as in 90; Hopper's where there is none, which a rehearsal compiles for."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return arch_of(device) or 90
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -355,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    served_by = rows_of(machine(device) // 10)
+    served_by = rows_of(machine(device))
     where = f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {date.today().isoformat()}"
     print(f"# rows of {served_by}, measured on {where}", flush=True)
     sizes = {name: rows_for(name, served_by) for name in options.kernel}

@@ -10,6 +10,8 @@ import torch
 from nanostack.errors import UserError
 from nanostack.kernels import dispatch
 
+AMD_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # MI100 and later, RDNA3 and later
+
 
 def open_device(index: int, compile: bool) -> torch.device:
     """The GPU of this number, where there is one, else the CPU; made ready to train on.
@@ -65,11 +67,15 @@ def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     """The dtype that a config names; "auto" is bfloat16 where the device multiplies it in hardware."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; other GPUs emulate it, which torch calls support."""
+    if device.type != "cuda":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    arch = dispatch.arch_of(device)
+    return arch.startswith(AMD_WITH_BF16) if isinstance(arch, str) else arch is not None and arch >= 80
 
 
 def free_bytes(device: torch.device) -> float:

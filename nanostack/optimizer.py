@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nanostack.config import Optim, OptimizerName
+from nanostack.device import multiplies_bf16
 from nanostack.flops import n_matrices, n_params
 from nanostack.growth.moments import EPS_FOLLOWS_DEPTH
 from nanostack.model import Llama, LlamaConfig
@@ -69,8 +70,8 @@ class Muon(AdamW):
     def __init__(self, groups: list[dict], rows_of: Callable[[], dict[Tensor, tuple[int, ...]]], **options):
         super().__init__(groups, **options)
         self.rows_of = rows_of
-        on_gpu = any(p.is_cuda for group in groups for p in group["params"])
-        self.orthogonalise_in = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+        gpus = {p.device for group in groups for p in group["params"] if p.is_cuda}
+        self.orthogonalise_in = torch.bfloat16 if gpus and all(map(multiplies_bf16, gpus)) else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure here

@@ -1,6 +1,7 @@
 """Checks before a run touches anything: a mistake is found in seconds, and not after days of training."""
 
 import dataclasses
+import sys
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.memory import check_batch
 from nanostack.optimizer import state_numbers
-from nanostack.parallel import Placement, micro_steps, on_rank_0
+from nanostack.parallel import Placement, is_main_rank, micro_steps, on_rank_0
 from nanostack.text.dataset import verify
 from nanostack.text.manifest import load_manifest, manifest_sha256
 
@@ -42,7 +43,7 @@ def check(config: Train, placement: Placement) -> Checked:
 
 
 def choose_kernels(name: str, placement: Placement) -> str:
-    """Set the backend of all kernels. Returns the one that will run: triton, c or torch."""
+    """Set the backend of all kernels. Returns the one that will run: triton, c or torch. Says why where "auto" is torch."""
     on_gpu = placement.device.type == "cuda"
     reason = kernels.unavailable_reason(placement.device)
     if reason is None and on_gpu and not kernels.dispatch.launcher_compiler():
@@ -58,9 +59,14 @@ def choose_kernels(name: str, placement: Placement) -> str:
     kernels.set_backend("torch" if name == "auto" and on_gpu and reason else name)
     if name != "auto":
         return name
-    if on_gpu:
-        return "torch" if reason else "triton"
-    return "torch" if kernels.cpu.unavailable_reason() else "c"
+    reason = reason if on_gpu else kernels.cpu.unavailable_reason()
+    best = "triton" if on_gpu else "c"
+    said = [f"torch computes in place of the {best} kernels: {reason}"] if reason else []
+    if not on_gpu and torch.backends.mps.is_available():
+        said.append("The GPU of this Mac (MPS) is not used: training runs on the CPU.")
+    if said and is_main_rank():
+        print("note:", *said, file=sys.stderr)
+    return "torch" if reason else best
 
 
 def with_vocabulary(config: Train) -> Train:

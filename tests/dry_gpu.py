@@ -57,7 +57,7 @@ class DryRun:
         active = True
 
     def pytest_generate_tests(self, metafunc):
-        metafunc.parametrize("dry_gpu", self.gpus, ids=[f"sm_{arch}" for arch in self.gpus], indirect=True)
+        metafunc.parametrize("dry_gpu", self.gpus, ids=[dry.named(arch) for arch in self.gpus], indirect=True)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
@@ -98,7 +98,7 @@ class DryRun:
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("dry GPU")
         terminalreporter.write_line(
-            f"Triton {dry.triton.__version__}, {', '.join(f'sm_{arch}' for arch in self.gpus)}: {self.tests} tests, "
+            f"Triton {dry.triton.__version__}, {', '.join(dry.named(arch) for arch in self.gpus)}: {self.tests} tests, "
             f"{self.launches} launches, {len(self.compiled)} kernels compiled; nothing was run, "
             f"and {self.assertions} assertions on values were passed over"
         )

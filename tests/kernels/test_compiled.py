@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import aot, dispatch, tune
+from kernels import aot, dispatch, machine_code, tune
 from kernels.configs import ANY, FP32, TABLE, attention, row, rows_for
 
 triton = pytest.importorskip("triton")
@@ -96,10 +96,10 @@ def test_listings_of_several_kernels_are_each_the_one_of_the_whole_file(tmp_path
     """One run of the disassembler for all kernels, beside a run for each whole file of machine code."""
     cases = [aot.Case(name, ANY, "", 90, "bf16", row(4, BLOCK=1024)) for name in ("swiglu_forward", "swiglu_backward")]
     cubins = [aot.compile_case(case).asm["cubin"] for case in cases]
-    listings = aot.disassemble([aot.machine_code(cubin) for cubin in cubins], 90)
+    listings = machine_code.disassemble([machine_code.sections_of(cubin) for cubin in cubins], 90)
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
     for cubin, listing in zip(cubins, listings, strict=True):
-        whole = aot._nvidia_tool("cuobjdump", "--dump-sass", data=cubin)
+        whole = machine_code._nvidia_tool("cuobjdump", "--dump-sass", data=cubin)
         opcodes, expected = ([found.split()[0] for found in instruction.findall(text)] for text in (listing, whole))
         assert len(opcodes) > 50 and opcodes == expected
 
@@ -197,7 +197,7 @@ def test_candidate_whose_process_dies_or_is_late_costs_only_itself():
 
 
 def test_tuned_row_allows_its_odd_calls_what_they_need_and_none_that_breaks_is_taken(monkeypatch):
-    config, asked = row(4, BLOCK=1024), tune.calls("attention_dk_dv", 64, 90, attention(64, 64, 4, 2), odd=True)
+    config, asked = row(4, BLOCK=1024), tune.calls("attention_dk_dv", 64, 90, attention(64, 64, 4, 2, TMA=True), odd=True)
     assert {(case.call, case.dtype) for case in asked} >= {("one token", "fp16"), ("causal, narrow", "bf16")}
     assert "causal, pointers" not in {case.call for case in asked}, "which the row of 80 serves"
     assert tune.with_odd_calls("swiglu_forward", ANY, 90, config, 200) == config

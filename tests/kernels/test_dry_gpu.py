@@ -74,11 +74,12 @@ def test_tensors_that_tma_cannot_read_get_a_row_without_it():
     assert dispatch._dry is None, "behind the block launches run again"
 
 
-def test_amd_device_is_refused_as_it_would_get_rows_of_hopper(monkeypatch):
+def test_amd_device_without_rows_is_refused_and_gets_none_of_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "no configurations for AMD's GPUs" in kernels.unavailable_reason("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx940:xnack-"))
+    assert "and cuda is a gfx940" in kernels.unavailable_reason("cuda")
     on_it = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
     assert not dispatch.use_triton(None, on_it)
     with pytest.raises(ValueError, match="AMD"):

@@ -66,3 +66,42 @@ def test_attention_that_waits_for_the_device_is_not_captured(corpus):
     with pytest.raises(ValueError, match=r"--cuda_graph: --data\.document_mask with torch's attention waits for the device"):
         preflight.check(config, CPU)
     preflight.check(dataclasses.replace(config, cuda_graph=False), CPU)
+
+
+@pytest.mark.parametrize(
+    ("mps", "c_lacks", "said"),
+    [
+        (False, None, ""),
+        (
+            False,
+            "there is no C compiler (cc).",
+            "note: torch computes in place of the c kernels: there is no C compiler (cc).\n",
+        ),
+        (True, None, "note: The GPU of this Mac (MPS) is not used: training runs on the CPU.\n"),
+        (
+            True,
+            "they find torch's OpenMP on Linux only.",
+            "note: torch computes in place of the c kernels: they find torch's OpenMP on Linux only. "
+            "The GPU of this Mac (MPS) is not used: training runs on the CPU.\n",
+        ),
+    ],
+)
+def test_fallback_is_told_in_one_line(mps, c_lacks, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(kernels.cpu, "unavailable_reason", lambda: c_lacks)
+    assert preflight.choose_kernels("auto", CPU) == ("torch" if c_lacks else "c")
+    assert capsys.readouterr().err == said
+    assert preflight.choose_kernels("torch", CPU) == "torch" and not capsys.readouterr().err, "who asks for it knows"
+
+
+def test_fallback_of_a_gpu_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device: "the kernels need more.")
+    assert preflight.choose_kernels("auto", CUDA) == "torch"
+    assert capsys.readouterr().err == "note: torch computes in place of the triton kernels: the kernels need more.\n"
+
+
+def test_machine_without_a_c_compiler_trains_in_torch_and_says_so(trainer):
+    done = trainer("out", env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("note: torch computes in place of the c kernels: there is no C compiler (cc).") == 1
+    assert ", torch kernels, " in done.stdout

@@ -78,7 +78,7 @@ def test_wrong_overrides_raise_one_line_that_names_them(overrides, message):
         ("x = 1", "has no variable `config`"),
         ("config = 3", "has no variable `config`"),
         ("from nanostack.config import Train\nconfig = Train(modle=3)", "unexpected keyword argument 'modle'"),
-        ("config = (", "NameError"),
+        ("config = (", "SyntaxError"),
         ("import missing_module", "missing_module"),
     ],
 )

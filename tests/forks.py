@@ -49,6 +49,7 @@ for number, (path, flags) in enumerate(streams):
 os.chdir(request["cwd"])
 os.environ |= request["env"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background have ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has
 warnings.filterwarnings("ignore", ".*found in sys.modules after import of package", RuntimeWarning)
 sys.path[:1] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # instead of this folder
 sys.argv = request["argv"]

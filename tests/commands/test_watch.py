@@ -214,8 +214,8 @@ def command(*arguments: object) -> list[str]:
 def watching(*arguments: object):
     """`nanostack watch ARGUMENTS` at a port that is free: the process and the port."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # tests in the background ignore it
-    with subprocess.Popen(command(*arguments, "--port", 0), cwd=ROOT, text=True, **pipes, **heard) as process:
+    pipes |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # ignored in the background
+    with subprocess.Popen(command(*arguments, "--port", 0), cwd=ROOT, text=True, **pipes) as process:
         try:
             said = process.stdout.readline()
             assert said, process.stderr.read()

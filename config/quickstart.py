@@ -10,10 +10,10 @@ config = Train(
     data=Data("data/packages512", val_tokens=65_536),
     model=LlamaConfig(n_layer=2, n_head=2, n_kv_head=2, d_model=48, d_ff=128, vocab_size=None, seq_len=128),
     stages=(
-        Stage(tokens=1_432_576, lr=8e-3, schedule="constant", warmup_tokens=61_440),
+        Stage(tokens=1_432_576, lr=4e-3, schedule="constant", warmup_tokens=61_440),
         grow(
             "stack", g=4, moments_old="keep", moments_new="zero",
-            tokens=4_978_688, lr=4e-3, schedule="wsd", decay_tokens=1_105_920,
+            tokens=4_978_688, lr=8e-3, schedule="wsd", decay_tokens=1_105_920,
         ),
     ),
     optim=Optim("muon"),

@@ -152,9 +152,8 @@ def check(command: Command, saved: dict, out: Path) -> None:
         raise UserError("learn trains how to grow: give it prepared text, --data data/NAME")
     if learns and command.batch_tokens < (seq_len := saved["config"]["seq_len"]):
         raise UserError(f"batch_tokens {command.batch_tokens} is less than one sequence of {seq_len} tokens")
-    if (
-        learns and command.data and saved["manifest_sha256"] not in (None, manifest_sha256(command.data))
-    ):  # None where others trained it
+    trained_on = saved["manifest_sha256"]  # None where others trained it
+    if learns and command.data and trained_on not in (None, manifest_sha256(command.data)):
         raise UserError(f"{source} was trained on other text than {command.data}: learn goes on where it stopped")
     if models.is_hf_folder(source) and how.makes_random:
         raise UserError(

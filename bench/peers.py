@@ -175,6 +175,8 @@ def nanogpt(clone: Path, config: Train, steps: int, began: float) -> dict:
     model, device = config.model, choose_device("auto")
     if device.type != "cpu" or compute_dtype(device, config.dtype) != torch.float32:
         raise UserError("--against nanogpt times what its README does on a CPU, in float32: add --dtype float32")
+    if (model.vocab_size or 0) > 1 << 16:
+        raise UserError(f"nanoGPT keeps ids in 16 bits, and the vocabulary has {model.vocab_size}")
     options = {
         **dict.fromkeys(("eval_interval", "lr_decay_iters"), 2**31),
         **{"dataset": "bench", "device": "cpu", "compile": False, "dtype": "float32", "eval_iters": 1, "log_interval": 1},

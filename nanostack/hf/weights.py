@@ -260,11 +260,8 @@ def load(folder: str | Path) -> dict:
     folder = Path(folder)
     require_extra()
     if not (folder / "config.json").is_file():
-        run = (
-            f"; it is the folder of a run, whose last checkpoint is {folder / 'ckpt.pt'}"
-            if (folder / "ckpt.pt").exists()
-            else ""
-        )
+        last = folder / "ckpt.pt"
+        run = f"; it is the folder of a run, whose last checkpoint is {last}" if last.exists() else ""
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json{run}")
     if (folder / ADAPTER).is_file():
         raise UserError(

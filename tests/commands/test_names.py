@@ -38,6 +38,11 @@ def test_unknown_command_is_refused_in_one_line():
     assert "abacus" in done.stderr and all(name in done.stderr for name in COMMANDS)
 
 
+def test_windows_is_told_to_use_wsl_in_one_line():
+    done = python("-c", "import sys; sys.platform = 'win32'; del sys.modules['nanostack']; import nanostack")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "on Windows, use WSL" in done.stderr
+
+
 @pytest.mark.parametrize("name", MOVED)
 def test_old_command_says_the_new_one_in_one_line(name):
     done = python("-m", name, "--out", "nowhere")

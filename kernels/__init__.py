@@ -18,6 +18,7 @@ else:
         turned,
     )
     from .attention import flops as flash_attention_flops
+    from .attention_triton import widest_head
     from .dispatch import set_backend, unavailable_reason
     from .linear import linear, linear_reference
     from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -53,4 +54,5 @@ __all__ = [
     "swiglu_reference",
     "turned",
     "unavailable_reason",
+    "widest_head",
 ]

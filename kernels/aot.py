@@ -272,7 +272,7 @@ def one_line(error: Exception) -> str:
 
 def too_much(arch: Arch, config: Config, stack: int, shared: int, odd: bool) -> list[str]:
     """What of it is more than the row allows, to an `odd` call or to one that people train with, or the architecture has."""
-    faults, allowed = [], max(config.stack, config.odd_stack if odd else 0)
+    faults, allowed = [], config.may_spill(arch, odd)
     if stack > allowed:
         faults.append(f"stack of {stack} bytes, {allowed} allowed")
     if shared > shared_memory(arch):

@@ -249,9 +249,9 @@ def block_d(d_head: int) -> int:
     return max(16, triton.next_power_of_2(d_head))
 
 
-def widest_head(x: torch.Tensor) -> int:
-    """The d_head up to which there are rows for tensors like this one: wider heads do not fit into the registers."""
-    return max(rows_for("attention_dk_dv", architecture(x.device, x.dtype)))
+def widest_head(device: torch.device, dtype: torch.dtype) -> int:
+    """The d_head up to which there are rows for tensors of this dtype there: wider heads do not fit into the registers."""
+    return max(rows_for("attention_dk_dv", architecture(device, dtype)))
 
 
 def launch_config(kernel: str, *tensors: torch.Tensor) -> Config:

@@ -26,6 +26,8 @@ ANY = 1 << 62
 FP32 = 0
 CHECKED = 64  # bytes of stack that attention in float32 may need: it is for checking, and nobody waits for it
 
+By = dict[Arch, tuple[int, int]]  # (stack, odd_stack) of a Config, by architecture
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,22 +39,32 @@ class Config:
     programs_per_sm: int = 1  # of a persistent kernel
     stack: int = 0  # bytes per thread that may be spilled: more than 0 needs its reason beside the row
     odd_stack: int = 0  # the same, where it is more, for strides, widths or lengths that 16 does not divide
+    by: By = field(default_factory=dict, hash=False)  # both of an architecture that needs more
 
     def launch(self) -> dict[str, int]:
         """Keyword arguments of the kernel's launch."""
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def may_spill(self, arch: Arch, odd: bool) -> int:
+        """Bytes of stack per thread that its code for this architecture may need, for an `odd` call or one of training."""
+        stack, odd_stack = self.by.get(arch, (self.stack, self.odd_stack))
+        return max(stack, odd_stack) if odd else stack
+
 
 def row(
-    num_warps: int, num_stages: int = 1, programs_per_sm: int = 1, stack: int = 0, odd_stack: int = 0, **tiles: int
+    num_warps: int,
+    num_stages: int = 1,
+    programs_per_sm: int = 1,
+    stack: int = 0,
+    odd_stack: int = 0,
+    by: By | None = None,
+    **tiles: int,
 ) -> Config:
-    return Config(tiles, num_warps, num_stages, programs_per_sm, stack, odd_stack)
+    return Config(tiles, num_warps, num_stages, programs_per_sm, stack, odd_stack, by or {})
 
 
-def attention(
-    BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, TMA: bool = False, stack: int = 0, odd_stack: int = 0
-) -> Config:
-    return row(num_warps, num_stages, stack=stack, odd_stack=odd_stack, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA)
+def attention(BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int, TMA: bool = False, **spills) -> Config:
+    return row(num_warps, num_stages, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=TMA, **spills)
 
 
 TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, size
@@ -66,7 +78,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
         80: {
             32: attention(128, 64, 4, 3, odd_stack=16),
             64: attention(128, 64, 8, 3),
-            128: attention(128, 64, 8, 2, odd_stack=120),  # by sm_120; 72 elsewhere
+            128: attention(128, 64, 8, 2, odd_stack=72, by={120: (0, 120)}),
             256: attention(64, 32, 8, 2, odd_stack=168),
         },
         "cdna": {
@@ -146,7 +158,7 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             2048: row(4, BLOCK_ROWS=1),
             4096: row(8, BLOCK_ROWS=1),
             8192: row(16, BLOCK_ROWS=1),
-            16384: row(32, odd_stack=8, BLOCK_ROWS=1),  # by sm_120
+            16384: row(32, by={100: (0, 8), 120: (0, 8)}, BLOCK_ROWS=1),
         },
     },
     "rms_norm_backward": {
@@ -154,16 +166,16 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             256: row(4, 3, 4, BLOCK_ROWS=8, odd_stack=8),
             512: row(4, 3, 4, BLOCK_ROWS=4, odd_stack=8),
             1024: row(4, 3, 4, BLOCK_ROWS=2),
-            2048: row(4, 3, 4, BLOCK_ROWS=1, odd_stack=16),
-            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=16),
-            8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=40),  # by sm_89; 24 elsewhere
+            2048: row(4, 3, 4, BLOCK_ROWS=1),
+            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=8),
+            8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24, by={86: (0, 40), 89: (0, 40)}),
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
-            16384: row(32, 1, 1, stack=96, odd_stack=328, BLOCK_ROWS=1),  # by sm_100; 80 and 296 elsewhere
+            16384: row(32, 1, 1, stack=80, odd_stack=288, by={100: (96, 328), 120: (80, 296)}, BLOCK_ROWS=1),
         },
         FP32: {  # twice the bytes: at 8192 three stages would need twice the shared memory there is
             2048: row(4, 2, 2, BLOCK_ROWS=1),
             8192: row(16, 1, 1, BLOCK_ROWS=1),
-            16384: row(32, 1, 1, stack=120, BLOCK_ROWS=1),  # as above
+            16384: row(32, 1, 1, stack=96, by={86: (112, 0), 89: (112, 0), 100: (120, 0)}, BLOCK_ROWS=1),  # as above
         },
     },
     "rotary": {

@@ -206,7 +206,7 @@ def calls(kernel: str, size: int, arch: Arch, config: Config, odd: bool) -> list
 
 def _odd_stack(case: aot.Case) -> int | str:
     """Bytes of stack that an odd call needs, or its fault."""
-    report = aot.inspect(replace(case, config=replace(case.config, odd_stack=sys.maxsize)))
+    report = aot.inspect(replace(case, config=replace(case.config, odd_stack=sys.maxsize, by={})))
     return report.faults[0] if report.faults else report.stack
 
 
@@ -221,7 +221,7 @@ def with_odd_calls(kernel: str, size: int, arch: Arch, config: Config, seconds: 
     if len(found) < len(asked):
         print(f"# {kernel} {size}: {as_row(config)}: {len(asked) - len(found)} odd calls were too late", file=sys.stderr)
     most = max(found.values(), default=0)
-    return replace(config, odd_stack=most if most > config.stack else 0)
+    return replace(config, odd_stack=most if most > config.stack else 0, by={})
 
 
 @contextlib.contextmanager
@@ -267,7 +267,7 @@ def fastest(
 
 def as_row(config: Config) -> str:
     """The source of a row of the table."""
-    spills = (("stack", config.stack), ("odd_stack", config.odd_stack))
+    spills = (("stack", config.stack), ("odd_stack", config.odd_stack), ("by", config.by))
     if "TMA" in config.tiles:
         tma = ", TMA=True" if config.tiles["TMA"] else ""
         stack = "".join(f", {name}={spilled}" for name, spilled in spills if spilled)
@@ -314,7 +314,7 @@ def tuned(
             return
         share = left / (len(todo) - number) if math.isfinite(left) else math.inf  # compiling takes most of it
         now, most = lookup(kernel, size, device, torch.bfloat16), min(0.6 * share, 3600)
-        others = [config for config in grid(kernel, arch) if config != replace(now, stack=0, odd_stack=0)]
+        others = [config for config in grid(kernel, arch) if config != replace(now, stack=0, odd_stack=0, by={})]
         tried = launched(kernel, size, others, device, make, most, min(0.15 * share, LAST))
         _, times = fastest(kernel, size, [now, *tried], samples, device, make)
         faster = sorted((c for c in times if times[c] <= BETTER * times[now]), key=lambda config: times[config])[:AT_THE_GATE]

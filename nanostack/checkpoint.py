@@ -31,7 +31,7 @@ from nanostack.growth import Receipt, ramp_left
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
 from nanostack.parallel import Placement, is_main_rank, on_rank_0, reshard, saving_group
-from nanostack.state import State
+from nanostack.state import Cursor, State
 from nanostack.text.bounds import Bounds
 from nanostack.text.manifest import load_manifest
 
@@ -200,11 +200,23 @@ def load(path: str | Path) -> dict:
     verified, when they are asked for.
 
     Returns a dict: format, config, model, optimizer, cursor, rng, growth, manifest_sha256, seed, bounds, versions,
-    hashes, and window where there is one. Raises `UserError` for a file that is missing, foreign, truncated or altered.
+    hashes, and window where there is one. Raises `UserError` for a file that is missing, foreign, truncated or altered, or by
+    a later nanostack that says more.
     """
     path = kept.found(Path(path))
-    if (folder := sharded.folder_of(path)) is not None:
-        return shard_reader.load(folder)
+    folder = sharded.folder_of(path)
+    saved = _read(path) if folder is None else shard_reader.load(folder)
+    try:
+        LlamaConfig(**saved["config"]), Cursor(**saved["cursor"]), Bounds(**saved["bounds"])
+        for receipt in saved["growth"]:
+            Receipt.of(receipt)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} says what this nanostack does not know; did a later one write it? ({error})") from error
+    return saved
+
+
+def _read(path: Path) -> dict:
+    """What `load` gives, of one file."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -30,6 +30,8 @@ def check(config: Train, placement: Placement) -> Checked:
     if placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
         raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
     backend = choose_kernels(config.kernels, placement)
+    if backend == "triton":
+        check_heads(config, placement)
     on_rank_0(track.check, config.track)
     on_rank_0(verify, config.data.path)
     config = with_vocabulary(config)
@@ -67,6 +69,18 @@ def choose_kernels(name: str, placement: Placement) -> str:
     if said and is_main_rank():
         print("note:", *said, file=sys.stderr)
     return "torch" if reason else best
+
+
+def check_heads(config: Train, placement: Placement) -> None:
+    """Say where the registers of the GPU do not hold a head, and torch computes attention. Asked for by name, it is refused."""
+    widest, d_head = kernels.widest_head(placement.device, placement.dtype), max(m.d_head for m in config.shapes())
+    if d_head <= widest:
+        return
+    reason = f"on this GPU the kernel takes a d_head of at most {widest}, not {d_head}"
+    if config.kernels == "triton":
+        raise UserError(f"--kernels triton: {reason}")
+    if is_main_rank():
+        print(f"note: torch computes attention in place of the triton kernel: {reason}", file=sys.stderr)
 
 
 def with_vocabulary(config: Train) -> Train:

@@ -69,7 +69,6 @@ def test_torch_is_what_torch_was_asked_for(monkeypatch):
     kernels.swiglu(x.double())
     kernels.swiglu(x.half())
     kernels.flash_attention(*[torch.ones(1, 1, 2, 8)] * 3)  # a single new token
-    kernels.flash_attention(*[torch.ones(1, 3, 2, 8, dtype=torch.bfloat16)] * 3)
     with pytest.raises(AssertionError, match="C was called"):
         kernels.swiglu(x)
 

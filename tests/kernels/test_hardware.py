@@ -8,16 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from bench import hardware
-from kernels import aot, attention_triton, configs, dispatch
+from kernels import aot, configs, dispatch
 from kernels.configs import ANY, TABLE, attention, row
 from kernels.dry import DryGPU
 from kernels.machine_code import ARCHITECTURES, target
 from nanostack import device as devices
+from nanostack import preflight
+from nanostack.config import load
+from nanostack.parallel import Placement
 
 CUDA = torch.device("cuda", 0)
 compiles = pytest.mark.skipif(
@@ -54,11 +57,21 @@ def faked(monkeypatch, name: str) -> None:
 def test_gpu_gets_the_rows_of_its_family_and_bfloat16(name, rows, widest, monkeypatch):
     faked(monkeypatch, name)
     assert configs.architecture(CUDA, torch.bfloat16) == rows and kernels.unavailable_reason(CUDA) is None
-    like = SimpleNamespace(device=CUDA, dtype=torch.bfloat16)
-    assert attention_triton.widest_head(like) == widest and devices.compute_dtype(CUDA) == torch.bfloat16
+    assert kernels.widest_head(CUDA, torch.bfloat16) == widest and devices.compute_dtype(CUDA) == torch.bfloat16
     for kernel in (kernel for kernel in TABLE if kernel.startswith("attention")):
         with_tma = configs.lookup(kernel, 64, CUDA, torch.bfloat16).tiles["TMA"]
         assert with_tma == (rows in (90, 100)) and not configs.lookup(kernel, 64, CUDA, torch.float32).tiles["TMA"]
+
+
+def test_heads_too_wide_for_the_gpu_are_told_or_refused(monkeypatch, capsys):
+    faked(monkeypatch, "gfx1100")
+    placement = Placement(CUDA, torch.bfloat16)
+    for d_head, named, said in ((64, "auto", ""), (128, "auto", "note: torch computes attention"), (64, "triton", "")):
+        config = load(TINY, ["--model.d_head", str(d_head), "--kernels", named])
+        preflight.check_heads(config, placement)
+        assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(ValueError, match="--kernels triton: on this GPU the kernel takes a d_head of at most 64, not 128"):
+        preflight.check_heads(load(TINY, ["--model.d_head", "128", "--kernels", "triton"]), placement)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +93,7 @@ def test_gpu_without_rows_runs_torch_in_a_dtype_that_it_multiplies(name, said, d
     faked(monkeypatch, name)
     assert re.search(said, kernels.unavailable_reason(CUDA)) and devices.compute_dtype(CUDA) == dtype
     on_it = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=CUDA)
-    assert not dispatch.use_triton(None, on_it, attention_triton.widest_head(on_it) < 256 or None)
+    assert not dispatch.use_triton(None, on_it, kernels.widest_head(CUDA, torch.float16) < 256 or None)
     with pytest.raises(ValueError, match=said):
         dispatch.use_triton("triton", on_it)
 

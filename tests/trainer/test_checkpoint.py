@@ -11,6 +11,7 @@ from conftest import ROOT, assert_same_state, start_python
 
 from nanostack import checkpoint, kept
 from nanostack.config import Data, Growth, Optim, Stage, Train
+from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import guarded_step
 from nanostack.parallel import Placement
@@ -136,6 +137,24 @@ def test_changed_plain_value_is_found(saved):
     torch.save(contents, saved)
     with pytest.raises(ValueError, match="plain values"):
         checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("part", ["config", "cursor", "bounds", "growth"])
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_what_a_later_nanostack_wrote_is_refused(part, in_shards, tmp_path, monkeypatch):
+    """Whole, with hashes that fit, and a value more than this version knows."""
+    as_now = checkpoint._plain
+
+    def as_later(*arguments, **named):
+        plain = as_now(*arguments, **named)
+        more = {"invented_later": 1}
+        return plain | {part: [more] if part == "growth" else plain[part] | more}
+
+    monkeypatch.setattr(checkpoint, "_plain", as_later)
+    path = tmp_path / "ckpt.pt"
+    (checkpoint.save_sharded if in_shards else checkpoint.save)(trained(1), path)
+    with pytest.raises(UserError, match=r"ckpt\.pt says what this nanostack does not know.*invented_later"):
+        checkpoint.load(path)
 
 
 def test_full_disk_is_told_and_the_previous_checkpoint_survives(saved):

@@ -93,3 +93,19 @@ def test_growing_part_by_part_onto_a_full_disk_leaves_nothing_there(small, tmp_p
     done = python("grow.py", tmp_path / "shards.pt", "--g", "2", "--out", small.folder / "out.pt")
     assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [path.name for path in small.folder.iterdir()] == ["fill"]
+
+
+def test_run_that_cannot_begin_or_go_on_for_want_of_room_says_so_and_leaves_all(small):
+    """At the first line of a new run, at its lock, and at what a resume copies and writes anew."""
+    fill(small.folder)
+    assert "No space left" in small.refused("run", *STEPS)
+    (small.folder / "fill").unlink()
+    out = small.good("run", *STEPS)
+    fill(small.folder)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    earlier = str(min(out.glob("ckpt-*.pt")))
+    for how in (["--resume", "--stages.1.tokens", "4096"], ["--resume_from", earlier]):
+        assert "No space left" in small.refused("run", *STEPS, *how)
+        assert {path: path.read_bytes() for path in out.iterdir()} == before, how
+    (small.folder / "fill").unlink()
+    small.good("run", *STEPS, "--resume_from", earlier)

@@ -147,16 +147,15 @@ class Linear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return kernels.linear(x, self.weight, self.compute_weight, self.bias)
 
-    @torch.no_grad()
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Make the low-precision copy what the weight is now, if it has changed."""
+    def stale(self, dtype: torch.dtype) -> bool:
+        """Whether the copy is not what the weight is now in `dtype`: the caller then copies it into `compute_weight`."""
         now = (weakref.ref(self.weight), self.weight._version, dtype)
         if self._made_from == now:
-            return
+            return False
         if self.compute_weight is None or self.compute_weight.shape != self.weight.shape or self.compute_weight.dtype != dtype:
             self.compute_weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
-        self.compute_weight.copy_(self.weight)
         self._made_from = now
+        return True
 
 
 class RMSNorm(nn.Module):
@@ -296,11 +295,12 @@ class Llama(nn.Module):
             return self.head(x_BTD)
         return kernels.linear_cross_entropy(x_BTD, self.head.weight, targets_BT)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Bring the low-precision copies of the blocks' weights up to date; a copy whose weight has not changed stays."""
-        for module in self.blocks.modules():
-            if isinstance(module, Linear):
-                module.refresh(self.compute_dtype or module.weight.dtype)
+        linear = (module for module in self.blocks.modules() if isinstance(module, Linear))
+        if stale := [module for module in linear if module.stale(self.compute_dtype or module.weight.dtype)]:
+            torch._foreach_copy_([module.compute_weight for module in stale], [module.weight for module in stale])
 
     def matrices(self) -> dict[Tensor, tuple[int, ...]]:
         """The parameters of the blocks in which matrices lie, and the rows of each: (q, k, v), (out,), (gate, up), (down,)."""

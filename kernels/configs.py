@@ -166,8 +166,8 @@ TABLE: dict[str, dict[Arch, dict[int, Config]]] = {  # kernel, architecture, siz
             256: row(4, 3, 4, BLOCK_ROWS=8, odd_stack=8),
             512: row(4, 3, 4, BLOCK_ROWS=4, odd_stack=8),
             1024: row(4, 3, 4, BLOCK_ROWS=2),
-            2048: row(4, 3, 4, BLOCK_ROWS=1),
-            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=8),
+            2048: row(4, 3, 4, BLOCK_ROWS=1, by={"gfx1100": (0, 16)}),
+            4096: row(8, 3, 2, BLOCK_ROWS=1, odd_stack=8, by={"gfx1100": (0, 16)}),
             8192: row(16, 3, 1, BLOCK_ROWS=1, odd_stack=24, by={86: (0, 40), 89: (0, 40)}),
             # 1024 threads have 64 registers each, too few for x, dy, weight and dweight of 16 columns in fp32
             16384: row(32, 1, 1, stack=80, odd_stack=288, by={100: (96, 328), 120: (80, 296)}, BLOCK_ROWS=1),

@@ -56,7 +56,7 @@ def candidates(kernel: str, arch: Arch) -> list[Config]:
     if kernel == "rotary":
         return [row(warps, BLOCK_HEAD=heads) for warps, heads in product((1, 2, 4, 8), (4, 8, 16, 32))]
     name = "BLOCK_V" if kernel == "cross_entropy" else "BLOCK"
-    return [row(warps, **{name: block}) for warps, block in product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192))]
+    return [Config({name: block}, warps, 1) for warps, block in product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192))]
 
 
 def workload(kernel: str, size: int, device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:

@@ -147,15 +147,14 @@ class Linear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return kernels.linear(x, self.weight, self.compute_weight, self.bias)
 
-    def stale(self, dtype: torch.dtype) -> bool:
-        """Whether the copy is not what the weight is now in `dtype`: the caller then copies it into `compute_weight`."""
-        now = (weakref.ref(self.weight), self.weight._version, dtype)
-        if self._made_from == now:
-            return False
+    def stale(self, dtype: torch.dtype) -> Tensor | None:
+        """The copy, where it is not what the weight is now in `dtype`: whoever asks copies the weight into it."""
+        if self._made_from == (now := (weakref.ref(self.weight), self.weight._version, dtype)):
+            return None
         if self.compute_weight is None or self.compute_weight.shape != self.weight.shape or self.compute_weight.dtype != dtype:
             self.compute_weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
         self._made_from = now
-        return True
+        return self.compute_weight
 
 
 class RMSNorm(nn.Module):
@@ -298,9 +297,10 @@ class Llama(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the low-precision copies of the blocks' weights up to date; a copy whose weight has not changed stays."""
-        linear = (module for module in self.blocks.modules() if isinstance(module, Linear))
-        if stale := [module for module in linear if module.stale(self.compute_dtype or module.weight.dtype)]:
-            torch._foreach_copy_([module.compute_weight for module in stale], [module.weight for module in stale])
+        linear = [module for module in self.blocks.modules() if isinstance(module, Linear)]
+        found = [(module.stale(self.compute_dtype or module.weight.dtype), module.weight) for module in linear]
+        if copies := {copy: weight for copy, weight in found if copy is not None}:
+            torch._foreach_copy_(list(copies), list(copies.values()))
 
     def matrices(self) -> dict[Tensor, tuple[int, ...]]:
         """The parameters of the blocks in which matrices lie, and the rows of each: (q, k, v), (out,), (gate, up), (down,)."""

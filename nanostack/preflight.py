@@ -73,7 +73,7 @@ def choose_kernels(name: str, placement: Placement) -> str:
 
 def check_heads(config: Train, placement: Placement) -> None:
     """Say where the registers of the GPU do not hold a head, and torch computes attention. Asked for by name, it is refused."""
-    widest, d_head = kernels.widest_head(placement.device, placement.dtype), max(m.d_head for m in config.shapes())
+    widest, d_head = kernels.widest_head(placement.device, placement.dtype), max(m.head_dim for m in config.shapes())
     if d_head <= widest:
         return
     reason = f"on this GPU the kernel takes a d_head of at most {widest}, not {d_head}"

@@ -60,8 +60,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    if torch.cuda.is_available():  # whatever takes longest begins first, as the minutes of a GPU are few
-        items.sort(key=lambda item: "slow" not in item.keywords)
+    for item in items:
+        shared = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in shared):  # it is made once, and not by every worker
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: "slow" not in item.keywords)  # whatever takes longest begins first: no worker waits for another
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_gpu_gets_the_rows_of_its_family_and_bfloat16(name, rows, widest, monkey
 def test_heads_too_wide_for_the_gpu_are_told_or_refused(monkeypatch, capsys):
     faked(monkeypatch, "gfx1100")
     placement = Placement(CUDA, torch.bfloat16)
-    for d_head, named, said in ((64, "auto", ""), (128, "auto", "note: torch computes attention"), (64, "triton", "")):
+    for d_head, named, said in ((None, "auto", ""), (128, "auto", "note: torch computes attention"), (64, "triton", "")):
         config = load(TINY, ["--model.d_head", str(d_head), "--kernels", named])
         preflight.check_heads(config, placement)
         assert capsys.readouterr().err.startswith(said)

@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -144,6 +145,9 @@ def test_saver_tells_of_a_failed_write_at_once_and_asks_for_another(corpus, tmp_
     saver.save(run.state)
     with pytest.raises(ValueError, match=r"could not save .*ckpt.*: (File exists|Not a directory)"):
         saver.wait()
+    end = time.monotonic() + 10
+    while not said and time.monotonic() < end:  # the thread that wrote says it, perhaps a moment later
+        time.sleep(0.01)
     assert len(said) == 1 and said[0].startswith("warning: could not save") and saver.wants_to_save
     (tmp_path / "folder").unlink()
     (tmp_path / "folder").mkdir()

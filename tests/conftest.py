@@ -55,6 +55,7 @@ def pytest_sessionstart(session):
 _reporter = []
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available() and not dry_gpu.active:
         for item in items:

@@ -25,7 +25,7 @@ quickstart: $(READY)
 	$(RUN) -m study.quickstart $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -q -n 3 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 gpu-right gpu-fast gpu-tune:
 	$(GPU) -m bench.gpu $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)

@@ -76,7 +76,7 @@ def patched(source: str, rows: list[dict], measured: str) -> str:
         begin = source.find(kernel)
         end = source.find('\n    "', begin + 1) if source.find('\n    "', begin + 1) > 0 else len(source)
         rows_of = re.compile(rf"(?<!\w){json.dumps(row['arch'])}: {{").search(source, max(begin, 0), end)
-        old = rows_of and re.compile(rf"\b{size}: (attention|row)\([^()]*\)").search(source, rows_of.end(), end)
+        old = rows_of and re.compile(rf"\b{size}: (attention|row)\((\([^()]*\)|[^()])*\)").search(source, rows_of.end(), end)
         if begin < 0 or not old:
             raise ValueError(f"{CONFIGS} has no row of {row['kernel']}, {row['arch']}, {size}")
         line = source.rfind("\n", 0, old.start()) + 1

@@ -40,10 +40,13 @@ _library.impl("flash_attention_backward_c", cpu.attention_backward, "CPU")
 
 class _AttentionC(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, causal, scale):
-        ctx.causal, ctx.scale = causal, scale
-        inputs = q, k, v, None, None, cu_seqlens
-        return _save(ctx, inputs, torch.ops.nanostack.flash_attention_c(*inputs, causal, scale))
+    def forward(q, k, v, cu_seqlens, causal, scale):
+        return torch.ops.nanostack.flash_attention_c(q, k, v, None, None, cu_seqlens, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, cu_seqlens, ctx.causal, ctx.scale = inputs
+        _save(ctx, (q, k, v, None, None, cu_seqlens), output)
 
     @staticmethod
     @once_differentiable
@@ -57,10 +60,13 @@ class _RotaryAttentionC(torch.autograd.Function):
     """Attention of q, k and v in one tensor, whose gradient is one tensor, too. It saves that tensor, not the turned one."""
 
     @staticmethod
-    def forward(ctx, qkv, heads, cos, sin, cu_seqlens, scale):
-        ctx.heads, ctx.scale = heads, scale
-        output = torch.ops.nanostack.flash_attention_c(*qkv.split(heads, 2), cos, sin, cu_seqlens, True, scale)
-        return _save(ctx, (qkv, cos, sin, cu_seqlens), output)
+    def forward(qkv, heads, cos, sin, cu_seqlens, scale):
+        return torch.ops.nanostack.flash_attention_c(*qkv.split(heads, 2), cos, sin, cu_seqlens, True, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, ctx.heads, cos, sin, cu_seqlens, ctx.scale = inputs
+        _save(ctx, (qkv, cos, sin, cu_seqlens), output)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +82,6 @@ def _save(ctx, tensors, output):
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    return output
 
 
 def flops(batch: int, q_len: int, kv_len: int, n_head: int, d_head: int, causal: bool, backward: bool = False) -> int:

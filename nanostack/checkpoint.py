@@ -211,7 +211,7 @@ def load(path: str | Path) -> dict:
         for receipt in saved["growth"]:
             Receipt.of(receipt)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} says what this nanostack does not know; did a later one write it? ({error})") from error
+        raise UserError(f"{path} is not what this nanostack writes; a later one may have written it ({error})") from error
     return saved
 
 

@@ -147,14 +147,15 @@ class Linear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return kernels.linear(x, self.weight, self.compute_weight, self.bias)
 
-    def stale(self, dtype: torch.dtype) -> Tensor | None:
-        """The copy, where it is not what the weight is now in `dtype`: whoever asks copies the weight into it."""
-        if self._made_from == (now := (weakref.ref(self.weight), self.weight._version, dtype)):
-            return None
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make the low-precision copy what the weight is now, if it has changed. For use under torch.no_grad."""
+        weight, *about = self._made_from or (lambda: None,)
+        if weight() is self.weight and about == [self.weight._version, dtype]:
+            return
         if self.compute_weight is None or self.compute_weight.shape != self.weight.shape or self.compute_weight.dtype != dtype:
             self.compute_weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
-        self._made_from = now
-        return self.compute_weight
+        self.compute_weight.copy_(self.weight)
+        self._made_from = weakref.ref(self.weight), self.weight._version, dtype
 
 
 class RMSNorm(nn.Module):
@@ -297,10 +298,9 @@ class Llama(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the low-precision copies of the blocks' weights up to date; a copy whose weight has not changed stays."""
-        linear = [module for module in self.blocks.modules() if isinstance(module, Linear)]
-        found = [(module.stale(self.compute_dtype or module.weight.dtype), module.weight) for module in linear]
-        if copies := {copy: weight for copy, weight in found if copy is not None}:
-            torch._foreach_copy_(list(copies), list(copies.values()))
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.refresh(self.compute_dtype or module.weight.dtype)
 
     def matrices(self) -> dict[Tensor, tuple[int, ...]]:
         """The parameters of the blocks in which matrices lie, and the rows of each: (q, k, v), (out,), (gate, up), (down,)."""

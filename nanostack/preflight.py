@@ -30,13 +30,12 @@ def check(config: Train, placement: Placement) -> Checked:
     if placement.mesh is not None and any(stage.growth and stage.growth.width for stage in config.stages):
         raise UserError("width grows on one device only: grow the checkpoint with grow.py, or run one process")
     backend = choose_kernels(config.kernels, placement)
-    if backend == "triton":
-        check_heads(config, placement)
+    attention = backend_of_attention(config, placement, backend)
     on_rank_0(track.check, config.track)
     on_rank_0(verify, config.data.path)
     config = with_vocabulary(config)
-    check_memory(config, placement, backend)
-    if config.cuda_graph and config.data.document_mask and backend == "torch":
+    check_memory(config, placement, attention)
+    if config.cuda_graph and config.data.document_mask and attention == "torch":
         raise UserError(
             "--cuda_graph: --data.document_mask with torch's attention waits for the device, so it cannot be captured"
         )
@@ -71,16 +70,17 @@ def choose_kernels(name: str, placement: Placement) -> str:
     return "torch" if reason else best
 
 
-def check_heads(config: Train, placement: Placement) -> None:
-    """Say where the registers of the GPU do not hold a head, and torch computes attention. Asked for by name, it is refused."""
+def backend_of_attention(config: Train, placement: Placement, backend: str) -> str:
+    """That of all kernels, or torch where registers do not hold a head, which is said. Asked for by name, Triton is refused."""
     widest, d_head = kernels.widest_head(placement.device, placement.dtype), max(m.head_dim for m in config.shapes())
-    if d_head <= widest:
-        return
-    reason = f"on this GPU the kernel takes a d_head of at most {widest}, not {d_head}"
+    if backend != "triton" or d_head <= widest:
+        return backend
+    reason = f"here the kernel takes a d_head of at most {widest}, not {d_head}"
     if config.kernels == "triton":
         raise UserError(f"--kernels triton: {reason}")
     if is_main_rank():
         print(f"note: torch computes attention in place of the triton kernel: {reason}", file=sys.stderr)
+    return "torch"
 
 
 def with_vocabulary(config: Train) -> Train:

@@ -273,6 +273,8 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
     rows.append(
         asdict(Tuned("attention_forward", 64, 90, "attention(1, 1, 1, 1)", "attention(1, 1, 1, 1)", 1e-3, 1e-3, 40, "the call"))
     )
+    spilled = as_row(TABLE["rms_norm_backward"][80][8192])  # with parentheses within
+    rows.append(asdict(Tuned("rms_norm_backward", 8192, 80, "row(8, BLOCK_ROWS=2)", spilled, 1e-4, 2e-4, 20, "the call")))
     made = tuning.patched(source, rows, f"{H100}, triton 3.6.0, 2026-11-28")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/configs.py").write_text(source)
@@ -289,7 +291,8 @@ def test_patch_of_tuned_rows_is_one_that_git_applies_and_changes_those_rows_only
         for size in by_size
         if as_row(scope["TABLE"][name][arch][size]) != as_row(by_size[size])
     ]
-    assert changed == [(kernel, 90, 64), (kernel, 90, 128), ("swiglu_forward", 80, tuning.ANY)]
+    norm = [("rms_norm_backward", rows_of, 8192) for rows_of in (80, "cdna")]  # which has those of 80
+    assert changed == [(kernel, 90, 64), (kernel, 90, 128), *norm, ("swiglu_forward", 80, tuning.ANY)]
     assert "2026-11-28: the whole backward 1000 µs, 2.00 × as fast as before\n" in made and all(
         len(line) <= 128 for line in made.splitlines()
     )

@@ -68,10 +68,11 @@ def test_heads_too_wide_for_the_gpu_are_told_or_refused(monkeypatch, capsys):
     placement = Placement(CUDA, torch.bfloat16)
     for d_head, named, said in ((None, "auto", ""), (128, "auto", "note: torch computes attention"), (64, "triton", "")):
         config = load(TINY, ["--model.d_head", str(d_head), "--kernels", named])
-        preflight.check_heads(config, placement)
+        found = preflight.backend_of_attention(config, placement, "triton")
+        assert found == ("torch" if said else "triton")
         assert capsys.readouterr().err.startswith(said)
-    with pytest.raises(ValueError, match="--kernels triton: on this GPU the kernel takes a d_head of at most 64, not 128"):
-        preflight.check_heads(load(TINY, ["--model.d_head", "128", "--kernels", "triton"]), placement)
+    with pytest.raises(ValueError, match="--kernels triton: here the kernel takes a d_head of at most 64, not 128"):
+        preflight.backend_of_attention(load(TINY, ["--model.d_head", "128", "--kernels", "triton"]), placement, "triton")
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_what_a_later_nanostack_wrote_is_refused(part, in_shards, tmp_path, monk
     monkeypatch.setattr(checkpoint, "_plain", as_later)
     path = tmp_path / "ckpt.pt"
     (checkpoint.save_sharded if in_shards else checkpoint.save)(trained(1), path)
-    with pytest.raises(UserError, match=r"ckpt\.pt says what this nanostack does not know.*invented_later"):
+    with pytest.raises(UserError, match=r"ckpt\.pt is not what this nanostack writes.*invented_later"):
         checkpoint.load(path)
 
 

@@ -1,5 +1,6 @@
 """What makes a step fast or small changes nothing that it computes."""
 
+import copy
 import errno
 import json
 import threading
@@ -70,6 +71,10 @@ def test_copies_of_weights_follow_them_and_are_made_only_when_they_change():
         guarded_step(optimizer, loss.detach(), 1e-2, 1.0)
         assert not torch.equal(linear.compute_weight, linear.weight.to(torch.bfloat16))
     assert not any("compute_weight" in name for name in model.state_dict())
+    former, linear.weight = linear.weight, torch.nn.Parameter(linear.weight.detach() + 1)  # and the old one lives on
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(*batch), model(*batch)) and former is not linear.weight
+    assert torch.equal(linear.compute_weight, linear.weight.to(torch.bfloat16))
 
 
 def test_selective_checkpointing_keeps_less_and_multiplies_no_more():

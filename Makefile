@@ -25,7 +25,7 @@ quickstart: $(READY)
 	$(RUN) -m study.quickstart $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)  # what a file shares is made once
 
 gpu-right gpu-fast gpu-tune:
 	$(GPU) -m bench.gpu $(@:gpu-%=%) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(ARGS)

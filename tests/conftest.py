@@ -55,16 +55,11 @@ def pytest_sessionstart(session):
 _reporter = []
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available() and not dry_gpu.active:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    for item in items:
-        shared = item._fixtureinfo.name2fixturedefs.values()
-        if any(definitions[-1].scope == "module" for definitions in shared):  # it is made once, and not by every worker
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: "slow" not in item.keywords)  # whatever takes longest begins first: no worker waits for another
 
 

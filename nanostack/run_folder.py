@@ -62,7 +62,7 @@ class RunFolder:
             if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
                 raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
             for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
-                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
             if resuming:
                 self._set_aside(samples)
             if self.launch is not None:  # last: the next attempt of the launch takes what it finds, and no resume_from any more

@@ -103,7 +103,9 @@ def check_place(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name."""
+    """Delete a checkpoint; whoever looks meanwhile finds all of it or nothing of that name. Of a link the link."""
+    if folder.is_symlink():
+        return folder.unlink()
     going = folder.with_name(f"{folder.name}.old{PARTIAL}")  # not the name under which another is being written
     shutil.rmtree(going, ignore_errors=True)
     os.rename(folder, going)

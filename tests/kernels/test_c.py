@@ -71,6 +71,8 @@ def test_torch_is_what_torch_was_asked_for(monkeypatch):
     kernels.flash_attention(*[torch.ones(1, 1, 2, 8)] * 3)  # a single new token
     with pytest.raises(AssertionError, match="C was called"):
         kernels.swiglu(x)
+    with pytest.raises(AssertionError, match="C was called"):
+        kernels.flash_attention(*[torch.ones(1, 3, 2, 8, dtype=torch.bfloat16)] * 3)
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,14 @@ def test_consolidating_there_and_back_changes_nothing(saved):
     assert_same_state(read_all(back), file)
     refused = python("-m", "nanostack", "consolidate", saved, out)
     assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_checkpoint_that_was_moved_to_another_disk_and_linked_is_left_there(saved, tmp_path):
+    folder, elsewhere = saved.with_name("ckpt"), tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    before = read_all(saved)
+    sharded.remove(folder)
+    assert not folder.is_symlink() and [path.name for path in folder.parent.glob("*.partial")] == []
+    elsewhere.rename(folder)
+    assert_same_state(read_all(saved), before)

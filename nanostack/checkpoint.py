@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from nanostack import files, kept, shard_reader, sharded
+from nanostack import files, kept, shard_reader, sharded, stop
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.growth import Receipt, ramp_left
@@ -189,7 +189,7 @@ def write(contents: dict | None, path: Path, name: Path | None = None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path, "wb") as file:
+        with files.replacing(path, "wb") as file, stop.held_back():
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         raise UserError(f"could not save {name or path}: {sharded.reason(error)}; earlier checkpoints are intact") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanostack import checkpoint, files, models, sharded
+from nanostack import checkpoint, files, models, sharded, stop
 from nanostack.errors import UserError
 from nanostack.growth import Growth, Receipt
 from nanostack.growth.moments import RESET
@@ -89,7 +89,7 @@ def to_file(saved: dict, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path, "wb") as file:
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
+            with torch.serialization.skip_data(materialize_fake_tensors=True), stop.held_back():
                 torch.save(contents, file)
             file.flush()
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk would end the process below

@@ -122,6 +122,8 @@ class Shards(Mapping[str, Tensor]):
         try:
             dcp.load(targets, storage_reader=self.reader, planner=planner)
         except CheckpointException as error:
+            if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+                raise KeyboardInterrupt from error
             raise UserError(reason(error)) from error
 
 

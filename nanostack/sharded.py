@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nanostack import files
+from nanostack import files, stop
 from nanostack.errors import UserError
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process saves what it has, as it should
@@ -216,7 +216,8 @@ def save(tensors: dict[str, Tensor], writer: Writer, together: bool = True) -> N
     """
     try:
         alone = not dist.is_initialized()
-        dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
+        with stop.held_back():
+            dcp.save(tensors, storage_writer=writer, planner=Planner(), no_dist=alone, use_collectives=together)
     except (CheckpointException, OSError, RuntimeError) as error:  # the first where ranks are together
         if alone or not together or dist.get_rank() == 0:
             shutil.rmtree(writer.path, ignore_errors=True)  # it takes room, and is no checkpoint

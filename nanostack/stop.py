@@ -1,11 +1,43 @@
 """The signals that end a run: it ends the step at hand, saves, and exits with 128 + the signal's number."""
 
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Answer Ctrl-C and SIGTERM when the block ends; a second one at once.
+
+    What they raise in the midst of torch's writers is told as a failed save, or, from C++, ends the process with SIGABRT.
+    """
+    came: list[int] = []
+    before = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            before[number](number, frame)
+        came.append(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other is ever interrupted
+        answers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: answer for number, answer in answers.items() if callable(answer)}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, answer in before.items():
+            signal.signal(number, answer)
+    if came:
+        before[came[0]](came[0], None)
 
 
 class Stopped(Exception):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_state, start_python
 
-from nanostack import checkpoint, kept
+from nanostack import checkpoint, kept, sharded
 from nanostack.config import Data, Growth, Optim, Stage, Train
 from nanostack.errors import UserError
 from nanostack.model import LlamaConfig
@@ -199,6 +199,25 @@ while True:
         seen.append(checkpoint.load(tmp_path / "ckpt.pt")["cursor"]["samples"])
     assert len(set(seen)) > 1, "it was always killed at the same place"
     assert len(kept.numbered_checkpoints(tmp_path / "ckpt.pt")) <= 3
+
+
+class Interrupts:
+    def __reduce__(self):
+        signal.raise_signal(signal.SIGINT)
+        return tuple, ()
+
+
+def test_interrupt_in_the_midst_of_a_write_is_one_and_no_failed_save(saved, tmp_path, monkeypatch):
+    """Within torch.save, and within DCP, which takes all that is raised in it for failures of a rank."""
+    before, answer = saved.read_bytes(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write({"what": Interrupts()}, saved)
+    assert saved.read_bytes() == before and list(tmp_path.iterdir()) == [saved]
+    wrote = sharded.Writer.write_data
+    monkeypatch.setattr(sharded.Writer, "write_data", lambda *a: (signal.raise_signal(signal.SIGINT), wrote(*a))[1])
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_sharded(trained(), tmp_path / "other.pt")
+    assert checkpoint.load(tmp_path / "other.pt") and signal.getsignal(signal.SIGINT) is answer
 
 
 def test_folder_without_permission_or_in_the_way_is_told(tmp_path):

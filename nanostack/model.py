@@ -53,7 +53,8 @@ class RopeScaling:
     truncate: bool = True  # yarn: the mixture begins and ends at whole channels
 
     def __post_init__(self):
-        if min(self.factor, self.beta_fast, self.beta_slow) <= 0 or (self.kind != "linear" and not self.original_seq_len):
+        positive = all(0 < value < math.inf for value in (self.factor, self.beta_fast, self.beta_slow))
+        if not positive or (self.kind != "linear" and not self.original_seq_len):
             raise UserError(f"model.rope_scaling takes positive numbers, and original_seq_len unless it is linear, not {self}")
 
 
@@ -89,13 +90,11 @@ class LlamaConfig:
         if isinstance(self.rope_scaling, dict):  # from a checkpoint
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "seq_len", "rope_theta", "norm_eps")
-        for name in (*sizes, "vocab_size", "d_head"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"model.{name} must be positive, not {getattr(self, name)}")
+        for name in (*sizes, "vocab_size", "d_head", "residual_scale"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(f"model.{name} must be positive, not {value}")
         if not isinstance(self.loops, int) or self.loops < 1:
             raise UserError(f"model.loops must be a whole number of 1 or more, not {self.loops}")
-        if self.residual_scale is not None and not 0 < self.residual_scale < math.inf:
-            raise UserError(f"model.residual_scale must be positive, not {self.residual_scale}")
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"model.n_head {self.n_head} is not divisible by model.n_kv_head {self.n_kv_head}: every key/value head "

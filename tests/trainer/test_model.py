@@ -146,6 +146,8 @@ def test_bfloat16_compute_keeps_fp32_masters_and_gradients():
         ({"d_model": 30}, "d_model 30"),
         ({"n_layer": 0}, "n_layer must be positive"),
         ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"rope_theta": math.nan}, "rope_theta must be positive"),
+        ({"norm_eps": math.inf}, "norm_eps must be positive"),
     ],
 )
 def test_shapes_that_are_none_are_refused(change, message):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanostack import checkpoint, differences, lock, parallel, preflight
-from nanostack.config import Train, describe_tokens, load
+from nanostack.config import Train, describe_tokens, load, presets
 from nanostack.errors import UserError, exits_cleanly
 from nanostack.flops import flops_per_token, n_params
 from nanostack.generate import Writer
@@ -210,13 +210,12 @@ class Run:
 
 
 def main(arguments: list[str]) -> None:
+    usage = f"usage: {Path(sys.argv[0]).name} CONFIG [--field.name value ...]; --help after CONFIG lists all fields"
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            f"{__doc__}\nusage: {Path(sys.argv[0]).name} CONFIG [--field.name value ...]; --help after CONFIG lists all fields"
-        )
+        print(__doc__, f"{usage}\nCONFIG is a file, or one of {', '.join(presets())}", sep="\n")
         sys.exit(0 if arguments else 2)
     if arguments[0].startswith("--"):
-        raise UserError(f"a config comes first, as in: {Path(sys.argv[0]).name} config/quickstart.py {arguments[0]} ...")
+        raise UserError(f"a config comes first, as in: {Path(sys.argv[0]).name} quickstart {arguments[0]} ...")
     try:
         run = Run(load(arguments[0], arguments[1:]))
         run.train()

@@ -324,16 +324,22 @@ def show(reports: list[Report], console: Console) -> None:
 
 
 def architecture(word: str) -> Arch:
-    """90 of "90", "gfx942" of "gfx942"."""
+    """90 of "90" and of "sm_90", "gfx942" of "gfx942"."""
+    word = word.removeprefix("sm_")
     return int(word) if word.isdecimal() else word
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m nanostack.kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=architecture, nargs="+", default=[80, 90], choices=ARCHITECTURES)
+    known = f"of {', '.join(map(str, ARCHITECTURES))}; 80 and 90, unless some are named"
+    parser.add_argument(
+        "--arch", type=architecture, nargs="+", default=[80, 90], choices=ARCHITECTURES, metavar="ARCH", help=known
+    )
     parser.add_argument("--in-turn", action="store_true", help="a third of the calls, others at each row: for CI")
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME")
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES, help="all, unless some are named")
+    parser.add_argument(
+        "--kernel", nargs="+", default=list(TABLE), choices=list(TABLE), metavar="NAME", help=f"of {', '.join(TABLE)}"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     if not HAS_TRITON or INTERPRETED:

@@ -77,13 +77,14 @@ def unavailable_reason() -> str | None:
     if sys.platform != "linux":
         return "they find torch's OpenMP on Linux only."
     if compiler() is None:
-        return "there is no C compiler (cc)."
+        named = os.environ.get("NANOSTACK_CC", "cc")
+        return f"there is no C compiler ({named})." if named else "NANOSTACK_CC is empty, which turns them off."
     try:
         with ThreadPoolExecutor(2) as pool:  # two runs of the compiler, where there is none in the cache
             list(pool.map(_load, (torch.float32, torch.bfloat16)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        said = getattr(error, "stderr", None) or (error if isinstance(error, OSError) else f"{compiler()} failed silently")
+        said = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
         return f"they could not be built: {said.strip().splitlines()[0]}"
     return None
 

@@ -3,7 +3,8 @@
 import sys
 
 if sys.platform == "win32":
-    sys.exit("error: nanostack runs on Linux and macOS; on Windows, use WSL (https://learn.microsoft.com/windows/wsl)")
+    print("error: nanostack runs on Linux; on Windows, use WSL (https://learn.microsoft.com/windows/wsl)", file=sys.stderr)
+    sys.exit(2)
 
 from nanostack import names
 from nanostack.version import __version__ as __version__

@@ -1,5 +1,6 @@
 """One door: `nanostack COMMAND ...`, or `python -m nanostack COMMAND ...`; with ranks, `torchrun -m nanostack train ...`."""
 
+import difflib
 import importlib
 import os
 import runpy
@@ -43,8 +44,12 @@ def run(name: str | None) -> None:
         print(__version__)
         return
     if name not in SCRIPTS | COMMANDS:
-        print(f"error: nanostack has no command {name!r}; it has {', '.join(SCRIPTS | COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        from nanostack.errors import UserError, exits_cleanly
+
+        near = difflib.get_close_matches(name.lower(), SCRIPTS | COMMANDS, 1)
+        said = f"did you mean {near[0]}? It" if near else "it"
+        with exits_cleanly():
+            raise UserError(f"nanostack has no command {name!r}; {said} has {', '.join(SCRIPTS | COMMANDS)}")
     sys.argv[:2] = [f"nanostack {name}"]
     if name in SCRIPTS:
         runpy.run_module(f"nanostack.scripts.{name}", run_name="__main__")

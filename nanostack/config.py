@@ -314,22 +314,27 @@ class Train:
         return json.loads(json.dumps(values))
 
 
+def presets() -> dict[str, Path]:
+    """The files of config/, which an installation has too, by the names that stand for them."""
+    return {file.stem: file for file in sorted(PRESETS.glob("*.py"))}
+
+
 def config_file(name: str) -> Path:
-    """The file of a config: `name` is its path, or that of a preset, `1b` for config/1b.py, which an installation has too.
+    """The file of a config: `name` is its path, or that of a preset, `1b` for config/1b.py.
 
     UserError where there is neither, and where a preset's name is also that of a file in this folder.
     """
-    path, presets = Path(name), {file.stem: file for file in sorted(PRESETS.glob("*.py"))}
-    if name in presets:
+    path, known = Path(name), presets()
+    if name in known:
         for here in (path, path.with_suffix(".py")):
-            if here.is_file():
-                raise UserError(f"{name} is a preset, and {here} is here: say ./{here}, or {presets[name]} for the preset")
-        return presets[name]
+            if here.is_file() and not here.samefile(known[name]):
+                raise UserError(f"{name} is a preset, and {here} is here: say ./{here}, or {known[name]} for the preset")
+        return known[name]
     if path.is_file():
         return path
-    nearest = difflib.get_close_matches(path.stem, presets, 1)
+    nearest = difflib.get_close_matches(path.stem.lower(), known, 1)
     said = f"did you mean {nearest[0]}? The" if nearest else "the"
-    raise UserError(f"there is no config file {name}, and no preset of that name; {said} presets are {', '.join(presets)}")
+    raise UserError(f"there is no config file {name}, and no preset of that name; {said} presets are {', '.join(known)}")
 
 
 def load(path: str, overrides: list[str]) -> Train:

@@ -92,7 +92,8 @@ def to_file(saved: dict, path: Path) -> None:
             with torch.serialization.skip_data(materialize_fake_tensors=True), stop.held_back():
                 torch.save(contents, file)
             file.flush()
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk would end the process below
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk would end the process below
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
                 places = checkpoint.all_tensors(torch.load(file.name, mmap=True, weights_only=True))
             for name, place in places.items():

@@ -30,7 +30,8 @@ def _of_today(header: dict, path: Path) -> dict:
 
 def name_of(folder: Path, all_: list[Path]) -> str:
     """The folder's own name, or its whole path where others have the same."""
-    return folder.name if sum(other.name == folder.name for other in all_) == 1 else str(folder)
+    name = folder.resolve().name
+    return name if name and sum(other.resolve().name == name for other in all_) == 1 else str(folder)
 
 
 @dataclass

@@ -3,8 +3,9 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ def held_back() -> Iterator[None]:
     What they raise in the midst of torch's writers is told as a failed save, or, from C++, ends the process with SIGABRT.
     """
     came: list[int] = []
-    before = {}
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         if came:
@@ -27,15 +28,16 @@ def held_back() -> Iterator[None]:
         came.append(number)
 
     if threading.current_thread() is threading.main_thread():  # no other is ever interrupted
-        answers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: answer for number, answer in answers.items() if callable(answer)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(answer := signal.getsignal(number)):
+                before[number] = answer
     try:
-        for number in before:
-            signal.signal(number, note)
+        for held in before:
+            signal.signal(held, note)
         yield
     finally:
-        for number, answer in before.items():
-            signal.signal(number, answer)
+        for held, answer in before.items():
+            signal.signal(held, answer)
     if came:
         before[came[0]](came[0], None)
 

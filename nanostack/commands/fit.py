@@ -31,7 +31,7 @@ class Command:
     """The largest micro-batch that fits, for every option."""
 
     config: tyro.conf.Positional[str]
-    """A run's config file."""
+    """A run's config: a file, or the name of a preset."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Changes to it as train.py takes them: all options that are not named here."""
     gpu: str = "h200"

@@ -44,8 +44,8 @@ class Command:
     """When it has ended, print what was watched, and where, as one JSON object."""
 
 
-def number(value: object) -> float | None:
-    return value if isinstance(value, int | float) and abs(value) < HUGE else None
+def number(value: Any) -> float | None:
+    return value if type(value) in (int, float) and abs(value) < HUGE else None
 
 
 def where(record: dict) -> dict[str, float | None]:
@@ -104,8 +104,10 @@ def plan_of(header: dict) -> dict | None:
     """What the header tells about the way ahead: for each stage its steps and whether it begins with a growth."""
     try:
         config = header["config"]
-        batch = config["batch_tokens"]
-        stages = [{"steps": -(-stage["tokens"] // batch), "grows": bool(stage["growth"])} for stage in config["stages"]]
+        batch, each = config["batch_tokens"], [(stage["tokens"], bool(stage["growth"])) for stage in config["stages"]]
+        if any(type(tokens) is not int or number(tokens) is None for tokens in (batch, *(tokens for tokens, _ in each))):
+            return None
+        stages = [{"steps": -(-tokens // batch), "grows": grows} for tokens, grows in each]
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     return {"batch": batch, "stages": stages, "on": f"{header.get('world_size')} × {header.get('device')}"}
@@ -123,7 +125,8 @@ class Watched:
         self._forget()
 
     def _forget(self) -> None:
-        self._began, self._each, self._n, self._bytes = time.time_ns(), 1, 0, (0, False)
+        self._began, self._each, self._n = time.time_ns(), 1, 0
+        self._left, self._torn = 0, False  # bytes of the file that are still to be read; whether its last line has no end
         self._plan: dict | None = None
         self._rows: list[list] = []
         self._growths: list[dict] = []
@@ -141,8 +144,8 @@ class Watched:
                 "name": self.name,
                 "said": said,
                 "age": age,
-                "left": self._bytes[0],
-                "torn": self._bytes[1],
+                "left": self._left,
+                "torn": self._torn,
                 "damaged": self._damaged,
                 "records": self._n,
                 "each": self._each,
@@ -162,14 +165,16 @@ class Watched:
         except FileNotFoundError:
             if self._n:
                 return "is gone; what is drawn is what it had, until it is back", None
-            return ("has no metrics.jsonl yet" if self.folder.is_dir() else "is not there yet") + "; waiting for it", None
+            runs = sorted(file.parent.name for file in self.folder.glob("*/metrics.jsonl"))
+            said = f"has no metrics.jsonl yet, but runs in it: {', '.join(runs)}" if runs else "has no metrics.jsonl yet"
+            return (said if self.folder.is_dir() else "is not there yet") + "; waiting for it", None
         except OSError as error:
             return f"cannot be read: {error.strerror}", None
         if news.anew:
             self._forget()
         if news.header:
             self._plan = plan_of(news.header)
-        self._bytes, self._damaged = (news.left, news.torn), (self._damaged + news.damaged)[:20]
+        self._left, self._torn, self._damaged = news.left, news.torn, (self._damaged + news.damaged)[:20]
         for record in news.records:
             self._take(record)
         return None if self._n or news.left else "has no record yet; waiting for it", age
@@ -182,7 +187,7 @@ class Watched:
             self._rows.append([0, *[None] * len(PLACES + CURVES)])
         add(self._rows[-1], record)
         self._n += 1
-        if "growth" in record:
+        if record.get("growth"):
             self._growths.append(growth_of(record))
         if isinstance(texts := record.get("texts"), list):
             self._wrote += 1
@@ -200,7 +205,8 @@ class Server(ThreadingTCPServer):
         super().__init__(("127.0.0.1", port), Handler)
 
     def handle_error(self, request, client_address) -> None:
-        """A page that has been closed does not wait for its answer."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a page that has been closed waits for no answer
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -217,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, "text/html; charset=utf-8", self.server.page)
         elif url.path == "/data":
             runs = [run.answer(*have) for run, have in zip(self.server.runs, self.had(url.query), strict=True)]
-            self.reply(200, "application/json", json.dumps({"runs": runs}).encode())
+            self.reply(200, "application/json", json.dumps({"runs": runs}, allow_nan=False).encode())
         else:
             self.reply(404, "text/plain", b"there are / and /data\n")
 

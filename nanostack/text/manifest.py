@@ -23,7 +23,9 @@ ADVISED = {  # by the name of a folder: a source and a tokenizer
 
 def advised(path: str | Path) -> tuple[str, str]:
     """A source and a tokenizer that suit a folder of this name."""
-    return ADVISED.get(Path(path).name, ("SOURCE...", "bpe:32000"))
+    source, tokenizer = ADVISED.get(Path(path).name, ("SOURCE...", "bpe:32000"))
+    there = not source.startswith("packages:") or Path(source.removeprefix("packages:")).is_file()  # a clone has it
+    return source if there else "stdlib", tokenizer
 
 
 def load_manifest(path: str | Path) -> dict:

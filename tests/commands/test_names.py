@@ -36,11 +36,12 @@ def test_unknown_command_is_refused_in_one_line():
     done = python("-m", "nanostack", "abacus")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "abacus" in done.stderr and all(name in done.stderr for name in COMMANDS)
+    assert "did you mean train?" in python("-m", "nanostack", "Traim").stderr
 
 
 def test_windows_is_told_to_use_wsl_in_one_line():
     done = python("-c", "import sys; sys.platform = 'win32'; del sys.modules['nanostack']; import nanostack")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "on Windows, use WSL" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "on Windows, use WSL" in done.stderr
 
 
 @pytest.mark.parametrize("name", MOVED)

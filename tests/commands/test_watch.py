@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from nanostack.commands.watch import ROWS, TEXTS, Watched
 from nanostack.growth import Receipt
-from nanostack.runs import Follower
+from nanostack.runs import Follower, name_of
 
 STAGES = [{"tokens": 1024, "growth": None}, {"tokens": 900, "growth": {"op": "stack"}}]
 HEADER = {"config": {"batch_tokens": 256, "stages": STAGES}}
@@ -126,11 +126,20 @@ def test_run_that_vanishes_stays_drawn_and_comes_back(page, tmp_path):
 def test_run_that_is_to_come_is_waited_for(page, tmp_path):
     assert "is not there yet" in page.poll()["said"]
     (tmp_path / "run").mkdir()
-    assert "no metrics.jsonl yet" in page.poll()["said"]
+    assert page.poll()["said"] == "has no metrics.jsonl yet; waiting for it"
+    write(tmp_path / "run/inner")
+    assert "but runs in it: inner" in page.poll()["said"]
     write(tmp_path / "run")
     assert "no record yet" in page.poll()["said"]
     write(tmp_path / "run", record(1))
     assert page.poll()["said"] is None and len(page.rows) == 1
+
+
+def test_run_is_called_by_its_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    here, other = Path("."), Path("other") / tmp_path.name
+    assert name_of(here, [here]) == tmp_path.name and name_of(here, [here, other]) == "."
+    assert name_of(Path("/"), [Path("/")]) == "/"
 
 
 def test_damaged_lines_are_told_and_left_out(page, tmp_path):
@@ -143,16 +152,23 @@ def test_damaged_lines_are_told_and_left_out(page, tmp_path):
 
 def test_values_that_cannot_be_drawn_are_no_values(page, tmp_path):
     odd = record(2, loss="low", lr=float("inf"), val_loss=[1], mfu=10**400, flops=None, texts=7, growth="tall")
-    write(tmp_path / "run", record(1), odd)
+    write(tmp_path / "run", record(1, growth=None), odd)
     json.dumps(page.poll(), allow_nan=False)
     assert page.rows[1] == [1, 2, 512, None, 1.0, None, None, None, 512.0, None] and page.texts == []
-    assert page.growths[0]["said"] == "growth"
+    assert [growth["said"] for growth in page.growths] == ["growth"]
 
 
-@pytest.mark.parametrize("header", [{"config": 3}, {"config": {"stages": 1}}, {"config": {"stages": [], "batch_tokens": 0}}])
-def test_header_that_tells_no_plan_leaves_the_rest(page, tmp_path, header):
-    write(tmp_path / "run", record(1), header=header)
-    assert page.poll()["plan"] in (None, {"batch": 0, "stages": [], "on": "None × None"}) and len(page.rows) == 1
+ENDLESS = {"stages": [{"tokens": float("inf"), "growth": None}], "batch_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "config", [3, {"stages": 1}, {"stages": [], "batch_tokens": 0}, ENDLESS, ENDLESS | {"batch_tokens": 10**400}]
+)
+def test_header_that_tells_no_plan_leaves_the_rest(page, tmp_path, config):
+    write(tmp_path / "run", record(1), header={"config": config})
+    answer = page.poll()
+    json.dumps(answer, allow_nan=False)
+    assert answer["plan"] in (None, {"batch": 0, "stages": [], "on": "None × None"}) and len(page.rows) == 1
 
 
 def test_plan_has_the_steps_of_each_stage(page, tmp_path):

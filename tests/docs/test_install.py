@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -23,10 +24,8 @@ def clone(tmp_path):
     for name in ("nanostack", "kernels", "bench", "study", "tests", "config"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("train.py", "grow.py"):
-        shutil.copy(ROOT / name, folder)
+    for path in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(path, folder)
     return folder
 
 
@@ -57,7 +56,16 @@ def test_wheel_and_source_bring_nanostack_alone_and_pass_the_checks_of_the_trade
         assert not path.is_file() or name in names, name
     assert {"nanostack/py.typed", "nanostack/scripts/train.py", "nanostack/scripts/grow.py"} <= names
     archive = subprocess.run(["tar", "tzf", source], capture_output=True, text=True).stdout.split()
-    assert not [name for name in archive if "/tests" in name] and any(name.endswith("/CITATION.cff") for name in archive)
+    assert not [name for name in archive if "/tests" in name]
+    assert {"CITATION.cff", "constraints.txt", "constraints-clients.txt"} <= {name.partition("/")[2] for name in archive}
+
+
+def test_zip_that_pip_unpacks_without_its_links_is_refused(clone):
+    (clone / "nanostack/kernels").unlink()
+    (clone / "nanostack/kernels").write_text("../kernels")
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: nanostack/kernels should be a link"), done.stderr
 
 
 @pytest.mark.distributed

@@ -37,7 +37,7 @@ def ask(*questions: tuple[str, dict]) -> list:
 
 def test_without_a_compiler_the_torch_paths_run():
     without = {"NANOSTACK_CC": ""}
-    said = "there is no C compiler (cc)."
+    said = "NANOSTACK_CC is empty, which turns them off."
     assert ask(("torch", without), ("c", without)) == [[said, True], f'backend="c" is impossible: {said}']
 
 

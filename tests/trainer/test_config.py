@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from nanostack import old_fields
-from nanostack.config import Growth, Optim, Stage, Train, grow, load
+from nanostack.config import Growth, Optim, Stage, Train, config_file, grow, load
 
 PRESETS = sorted(str(path) for path in (ROOT / "config").glob("*.py"))
 
@@ -96,11 +96,14 @@ def test_config_is_a_file_or_a_preset_and_nothing_between(monkeypatch, tmp_path)
     for name, message in (
         ("config/2b.py", r"there is no config file config/2b\.py, and no preset .*; the presets are 1b, 1b_base, "),
         ("1b_bas", r"did you mean 1b_base\?"),
+        ("1B", r"did you mean 1b\?"),
         ("3b", r"3b is a preset, and 3b\.py is here: say \./3b\.py, or /.*3b\.py for the preset"),
         ("./3b.py", "NameError"),
     ):
         with pytest.raises(ValueError, match=message):
             load(name, [])
+    monkeypatch.chdir(ROOT / "config")
+    assert config_file("1b").samefile("1b.py")
 
 
 def test_run_must_not_start_by_growing_nothing():

@@ -4,7 +4,8 @@
     python bench/hardware.py out/gfx942.json    keep what that told in bench/results/compiled.json, and write the table
     python bench/hardware.py --print            only show the table
 
-What has run is what a file in bench/results/ proves. What was compiled before a row changed counts no more: the table says so.
+What has run is what a file in bench/results/ proves. What was compiled before a row, or a kernel, changed counts no more: the
+table says so.
 """
 
 import argparse
@@ -27,6 +28,13 @@ PAGE = ROOT / "docs/hardware.md"
 COMPILED = RESULTS / "compiled.json"
 MARKS = ("<!-- begin: python bench/hardware.py -->", "<!-- end: python bench/hardware.py -->")
 HEAD = ("device", "architecture", "served by", "compiled", "bytes spilled to the stack", "has run", "not done")
+PARTS = {  # of training: the operations that bench/kernel_ops.py times
+    "attention": "flash_attention",
+    "RMSNorm": "rms_norm",
+    "rotary": "rotary",
+    "SwiGLU": "swiglu",
+    "cross entropy": "linear_cross_entropy",
+}
 CARDS: dict[Arch, str] = {
     80: "A100, A30",
     86: "RTX 3060, 3070, 3080, 3090, A10, A40",
@@ -42,7 +50,15 @@ NOTHING = "–"
 FAKED = "nothing; tested: the choice, with a faked device"
 OTHERS = (  # for which no kernel is compiled
     ("V100, T4, RTX 20 and older", "sm_75 and older", "torch, in float32", "no", NOTHING, FAKED, "everything on such a GPU"),
-    ("MI50, MI100, MI350, RX 6000, RX 9000", "AMD's others", "torch", "no", NOTHING, FAKED, "everything on such a GPU"),
+    (
+        "MI50, MI100, MI350, RX 6000, RX 7600 to 7800, RX 9000",
+        "AMD's others",
+        "torch",
+        "no",
+        NOTHING,
+        FAKED,
+        "everything on such a GPU",
+    ),
     ("Apple (MPS)", NOTHING, "torch, on the CPU", "no", NOTHING, FAKED, "everything on such a machine"),
     ("CPU without a C compiler", "any", "torch", "no", NOTHING, "tests: a training run", "macOS, Windows (use WSL)"),
 )
@@ -81,15 +97,26 @@ def rows_of(cases: list[aot.Case]) -> int:
 
 
 def fingerprint(arch: Arch) -> str:
-    """Of all rows of an architecture, as each is called: another one where one of them has changed."""
-    return hashlib.sha256(repr(list(aot.cases(arch, list(TABLE)))).encode()).hexdigest()[:12]
+    """Of all rows of an architecture, as each is called, and of the kernels: another one where any of them has changed."""
+    sources = [aot.source_of(name) for name in TABLE]
+    return hashlib.sha256(repr((list(aot.cases(arch, list(TABLE))), sources)).encode()).hexdigest()[:12]
+
+
+def allowed(arch: Arch) -> str:
+    """The rows that may spill in calls that people train with, in bf16 or fp16, and how much: the gate fails beyond."""
+    found: dict[str, int] = {}
+    for case in aot.cases(arch, list(TABLE)):
+        if case.dtype != "fp32" and not aot.calls_of(case.kernel)[case.call].odd:
+            whose = f"{case.kernel} {case.size}"
+            found[whose] = max(found.get(whose, 0), case.config.may_spill(arch, odd=False))
+    return ", ".join(f"{whose}: {size}" for whose, size in found.items() if size)
 
 
 def compiled_by(found: dict[str, dict], arch: Arch) -> tuple[str, str]:
     """What was compiled for an architecture, and what of it spills: the last Triton's word counts."""
     now = [told for told in found.values() if told["fingerprint"] == fingerprint(arch)]
     if not now:
-        return ("not since its rows changed" if found else "no"), NOTHING
+        return ("not since a row or a kernel changed" if found else "no"), NOTHING
     last = now[0]
     texts = [f"{last['rows']} rows, {last['calls']} calls"]
     for told in now:
@@ -97,21 +124,29 @@ def compiled_by(found: dict[str, dict], arch: Arch) -> tuple[str, str]:
         texts.append(f"Triton {told['triton']} ({told['date']}{faults})")
     spills = [("training", last["stack"]), ("odd calls", last["odd_stack"]), ("float32", last["fp32_stack"])]
     told = [f"{what} {size} ({whose})" if size else f"{what} 0" for what, (size, whose) in spills]
+    told[0] += f"; allowed in training: {rows}" if (rows := allowed(arch)) else ""
     return ", ".join(texts), "; ".join(told)
 
 
-def runs() -> list[tuple[str, str]]:
-    """(device, what) of every file of results from a GPU: what was timed there."""
+def runs() -> list[tuple[str, str, set[str]]]:
+    """(device, file and what is in it, parts of training that it timed) of every file of results from a GPU."""
     found = []
     for file in sorted(RESULTS.glob("*/kernels.json")):
         told = sections.read(file)
         ops = dict.fromkeys(row["op"] for row in told["rows"] if row["way"] == "nanostack")
-        found.append((told["device"], f"{', '.join(ops)}: `{file.relative_to(ROOT)}`"))
+        found.append((told["device"], f"{', '.join(ops)}: `{shown(file)}`", {part for part, op in PARTS.items() if op in ops}))
+        if (tests := file.with_name("tests.txt")).exists():
+            found.append((told["device"], f"gpu tests: `{shown(tests)}`", set()))
     for file in sorted(RESULTS.glob("*/right.json")) + sorted(RESULTS.glob("*/fast.json")):
         about = sections.read(file)["about"]
         if not about["rehearsal"]:
-            found.append((about["device"], f"`{file.relative_to(ROOT)}`"))
+            found.append((about["device"], f"`{shown(file)}`", {"training"}))
     return found
+
+
+def shown(file: Path) -> str:
+    """As the page names a file of results."""
+    return f"bench/results/{file.relative_to(RESULTS)}"
 
 
 def cpus() -> str:
@@ -125,10 +160,12 @@ def table() -> str:
     found, lines = sections.read(COMPILED), [HEAD, ("---",) * len(HEAD)]
     for arch in ARCHITECTURES:
         models = set(re.findall(r"\w*\d\w*", CARDS[arch]))
-        ran = [f"{device}: {what}" for device, what in runs() if models & set(device.split())]
-        left = "attention, SwiGLU, cross entropy, training" if ran else "everything on such a GPU: right or wrong, and how fast"
+        ran = [run for run in runs() if models & set(re.findall(r"\w+", run[0]))]
+        left = [part for part in (*PARTS, "training") if not any(part in parts for *_, parts in ran)]
+        undone = f"timing {', '.join(left)}" if ran else "everything on such a GPU: right or wrong, and how fast"
+        told = "; ".join(f"{device}: {what}" for device, what, _ in ran) or "nothing"
         of = compiled_by(found.get(named(arch), {}), arch)
-        lines.append((CARDS[arch], named(arch), "Triton", *of, "; ".join(ran) or "nothing", left))
+        lines.append((CARDS[arch], named(arch), "Triton", *of, told, undone if left else NOTHING))
     ran = f"tests and benchmarks: {cpus()}"
     lines += [("CPU with a C compiler (Linux)", "x86-64", "C", "where it runs", NOTHING, ran, "other processors"), *OTHERS]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

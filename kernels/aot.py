@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from inspect import getsource
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
@@ -150,6 +151,19 @@ def _kernels() -> dict[str, Kernel]:
 def calls_of(kernel: str) -> dict[str, Call]:
     """The ways a kernel of the table is called."""
     return _kernels()[kernel].calls
+
+
+def source_of(kernel: str) -> str:
+    """Of a kernel of the table and all functions of ours that it calls."""
+    found: dict[str, str] = {}
+    todo: list[Any] = [_kernels()[kernel].function]
+    while todo:
+        function = todo.pop().fn  # as it was before triton.jit
+        if function.__qualname__ not in found:
+            found[function.__qualname__] = getsource(function)
+            called = (function.__globals__.get(name) for name in function.__code__.co_names)
+            todo += [one for one in called if hasattr(one, "fn")]
+    return "\n".join(found[name] for name in sorted(found))
 
 
 def cases(arch: Arch, kernels: list[str]) -> Iterator[Case]:

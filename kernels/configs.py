@@ -5,12 +5,12 @@ smallest size listed that holds it (d_head of attention, the width of a norm's r
 `python -m kernels.tune` measures a GPU and prints rows to paste here; `python -m kernels.aot` compiles every row without a GPU
 and reads registers, stack, shared memory and instructions off the machine code.
 
-No row has been chosen by measuring yet: they follow from the machine code (no spills, 16-byte loads, HGMMA and TMA on 9.0) and
+No row has been chosen by measuring yet: they follow from the machine code (few spills, 16-byte loads, HGMMA and TMA on 9.0) and
 from what others report of such kernels. Those of rms_norm and rotary have been timed on an H100 (docs/kernels.md).
 
 Rows of 90 are for 9.0, and for 10.x where it has none of its own. Rows of 80 are for all the rest of NVIDIA's, for a kernel
-that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.0, where
-what people train with does not spill, so that these three need rows of their own once only (12.0). Rows of cdna and rdna3 are
+that has no others, and for tensors that TMA cannot read: they keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.0, so
+that these three need rows of their own once only (12.0). Rows of cdna and rdna3 are
 for AMD's gfx90a and gfx942, whose warps are 64 threads, and for its gfx1100; none has TMA. Rows of FP32 are for float32 and for
 the interpreter, where a kernel has them: in attention small tiles of unlike height and width, which show more than fast ones
 would. SHARED says whose rows serve where a kernel has none.

@@ -198,15 +198,29 @@ def test_table_of_the_page_is_what_the_command_writes():
 
 
 def test_nothing_is_claimed_that_was_not_done(monkeypatch):
-    """Compiled is what was compiled since a row changed; run is what a file of results proves."""
+    """Compiled is what was compiled since a row or a kernel changed; run is what a file of results proves."""
     lines = {line.split(" | ")[1]: line.split(" | ") for line in hardware.table().splitlines()[2:]}
     assert {arch for arch, line in lines.items() if line[0] != "| CPU" and "bench/results/" in line[5]} == {"sm_90"}
     assert all(lines[arch][5] == "nothing" for arch in ("gfx90a", "gfx942", "gfx1100", "sm_100", "sm_120"))
     told = [lines[hardware.named(arch)][3] for arch in ARCHITECTURES]
     assert all("rows" in said and "faults" not in said for said in told), "the whole gate, once a row has changed"
-    monkeypatch.setitem(TABLE, "swiglu_forward", {80: {ANY: row(8, BLOCK=1024)}})
-    now = hardware.table()
-    assert now.count("not since its rows changed") == len(ARCHITECTURES)
+    for change in (
+        lambda other: other.setitem(TABLE, "swiglu_forward", {80: {ANY: row(8, BLOCK=1024)}}),
+        lambda other: other.setattr(aot, "getsource", lambda kernel: "another"),
+    ):
+        with monkeypatch.context() as other:
+            change(other)
+            assert hardware.table().count("not since a row or a kernel changed") == len(ARCHITECTURES)
+
+
+def test_results_find_the_row_of_their_device_and_leave_what_they_lack(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "RESULTS", tmp_path)
+    (tmp_path / "a100").mkdir()
+    timed = [{"op": op, "way": "nanostack"} for op in ("rms_norm", "swiglu", "flash_attention")]
+    (tmp_path / "a100/kernels.json").write_text(json.dumps({"device": "NVIDIA A100-SXM4-80GB", "rows": timed}))
+    lines = {line.split(" | ")[1]: line.split(" | ")[5:] for line in hardware.table().splitlines()[2:]}
+    assert lines["sm_80"][0].endswith("flash_attention: `bench/results/a100/kernels.json`")
+    assert lines["sm_80"][1] == "timing rotary, cross entropy, training |" and lines["sm_90"][0] == "nothing"
 
 
 def test_gate_that_was_not_whole_is_not_kept(tmp_path, monkeypatch, capsys):

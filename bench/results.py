@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 def place(stem: str, device: str, out: Path | None) -> Path:
     """Where a result goes: `out` (of bench/sections.py: FILE, or FILE#KEY), or bench/results/ by the name of the device.
     UserError, before anything is measured, for a place where no JSON file can be."""
-    commit()
+    if (commit() or "").endswith("-dirty"):
+        print(
+            "note: the result will name a commit that is not what is measured: commit first, or measure in a clone",
+            file=sys.stderr,
+        )
     name = "-".join(device.split(",")[0].lower().replace("(r)", "").split())
     out = out or RESULTS / f"{stem}-{name}.json"
     file, _ = sections.split(out)

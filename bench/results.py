@@ -18,11 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def place(stem: str, device: str, out: Path | None) -> Path:
     """Where a result goes: `out` (of bench/sections.py: FILE, or FILE#KEY), or bench/results/ by the name of the device.
     UserError, before anything is measured, for a place where no JSON file can be."""
-    if (commit() or "").endswith("-dirty"):
-        print(
-            "note: the result will name a commit that is not what is measured: commit first, or measure in a clone",
-            file=sys.stderr,
-        )
+    commit()
     name = "-".join(device.split(",")[0].lower().replace("(r)", "").split())
     out = out or RESULTS / f"{stem}-{name}.json"
     file, _ = sections.split(out)
@@ -49,6 +45,13 @@ def picture(out: Path) -> Path | None:
 
 
 @functools.cache
+def warn_of_changes() -> None:
+    """Say once where a result names a commit that is not what was measured."""
+    if (commit() or "").endswith("-dirty"):
+        print("note: files differ from the commit that the result names: measure in a clean clone to keep it", file=sys.stderr)
+
+
+@functools.cache
 def commit() -> str | None:
     """The commit before the first result is written, which makes the tree differ from it."""
     return git_commit()
@@ -67,3 +70,4 @@ def write_result(result: dict, out: Path, packages: tuple[str, ...] = ()) -> Non
             found[package] = version(package)
     result |= {"versions": found, "git_commit": commit(), "date": date.today().isoformat()}
     sections.write(out, result)
+    warn_of_changes()

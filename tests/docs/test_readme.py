@@ -75,7 +75,7 @@ def test_table_of_the_quickstart_is_its_committed_result():
 
 def test_pictures_and_files_named_in_the_readme_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path.partition("#")[0]).exists(), path  # `make docs` looks for the place in it
 
 
 def test_tree_in_the_readme_is_the_one_of_the_repository():

@@ -37,7 +37,7 @@ between. At the larger budget it is ahead by 0.006 to 0.008 nats in the mean, wi
 restarts, a higher one is best (0.008; a tie for reset), which makes up for most. At the same rate, 0.004, it is ahead with
 every seed there too. Beside `continue`, keeping the old moments with zero for the new layers is best, and copying them is
 worst, 0.017 ± 0.012 nats apart at the smaller budget, 0.009 ± 0.011 at the larger; beside the others reset is as good. The
-best of all (keep old, zero new; continue) ends 0.020 ± 0.007 and 0.011 ± 0.024 nats (paired over seeds) below the paper's way
+best of all (keep old, zero new; continue) ends 0.020 ± 0.008 and 0.011 ± 0.024 nats (paired over seeds) below the paper's way
 (reset; restart).
 
 `nanostack plan` writes the best of the twelve, which is ahead of the paper's way beyond the interval at the smaller budget

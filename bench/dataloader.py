@@ -6,7 +6,7 @@ The prepared folder is data/stdlib; where there is none, the standard library is
 
 Loader: tokens/s of `Prefetcher` over a prepared folder, at the context and micro-batch of config/1b.py, pages in memory, and
 how often the fastest GPU's appetite that is (60,000 tokens/s for 1B on one H200: an estimate).
-Encoding: characters of the same documents by tiktoken's own `encode_ordinary_batch` with one thread, by our tokenizer, and by
+Encoding: MB/s of the same documents by tiktoken's own `encode_ordinary_batch` with one thread, by our tokenizer, and by
 all of `prepare` (read, hash, deduplicate, encode, write; one worker), with the same ranks.
 
 All of it runs pinned to one core, in turns; medians. JSON goes to bench/results/.

@@ -42,16 +42,22 @@ def page_of(results: list[dict[str, dict]]) -> str:
     return "\n\n".join(told + texts)
 
 
+def short(commit: str | None) -> str:
+    """A commit as the page names it: that files differed from it is said."""
+    name, *changed = (commit or "unknown").split("-")
+    return "-".join([name[:12], *changed])
+
+
 def of_command(name: str, found: dict) -> str:
     about = found["about"]
     head = f"### gpu-{name}, {about['device']}, {about['date']}"
-    with_what = [f"commit {(about['git_commit'] or 'unknown')[:12]}", *(f"{k} {v}" for k, v in about["versions"].items())]
+    with_what = [f"commit {short(about['git_commit'])}", *(f"{k} {v}" for k, v in about["versions"].items())]
     lacking = f" It lacked {', '.join(about['lacking'])}." if about["lacking"] else ""
     before, now = about["compiled_before"], about.get("compiled_now")
     carried = f" {before} kernels came compiled, {'?' if now is None else now} more were compiled." if before else ""
     texts = [head, ", ".join(with_what) + "." + lacking + carried]
     rows = [
-        [part, of["state"], f"{of['seconds']:g}", f"{of['limit']:g}", (of["git_commit"] or "unknown")[:12], cell(of["said"])]
+        [part, of["state"], f"{of['seconds']:g}", f"{of['limit']:g}", short(of["git_commit"]), cell(of["said"])]
         for part, of in found["parts"].items()
     ]
     texts.append(markdown(["part", "state", "seconds", "of", "commit", "last line"], rows))
@@ -168,7 +174,7 @@ def of_kernels_alone(found: dict) -> str:
     """What bench/kernel_ops.py wrote to a folder by itself."""
     with_what = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     head = f"### Kernels, {found['device']}, {found['date']}"
-    return f"{head}\n\ncommit {(found['git_commit'] or 'unknown')[:12]}, {with_what}.\n\n{of_kernels(found)}"
+    return f"{head}\n\ncommit {short(found['git_commit'])}, {with_what}.\n\n{of_kernels(found)}"
 
 
 TABLES = {

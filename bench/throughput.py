@@ -5,7 +5,8 @@
     python bench/throughput.py --optim.name muon --against adamw  ours by either optimizer
     python bench/throughput.py --against litgpt,nanogpt --nanogpt ../nanoGPT
 
-Every way trains the same shape on the same batches: forward, backward, clipping at 1.0, AdamW. Ours is train.py's own loop.
+Every way trains a model of the same size on the same ids: forward, backward, clipping at 1.0, AdamW (ours by the config's
+optimizer, which is Muon in config/quickstart.py: `--optim.name adamw` compares like with like). Ours is train.py's own loop.
 The others: plain torch eager; the same under torch.compile (on a GPU with attention forced to cuDNN); Hugging Face's Llama,
 with Liger's kernels where they are installed and there is a GPU; litgpt's; a GPT-2 of the same layers and width by nanoGPT's
 own train.py, from a clone, on a CPU. Each runs in a process of its own, in turns, several rounds,
@@ -231,6 +232,10 @@ def compare(command: Command, path: str, against: list[str], config: Train, devi
         raise UserError(f'{told}: add --parallel.activation_checkpointing none, or --against ""')
     out = place(f"throughput-{Path(path).stem}", device_name(device), command.out)
     console = Console(stderr=command.json, highlight=False, width=None if sys.stdout.isatty() else 140)
+    if config.optim.name != "adamw" and set(against) - {"adamw"}:
+        console.print(
+            f"note: ours steps by {config.optim.name}, the others by AdamW; --optim.name adamw compares like with like"
+        )
     found, failed = {name: [] for name in [OURS, *against]}, {}
     asked = {"config": Path(path).name, "overrides": command.overrides, "dtype": str(compute_dtype(device, config.dtype))[6:]}
     asked |= {"rounds": command.rounds, "steps": command.steps, "warmup": command.warmup, "liger": liger(device)}

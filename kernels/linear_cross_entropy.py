@@ -1,6 +1,6 @@
 """Cross entropy of a linear layer's logits, without ever holding the logits of all rows.
 
-    logits = x · weightᵀ            (N, V), in float32, CHUNK_BYTES of it at a time
+    logits = x · weightᵀ            (N, V), in float32, CHUNK_ROWS rows at a time, or what CHUNK_BYTES hold
     lse    = logsumexp(logits)      (N,)
     loss_i = lse_i − logits_{i, targets_i} + z_loss · lse_i²
     dlogits_i = softmax(logits_i) · (1 + 2 · z_loss · lse_i) − onehot(targets_i)

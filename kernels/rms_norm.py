@@ -8,7 +8,7 @@ that arrives at residual_out in the same pass. Arithmetic is fp32 whatever the d
 
 Bytes per row at s bytes per element: forward 2·s·D, fused 4·s·D; backward 3·s·D, fused 4·s·D. FLOPs: about 4·D and 11·D,
 nothing beside the bytes. The backward recomputes rstd, as it holds the whole row anyway, so nothing is saved but x. dweight:
-one persistent program per multiprocessor sums its rows in registers, then torch sums (programs, D): deterministic, no atomics.
+persistent programs, one to four a multiprocessor, sum their rows in registers, then torch sums (programs, D): no atomics.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Timing that can be compared: calls interleaved, caches cold, every sample kept."""
+"""Timing that can be compared: calls interleaved, on a GPU with cold caches, every sample kept."""
 
 import time
 from collections.abc import Callable

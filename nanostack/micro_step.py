@@ -1,7 +1,7 @@
 """One batch forward and backward: micro-batch after micro-batch, each as it is or captured in a CUDA graph and replayed.
 
 A graph spares the CPU the launching of some thousand kernels, which is what a small model on a fast GPU waits for. It is
-captured at the first micro-batch of a stage, and anew whenever what it would run has changed: growth, freezing, a ramp's end.
+captured at the first micro-batch of a run, and anew whenever what it would run has changed: growth, freezing, a ramp's end.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The one state of a run: model, optimizer, cursor, growth receipts. Nothing else influences the run."""
+"""The one state of a run: with config and text, nothing else influences it. Model, optimizer, cursor, growth receipts, seed."""
 
 import hashlib
 from collections.abc import Callable, Mapping

@@ -34,7 +34,7 @@ class Command:
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """A study file, or folders of finished runs."""
     data: Path | None = None
-    """Prepared text of a study; data/stdlib512 or data/site-packages512, as its size asks for, unless given."""
+    """Prepared text of a study; the folder that its size asks for (data/packages512, data/stdlib512, ...), unless given."""
     size: str | None = None
     """The size of a study: cpu, gpu, ...; what this machine is, unless given."""
     jobs: int | None = None

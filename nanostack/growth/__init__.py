@@ -5,7 +5,7 @@ width.py those of channels and heads; learn.py trains maps; moments.py has the c
 random parts in slowly. config.py has what a user asks for, receipt.py what a growth tells.
 
 In depth, the first occurrence of a base layer *is* that layer: it keeps its storage. Every other layer is allocated once and
-filled on the device. Nothing passes through the host and, sharded, no collective runs: each rank fills its own shards. Width
+filled on the device. Nothing passes through the host and, sharded, no collective runs, but where `learn` trains. Width
 needs new storage for every parameter, one at a time.
 """
 

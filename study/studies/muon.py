@@ -49,8 +49,8 @@ neighbours.
 
 What limits it: there is no model of 4 layers by AdamW; three seeds, of which the first is a lucky one for every model from
 scratch (2.477 where the others have 2.506 and 2.525; under AdamW 2.517, 2.598 and 2.606). The rates lie on a grid of
-factors of two, at which neighbours from 2e-3 on differ by up to 0.07 for the model from scratch. Newton–Schulz is in neither count of
-FLOPs. At this width and batch it would add 14 % to those of 8 layers and 10 % to those of 2 (paper's count); of the seconds
-it takes 16 and 12 % (the table of paces in the result file). On large models it is little.
+factors of two, at which neighbours from 2e-3 on differ by up to 0.07 for the model from scratch. Newton–Schulz is in neither
+count of FLOPs. At this width and batch it would add 14 % to those of 8 layers and 10 % to those of 2 (paper's count); of the
+seconds it takes 16 and 12 % (the table of paces in the result file). On large models it is little.
 """,
 )

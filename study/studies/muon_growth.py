@@ -47,8 +47,9 @@ budget (at 10 each growth comes after twice the share):
   grown model (2.393 beside 2.404), and the model from scratch loses 0.05 (2.529). Left as they are at growth, branches cost
   (2.459).
 - *Loops*: 2 layers run 4 times and untied after 10 % end at 2.397, beside 2.404 for stacking: as good, with one seed,
-  though a token costs 2.6 times the FLOPs that it costs in two layers; untied later they lose (2.458, 2.491). A looped model that stays
-  one is the worst of all (2.736).
+  though a token costs 2.6 times the FLOPs that it costs in two layers; untied later they lose (2.458, 2.491). A looped model
+  that stays one is the worst of all (2.736).
+- *Learned* has half of the default's batches: 50.
 """,
     arms={
         **controls("muon"),

@@ -41,6 +41,7 @@ models fall more steeply than those of the bases, so a larger budget should favo
 gain no ground: stack leads by 0.11, 0.07 and 0.08 nats.
 
 Limits: 0.27M parameters, 4.5M tokens of Python, three seeds. All grow at the tenth of the largest budget that suits stack there
-(the study of timing), and warm up again with moments reset, as the paper's do. learn trained on 50 batches, half of the default.
+(the study of timing), and warm up again with moments reset, as the paper's do. learn trained
+on 50 batches, half of the default.
 """,
 )

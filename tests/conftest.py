@@ -233,6 +233,16 @@ def records(out: Path) -> list[dict]:
     return found
 
 
+def run_in_process(corpus: Path, out: Path, *overrides: str):
+    """A whole run of tests/tiny.py in this process, as a train.Run."""
+    import train
+    from nanostack.config import load
+
+    run = train.Run(load(TINY, ["--data.path", str(corpus), "--out", str(out), *overrides]))
+    run.train()
+    return run
+
+
 def take_weights(plain, ours) -> None:
     """Give bench/peers.py's PlainLlama the weights of a Llama of ours."""
     pairs = [(ours.embed, plain.embed), (ours.norm, plain.norm), (ours.head, plain.head)]

@@ -27,6 +27,7 @@ FORMER = {  # names that test files had
     "test_compiled": "test_kernels_compiled",
     "test_dataset": "test_data",
     "test_corpus": "test_prepare",
+    "test_growing_runs": "test_train",
 }
 
 
@@ -69,12 +70,13 @@ FAULTS = (
     fault("rewarming", "test_schedule", "(1 - stage.rewarm_peak) * min(1.0, up - 1)", "(1 - stage.rewarm_peak) * (up - 1)"),
     fault("clipping", "test_step:clipped or copies_of_weights", "/ grad_clip, min=1.0)", "/ grad_clip, min=0.0)",
           "/ clip, min=1.0)", "/ clip, min=0.0)"),
-    fault("rate_of_new_layers", "test_growth test_train", 'group["lr"] = lr * group.get("rate", 1.0)', 'group["lr"] = lr'),
+    fault("rate_of_new_layers", "test_growth test_growing_runs", 'group["lr"] = lr * group.get("rate", 1.0)',
+          'group["lr"] = lr'),
     fault("middle", "test_growth", "first = (n_layer - k) // 2", "first = 0"),
     fault("power_of_second_moment", "test_growth test_width", '"exp_avg_sq": 2', '"exp_avg_sq": 1'),
     fault("share_of_copies", "test_width", "share.append(1 / n if alpha is None else uneven)", "share.append(1.0)"),
     fault("noise_share", "test_growth", ".mul_(1 - noise).add_(", ".mul_(1).add_("),
-    fault("ramp_never_ends", "test_growth test_train", "    if scale >= 1:\n", "    if scale > 1:\n"),
+    fault("ramp_never_ends", "test_growth test_growing_runs", "    if scale >= 1:\n", "    if scale > 1:\n"),
     fault("learned_parts", "test_learn", "D[self.part_of_row[name]]", "D[0 * self.part_of_row[name]]"),
     fault("ledger", "test_train test_checkpoint", "self.flops += float(tokens * flops_per_token(config))",
           "self.flops += float(tokens * flops_exact_per_token(config))"),

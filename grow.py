@@ -24,6 +24,7 @@ from nanostack.errors import UserError, exits_cleanly, parse
 from nanostack.growth import Growth, ramp_left
 from nanostack.growth.moments import RESET
 from nanostack.hf import export
+from nanostack.launch import check_environment
 from nanostack.memory import foresee
 from nanostack.model import LlamaConfig
 from nanostack.optimizer import name_of
@@ -63,6 +64,7 @@ class Command:
 
 def main(command: Command) -> dict:
     """Read, grow, write. Returns the receipt; for a dry run what it would say and need."""
+    check_environment()
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not parallel.is_main_rank())
     how, folder = command.growth, models.is_hf_folder(command.checkpoint)
     if command.checkpoint.is_file():

@@ -162,7 +162,7 @@ class Run:
         """What a record says of the model itself."""
         with self.recorder.paused():
             values = self.evaluate() if evaluating else {}
-            return values | ({"texts": self.writer(self.state.model)} if sampling else {})
+            return values | ({"texts": self.writer(self.state.model, self.watchdog.heard)} if sampling else {})
 
     def evaluate(self) -> dict:
         """Mean loss on the fixed validation tokens, in nats per token and in bits per byte of their text."""

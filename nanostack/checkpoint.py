@@ -159,7 +159,9 @@ class Saver:
     def _point(self, folder: Path) -> None:
         """Called on rank 0 when a folder is whole: `path` points to it, and what is too old goes."""
         kept.give_number(self.path)
+        former = sharded.pointed_to(self.path)
         sharded.point(self.path, folder)
+        kept.number_former(self.path, former)
         kept.prune(self.path, self.keep)
 
     def _start_file(self, state: State) -> Future | None:

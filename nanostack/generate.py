@@ -5,7 +5,7 @@ would be alone. `Writer` lets the model of a run write while it trains.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -139,13 +139,13 @@ class Writer:
             self.text = tokenizer.load(config.data.path)
             self.prompts = [(prompt, encode(prompt, self.text, config.model.seq_len)) for prompt in self.how.prompt]
 
-    def __call__(self, model: Llama) -> list[str]:
-        """The texts, prompts included. Every rank must call it."""
+    def __call__(self, model: Llama, heard: Callable[[], object] = lambda: None) -> list[str]:
+        """The texts, prompts included; calls `heard()` after each token. Every rank must call it."""
         samples = [Sample(prompt, list(ids), self.how.seed) for prompt, ids in self.prompts]
         try:
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
                 for _ in write(model, samples, self.how, self.text):
-                    pass
+                    heard()
         except UserError as error:  # no reason to end a run
             return [str(error)]
         finally:

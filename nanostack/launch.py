@@ -70,13 +70,14 @@ def check_environment() -> None:
             alone = _number(size, 1) <= 1 or place not in os.environ
             in_batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ and place == "SLURM_PROCID"
             if not alone and not (in_batch_script and _number(place, 0) == 0):
-                raise UserError(f"{size} is {os.environ[size]}, but RANK is not set: every task would train alone; {HOW}")
+                raise UserError(f"{size} is {os.environ[size]}, but RANK is not set: every task would work alone; {HOW}")
         return
     if rank is None or world is None:
         there, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")
         raise UserError(f"{there} is set and {missing} is not: {HOW}, or unset {there}")
     if _number("WORLD_SIZE", 1) < 1 or not 0 <= _number("RANK", 0) < _number("WORLD_SIZE", 1):
         raise UserError(f"RANK {rank} is not one of WORLD_SIZE {world} ranks, which count from 0; {HOW}")
+    _number("LOCAL_RANK", 0)
     if _number("WORLD_SIZE", 1) == 1:
         return
     missing_ones = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -125,7 +126,7 @@ def connect(timeout: timedelta) -> Launch | None:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 'MASTER_PORT is not set')}"
         raise UserError(
             f"rank {rank} cannot meet the others at {where} (MASTER_ADDR, MASTER_PORT): {_first_line(error)}"
         ) from error

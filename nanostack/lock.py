@@ -45,17 +45,17 @@ class Lock:
     def _beat(self) -> None:
         told = False
         while not self._ended.wait(BEAT_SECONDS):
-            if not (told or self.path.exists() or self._ended.is_set()):
-                gone = f"{self.path.parent} was moved or deleted, or its {NAME}: records go where metrics.jsonl is, checkpoints"
-                print(f"warning: {gone} into a folder of the former name", file=sys.stderr, flush=True)
-                told = True
             with contextlib.suppress(OSError):  # the file system may be away for a while, or the folder deleted
+                if not (told or self.path.exists() or self._ended.is_set()):
+                    gone = f"{self.path.parent} was moved or deleted, or its {NAME}: records go where metrics.jsonl is,"
+                    print(f"warning: {gone} checkpoints into a folder of the former name", file=sys.stderr, flush=True)
+                    told = True
                 mine = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
                 if mine:
                     os.utime(self._descriptor)
                 elif not self._ended.is_set():
-                    taker, so_long = _name(_read(self.path)), f"nothing was heard of this one for {STALE_SECONDS:.0f} s"
-                    print(f"error: {taker} has taken {self.path.parent}, as {so_long}: it ends", file=sys.stderr, flush=True)
+                    taker, why = _name(_read(self.path)), f"nothing was heard for {STALE_SECONDS:.0f} s, or {NAME} was deleted"
+                    print(f"error: {taker} has taken {self.path.parent}: {why}; this one ends", file=sys.stderr, flush=True)
                     os._exit(2)
 
 

@@ -211,6 +211,7 @@ def micro_steps(batch_tokens: int, micro_batch: int, seq_len: int) -> int:
 
 START_PATIENCE = 8  # times hang_timeout: how long ranks wait for one that hashes a large corpus or writes a large checkpoint
 _patient: "dist.ProcessGroup | None" = None  # waits so long
+_patience = timedelta(hours=1)  # that time
 
 
 def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False, hang_timeout: float = 900.0) -> Placement:
@@ -277,11 +278,11 @@ def check_gathering(parallel: Parallel, shards: int) -> None:
 def _join(launch: Launch, backend: str, timeout: timedelta, patience: timedelta) -> None:
     """Join the process group of this attempt. It has keys of its own: the agent's store still holds the addresses of the
     processes that died."""
-    global _patient
+    global _patient, _patience
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's record of collectives, for the watchdog
     store = dist.PrefixStore(f"attempt_{launch.attempt}", launch.store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
-    _patient = dist.new_group(backend="gloo", timeout=patience)
+    _patient, _patience = dist.new_group(backend="gloo", timeout=patience), patience
 
 
 @contextlib.contextmanager
@@ -298,7 +299,7 @@ def fake_ranks(shape: tuple[int, int], rank: int = 0, device: str = "cpu") -> It
 
 def saving_group() -> "dist.ProcessGroup | None":
     """A process group for threads that save: their messages must not meet those of training. Shards may take long to write."""
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=_patience) if dist.is_initialized() else None
 
 
 def mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Checks before a run touches anything: a mistake is found in seconds, and not after days of training."""
 
 import dataclasses
+import os
 import sys
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from nanostack.errors import UserError
 from nanostack.flops import n_params
 from nanostack.memory import check_batch
 from nanostack.optimizer import state_numbers
-from nanostack.parallel import Placement, is_main_rank, micro_steps, on_rank_0
+from nanostack.parallel import Placement, is_main_rank, micro_steps, on_rank_0, world_size
 from nanostack.text.dataset import verify
 from nanostack.text.manifest import load_manifest, manifest_sha256
 
@@ -94,16 +95,31 @@ def with_vocabulary(config: Train) -> Train:
     return config
 
 
+def moment_bytes(config: Train) -> int:
+    """Bytes of the moments of the largest stage."""
+    return state_numbers(config.shapes()[-1], config.optim.name) * getattr(torch, config.optim.moments).itemsize
+
+
+def copy_bytes(config: Train, ranks: int, shards: int, here: int) -> float:
+    """Bytes that the copies of weights and moments take in a host with `here` of the ranks, from which a checkpoint is written:
+    one of all for a single file, or one of its own for each rank."""
+    whole = 4 * n_params(config.shapes()[-1]) + moment_bytes(config)
+    return whole / shards * here if config.saves_shards(ranks) else whole
+
+
 def check_memory(config: Train, placement: Placement, backend: str) -> None:
     """Raise `UserError` where the largest stage, a checkpoint or a micro-batch does not fit."""
     largest = config.shapes()[-1]
-    kept = state_numbers(largest, config.optim.name) * getattr(torch, config.optim.moments).itemsize
-    state_bytes = (8 * n_params(largest) + kept) / placement.shards
+    state_bytes = (8 * n_params(largest) + moment_bytes(config)) / placement.shards
     check_room(placement.device, state_bytes, "the largest stage, weights, gradients and moments,")
     if placement.device.type == "cuda":
-        saved = 4 * n_params(largest) + kept
-        what = "the copy of weights and moments that becomes a checkpoint"
-        on_rank_0(check_room, torch.device("cpu"), saved, what)
+        what, ranks = "the copy of weights and moments that becomes a checkpoint", world_size()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, torch.cuda.device_count()))
+        saved = copy_bytes(config, ranks, placement.shards, here)
+        if config.saves_shards(ranks):
+            check_room(torch.device("cpu"), saved, what)
+        else:
+            on_rank_0(check_room, torch.device("cpu"), saved, what)
     # The C kernels take less memory than what is traced. For several devices there is an estimate only.
     slack = 1.5 if backend == "c" or placement.mesh is not None else 1.0
     free = free_bytes(placement.device)

@@ -120,7 +120,7 @@ class Metrics:
         for number, line in enumerate(self._lines(), 1):
             try:
                 record = json.loads(line)
-                if "config" in record:
+                if isinstance(record, dict) and "config" in record:
                     old = record
                 elif (record["stage"], record["samples"]) <= (stage, samples):
                     lines.append(line + "\n")
@@ -143,7 +143,8 @@ class Metrics:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        with _written(self.path):
+            return self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
 
     def write(self, record: dict) -> None:
         """Append a record; the first one after an `unfinished` record takes its place."""
@@ -166,12 +167,13 @@ class Metrics:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            with contextlib.suppress(OSError):
+            try:
                 self._file.truncate(end)
+            except OSError:  # half a line stays
+                self._unwritten[0] = b"\n" + self._unwritten[0].lstrip()
             if not self._told:
-                print(
-                    f"warning: could not write {self.path}: {error.strerror}; records are kept until it can be", file=sys.stderr
-                )
+                kept = "records are kept until it can be"
+                print(f"warning: could not write {self.path}: {error.strerror}; {kept}", file=sys.stderr)
             self._told = True
         else:
             self._unwritten.clear()
@@ -240,8 +242,7 @@ class Display:
 
     def log(self, record: dict, run_tokens: int) -> None:
         """One aligned line per log record, and below it what the model wrote."""
-        if record["tokens_per_s"]:
-            speed = record["tokens_per_s"]
+        if speed := record["tokens_per_s"]:
             self._speed = speed if not self._speed else 0.7 * self._speed + 0.3 * speed
         cells = [
             f"stage {record['stage']}",
@@ -261,9 +262,8 @@ class Display:
             self.say(indent(text, "    | ", lambda line: True))
 
     def _eta(self, run_tokens: int) -> str:
-        if not self._speed:
-            return "-"
-        return str(timedelta(seconds=round(max(0, self._total - run_tokens) / self._speed)))
+        left = max(0, self._total - run_tokens)
+        return str(timedelta(seconds=round(left / self._speed))) if self._speed else "-"
 
 
 def _cell(name: str, value: float | None, form: str) -> str:

@@ -1,19 +1,18 @@
 """The folder of a run: whether a run may have it and where it goes on from, made out before anything in it is touched."""
 
-import contextlib
-import itertools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from nanostack import kept, lock, track
+from nanostack import files, kept, lock, sharded, track
 from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.launch import Launch
 
 MARK = ".torchrun"  # names the launch whose run is in a folder
-LEFT = ".left"  # ends the names of what a run that went back leaves behind
+PARTIAL = r"ckpt(-\d+)?\.(.*\.)?partial"  # half a checkpoint of a run: not one that grow.py is writing beside it
 
 
 class RunFolder:
@@ -58,10 +57,11 @@ class RunFolder:
                 self._take()
                 if self._find() != self._source:  # another run came and went meanwhile
                     raise UserError(f"{out} was empty when this run began to load, and now holds another one")
-            old = [] if resuming else [*self._checkpoints(), *track.files(out), *out.glob(f"*{LEFT}")]
-            if config.init_from and Path(config.init_from).resolve() in [file.resolve() for file in old if file.exists()]:
+            old = [] if resuming else [*self._checkpoints(), *track.files(out), *out.glob(f"*{kept.LEFT}")]
+            if config.init_from and self._would_delete(Path(config.init_from), old):
                 raise UserError(f"--overwrite would delete {config.init_from}, from which the run starts")
-            for file in [*old, *out.glob("ckpt*.partial")]:  # a killed process leaves half a checkpoint behind
+            half = [file for file in out.glob("ckpt*.partial") if re.fullmatch(PARTIAL, file.name)]  # left by a killed process
+            for file in [*old, *half]:
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
             if resuming:
                 self._set_aside(samples)
@@ -75,7 +75,16 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         """Those of the run, the last one last."""
-        return [*kept.numbered_checkpoints(self.ckpt), *([self.ckpt] if self.ckpt.exists() else [])]
+        numbered, name = kept.numbered_checkpoints(self.ckpt), sharded.pointed_to(self.ckpt)
+        named = self.out / name if name else self.ckpt
+        other = [named] if named.is_dir() and named not in numbered and sharded.folder_of(named) else []
+        return [*other, *numbered, *([self.ckpt] if self.ckpt.exists() else [])]
+
+    def _would_delete(self, source: Path, old: list[Path]) -> bool:
+        """Whether a checkpoint, or the folder that it points to, is among these files."""
+        found = kept.found(source)
+        places = {found.resolve(), (sharded.folder_of(found) or found).resolve()}
+        return any(file.resolve() in places for file in old if file.exists())
 
     def _find(self) -> str | None:
         found, restarted = self._checkpoints(), self._restarted()
@@ -97,28 +106,23 @@ class RunFolder:
     def _restarted(self) -> bool:
         """Whether the run in the folder is that of an earlier attempt of this launch."""
         mark = self.out / MARK
-        return self.launch is not None and mark.exists() and self.launch.claimed(mark.read_text())
+        return self.launch is not None and mark.exists() and self.launch.claimed(mark.read_text(errors="replace"))
 
     def _set_aside(self, samples: int) -> None:
         """Rename what the run leaves behind where it goes back to an earlier checkpoint: nothing of it is deleted."""
-        source = Path(self._source or self.ckpt)
+        source, records = Path(self._source or self.ckpt), self.out / "metrics.jsonl"
+        ahead = [file for file in self._checkpoints() if kept.number_of(file, self.ckpt) > samples]
+        if (self._goes_back or ahead) and records.exists():  # first: a process that is killed now has them still
+            with open(records, "rb") as whole, files.replacing(kept.left_name(records), "wb") as copy:
+                shutil.copyfileobj(whole, copy)
         if source.resolve() != self.ckpt.resolve():
             if self.ckpt.exists() and kept.samples_of(self.ckpt) is None:  # damaged
-                os.replace(self.ckpt, _left(self.ckpt))
+                os.replace(self.ckpt, kept.left_name(self.ckpt))
             kept.go_back(source, self.ckpt)
-        if self._goes_back:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(self.out / "metrics.jsonl", _left(self.out / "metrics.jsonl"))
-        later = [file for file in kept.numbered_checkpoints(self.ckpt) if (kept.samples_of(file) or 0) > samples]
-        left = [_left(file) for file in later]
+        later = [file for file in kept.numbered_checkpoints(self.ckpt) if kept.number_of(file, self.ckpt) > samples]
+        left = [kept.left_name(file) for file in later]
         for file, new in zip(later, left, strict=True):
             os.replace(file, new)
         if later:
             names = ", ".join(new.name for new in left)
             print(f"note: {self.out} goes on from {samples} samples; what it leaves behind is kept as {names}", file=sys.stderr)
-
-
-def _left(file: Path) -> Path:
-    """NAME.left for what a run leaves behind; NAME.2.left and so on where an earlier one has that."""
-    names = (f"{file.name}{f'.{number}' if number > 1 else ''}{LEFT}" for number in itertools.count(1))
-    return next(new for name in names if not (new := file.with_name(name)).exists())

@@ -154,7 +154,7 @@ class Writer(dcp.FileSystemWriter):
         folder, last = self.folder, pointed_to(self.pointer)
         if last == folder.name:  # which stays until another is in its place
             folder = folder.with_name(folder.name + AGAIN)
-        if folder.exists():
+        if os.path.lexists(folder):
             remove(folder)
         os.rename(self.path, folder)
         files.sync(folder.parent)

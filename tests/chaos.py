@@ -93,8 +93,14 @@ def reached(moment: str, out: Path, began: float, wait: float) -> bool:
     return records.exists() and time.monotonic() - began > wait
 
 
-def chaos(kind: str, data: Path, folder: Path, kills: int, seed: int, say=print) -> int:
-    """Run, kill and resume until so many kills have been. Returns in how many runs; AssertionError for one that differs."""
+def drawn(kind: str, kills: int, seed: int) -> list[tuple[str, str]]:
+    """So many (moment, whom)."""
+    draw = random.Random(f"{kind} {seed} moments")
+    return [(draw.choice(MOMENTS), WHOM[kind][number % len(WHOM[kind])]) for number in range(kills)]
+
+
+def chaos(kind: str, data: Path, folder: Path, planned: list[tuple[str, str]], seed: int, say=print) -> int:
+    """Run, kill as planned and resume. Returns in how many runs; AssertionError for one that differs."""
     from conftest import assert_same_state, records
 
     from nanostack import checkpoint
@@ -103,6 +109,7 @@ def chaos(kind: str, data: Path, folder: Path, kills: int, seed: int, say=print)
         return ["train.py", str(ROOT / "tests/tiny.py"), "--data.path", str(data), "--out", str(folder / out), *RUN]
 
     draw, done, number = random.Random(f"{kind} {seed}"), 0, 0
+    kills = len(planned)
     whole = Launch(kind, words("whole"), resume=False)
     began = time.monotonic()
     while whole.runs():
@@ -114,8 +121,8 @@ def chaos(kind: str, data: Path, folder: Path, kills: int, seed: int, say=print)
         out, launch, resume = folder / f"run{number}", None, False
         while True:
             launch = Launch(kind, words(out.name), resume)
-            moment, whom, wait = draw.choice(MOMENTS), WHOM[kind][done % len(WHOM[kind])], draw.uniform(0.3, 1.1) * took
-            began = time.monotonic()
+            began, wait = time.monotonic(), draw.uniform(0.3, 1.1) * took
+            moment, whom = planned[min(done, kills - 1)]
             while launch.runs() and not (done < kills and reached(moment, out, began, wait)):
                 time.sleep(0.003)
             if not launch.runs():
@@ -165,5 +172,6 @@ if __name__ == "__main__":
     for number, kind in enumerate(options.kind):
         kills = (options.kills + number) // len(options.kind)  # all together, so many
         with tempfile.TemporaryDirectory() as place:
-            runs = chaos(kind, options.data.resolve(), Path(place), kills, options.seed, lambda line: print(line, flush=True))
+            planned = drawn(kind, kills, options.seed)
+            runs = chaos(kind, options.data.resolve(), Path(place), planned, options.seed, lambda line: print(line, flush=True))
             print(f"{kind}: {kills} kills in {runs} runs, each of which ended as the one that was left alone, bit for bit")

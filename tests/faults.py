@@ -84,16 +84,18 @@ FAULTS = (
     fault("lock_is_shared", "test_lock", "flock(descriptor, fcntl.LOCK_EX |", "flock(descriptor, fcntl.LOCK_SH |"),
     fault("past_may_change", "test_going_on", "if number < cursor.stage:", "if number < 0:"),
     fault("rewarmed_come_home", "test_growth:rate_of_their_own", 'group["params"].sort(key=place.__getitem__)', "pass"),
-    fault("stop_a_step_later", "test_launch:step_at_hand", "self.number = self._asked\n", "self.number = 0\n"),
-    fault("checkpoints_kept", "test_train test_checkpoint", "len(numbered) - (keep - 1)", "len(numbered) - keep"),
+    fault("stop_a_step_later", "test_launch:step_at_hand", "self.number, self.save_again = self._asked, save_again\n",
+          "self.number, self._late, self.save_again = getattr(self, '_late', 0), self._asked, save_again\n"),
+    fault("checkpoints_kept", "test_train test_checkpoint", "len(others) - (keep - 1)", "len(others) - keep"),
     fault("permutation", "test_dataset", "        outside = out >= n", "        outside = out > n"),
     fault("block_over_shards", "test_dataset", "filled + len(piece), shard + 1, 0", "filled + len(piece), shard + 1, 1"),
     fault("duplicates", "test_corpus", "            elif digest in self.seen:", "            elif False:"),
     fault("rows_of_qkv", "test_hf", '"qkv": [heads, kv, kv]', '"qkv": [kv, kv, heads]'),
-    fault("resumed_records", "test_train", "if position > (stage, samples):", "if position >= (stage, samples):"),
+    fault("resumed_records", "test_train", 'record["samples"]) <= (stage, samples):',
+          'record["samples"]) < (stage, samples):'),
     fault("exit_code", "test_mistakes test_config", 'if "RANK" in os.environ else sys.exit(2)',
           'if "RANK" in os.environ else sys.exit(1)'),
-    fault("run_is_overwritten", "test_mistakes", '.exists()) and not config.overwrite:', ".exists()) and False:"),
+    fault("run_is_overwritten", "test_mistakes", '.exists()) and not self.config.overwrite:', ".exists()) and False:"),
     fault("top_p", "test_sample:probabilities", "likelier_BK = p_BK.cumsum(-1) - p_BK", "likelier_BK = p_BK.cumsum(-1)"),
     fault("window_of_a_task", "test_evaluate:rolling or loglikelihood", "[-seq_len - 1 : -1]", "[-seq_len : -1]",
           "max(0, end - 1 - seq_len) : end - 1", "max(0, end - seq_len) : end - 1"),
@@ -103,10 +105,10 @@ FAULTS = (
           "128: attention(128, 256, 4, 1, TMA=True),"),
     fault("row_too_low_for_wgmma", "test_compiled:configuration", "128: attention(128, 64, 8, 3, TMA=True),",
           "128: attention(16, 64, 8, 3, TMA=True),"),
-    fault("row_of_narrow_loads", "test_compiled:configuration", '"swiglu_forward": {80: {ANY: row(4, BLOCK=1024)}}',
-          '"swiglu_forward": {80: {ANY: row(4, BLOCK=128)}}'),
+    fault("row_of_narrow_loads", "test_compiled:configuration", '"swiglu_forward": {80: {ANY: row(4, BLOCK=1024)},',
+          '"swiglu_forward": {80: {ANY: row(4, BLOCK=128)},'),
     fault("one_token", "test_compiled:configuration", "(kv_head + 1) * group, num_stages=1)", "(kv_head + 1) * group)"),
-    fault("exact_flops", "test_flops", "config.d_model * (config.seq_len + 1)", "config.d_model * config.seq_len"),
+    fault("exact_flops", "test_flops", "d_attn(config) * (config.seq_len + 1)", "d_attn(config) * config.seq_len"),
     fault("muon_rows", "test_muon", "rows, found = self.rows_of(), []",
           "rows, found = {p: (len(p),) for p in self.rows_of()}, []"),
     fault("muon_skips", "test_muon", 'lr: lr * (1 - skipped) for lr', 'lr: lr + 0 * skipped for lr'),
@@ -138,23 +140,33 @@ FAULTS = (
     fault("tied_head_of_its_own", "test_architectures:random", "if config.tie_embeddings and weights.head_of_its_own():",
           "if False:"),
     fault("tokenizer_of_qwen2", "test_architectures:qwens",
-          "return config if own else dataclasses.replace(config, out_bias=True)", "return config"),
+          " else dataclasses.replace(config, out_bias=True)", " else config"),
     fault("single_file_first", "test_architectures:random", "        if single.is_file():\n            if index",
           "        if single.is_file() and not index.is_file():\n            if index"),
 )  # fmt: skip
 
 
+def sources(tree: Path) -> dict[Path, str]:
+    """The files in which faults are planted, with their texts."""
+    files = [path for name in ("nanostack", "kernels", "study") for path in (tree / name).rglob("*.[pc]*") if path.is_file()]
+    return {path: path.read_text() for path in files if path.suffix in (".py", ".c")}
+
+
+def planted(one: Fault, texts: dict[Path, str]) -> tuple[Path, str] | None:
+    """The file that the fault is about, and its text with it; None unless one place has what it changes."""
+    for text, instead in one.changes:
+        found = [path for path, whole in texts.items() if text in whole]
+        if len(found) == 1 and texts[found[0]].count(text) == 1:
+            return found[0], texts[found[0]].replace(text, instead)
+    return None
+
+
 def plant(one: Fault, tree: Path) -> bool:
     """Change the one place that the fault is about. Returns False for a tree that has no such place yet."""
-    folders = [tree / name for name in ("nanostack", "kernels", "study")]
-    files = [path for folder in folders for path in folder.rglob("*.[pc]*") if path.is_file()]
-    files = [path for path in files if path.suffix in (".py", ".c")]
-    for text, instead in one.changes:
-        found = [path for path in files if text in path.read_text()]
-        if len(found) == 1 and found[0].read_text().count(text) == 1:
-            found[0].write_text(found[0].read_text().replace(text, instead))
-            return True
-    return False
+    if (changed := planted(one, sources(tree))) is None:
+        return False
+    changed[0].write_text(changed[1])
+    return True
 
 
 def caught(one: Fault, tree: Path) -> bool | None:

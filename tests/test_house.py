@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 from conftest import ROOT
 
@@ -71,6 +72,11 @@ def test_files_keep_their_budgets():
     (run,) = (node for node in ast.parse((ROOT / "train.py").read_text()).body if getattr(node, "name", "") == "Run")
     begin = next(node for node in run.body if getattr(node, "name", "") == "__init__")
     assert begin.end_lineno - begin.lineno + 1 <= 30
+
+
+def test_every_fault_can_be_planted():
+    texts = faults.sources(ROOT)
+    assert [one.name for one in faults.FAULTS if faults.planted(one, texts) is None] == []
 
 
 def test_no_file_hides_a_package_and_no_path_is_patched():

@@ -4,14 +4,16 @@ What SOURCE is says which: OUT becomes the other. Tensors pass one at a time, so
 checkpoint takes both; one file is handier to copy, and for torch.load.
 """
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from nanostack import checkpoint, models, parts, sharded
+from nanostack import checkpoint, models, parallel, parts, sharded
 from nanostack.errors import UserError, command_line
+from nanostack.launch import check_environment
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Command:
 
 
 def main(command: Command) -> dict:
+    check_environment()
+    if parallel.world_size() > 1:
+        raise UserError("one process turns a checkpoint into the other form: start it without torchrun")
     source, out = command.source, command.out
     if models.is_hf_folder(source):
         raise UserError(f"{source} is no checkpoint: nanostack import makes one of a Hugging Face folder")
@@ -49,4 +54,5 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half file behind
     command_line(Command, main, __doc__)

@@ -5,6 +5,7 @@ grow it and stay with Hugging Face, `grow.py` takes such a folder itself.
 """
 
 import dataclasses
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,4 +63,5 @@ def main(command: Command) -> dict:
 
 
 def run() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leave no half file behind
     command_line(Command, main, __doc__)

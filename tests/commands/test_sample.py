@@ -175,6 +175,13 @@ def test_logits_that_are_not_finite_are_told_and_end_no_run(corpus):
     assert "not finite" in Writer(config)(model)[0]
 
 
+def test_watchdog_hears_of_each_token_that_a_run_writes(corpus):
+    config = load(TINY, ["--data.path", str(corpus), "--sample.interval", "256", "--sample.tokens", "5"])
+    heard = []
+    Writer(config)(Llama(replace(config.model, vocab_size=384)), lambda: heard.append(1))
+    assert len(heard) == 5
+
+
 @on_every_shape
 def test_greedy_text_is_that_of_transformers(config, tmp_path):
     transformers = pytest.importorskip("transformers")

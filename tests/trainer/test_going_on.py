@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, Trainer, assert_same_state, python, records
 from test_checkpoint import trained
 
 import train
-from nanostack import checkpoint, kept, lock
+from nanostack import checkpoint, kept, lock, parts
 from nanostack.config import load
 
 SHORT = ("--stages.0.tokens", "1024", "--stages.1.tokens", "1024", "--save_interval", "512", "--keep", "9")
@@ -108,6 +109,40 @@ def test_going_back_sets_the_later_checkpoints_and_the_records_aside_and_ends_th
     assert not list(out.glob("*.left"))
 
 
+def test_records_are_set_aside_before_anything_else_and_with_a_damaged_checkpoint(go_on, copy, monkeypatch):
+    """A kill in the midst of going back, and a later checkpoint that cannot be read."""
+    out = copy.folder / "done"
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "ckpt-48.pt").write_bytes(b"torn")
+    with monkeypatch.context() as killed:
+        killed.setattr(kept, "go_back", Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            go_on("--resume_from", str(out / "ckpt-16.pt"))
+    assert (out / "metrics.jsonl.left").read_bytes() == whole
+    assert "ckpt-48.pt.left" in go_on("--resume_from", str(out / "ckpt-16.pt"))
+    assert (out / "ckpt-48.pt.left").read_bytes() == b"torn"
+
+
+@pytest.mark.parametrize("source", ["ckpt-64.pt", "ckpt-32.pt", "best.pt"])
+def test_a_run_never_deletes_what_it_starts_from(go_on, copy, source):
+    """The last one by its number, an earlier one, and a copy of the pointer to a folder."""
+    out = copy.folder / "done"
+    if source == "best.pt":
+        parts.to_shards(checkpoint.load(out / "ckpt.pt"), out / "ckpt-4.pt")
+        shutil.copy(out / "ckpt-4.pt", out / "best.pt")
+    before = numbered(copy)
+    with pytest.raises(ValueError, match=f"--overwrite would delete .*{source}, from which the run starts"):
+        go_on("--overwrite", "--init_from", str(out / source), "--model.n_layer", "2" if source == "ckpt-32.pt" else "4")
+    assert numbered(copy) == before
+
+
+def test_what_grows_beside_a_run_is_left_alone(go_on, copy):
+    for name in ("ckpt-x2.partial", "ckpt-64.partial"):
+        (copy.folder / "done" / name).mkdir()
+    go_on()
+    assert [name for name in numbered(copy) if "partial" in name] == ["ckpt-x2.partial"]
+
+
 def test_damaged_ckpt_is_kept_by_who_goes_back_behind_it(go_on, copy):
     out = copy.folder / "done"
     (out / "ckpt.pt").write_bytes(b"torn")
@@ -166,6 +201,16 @@ def test_records_after_a_torn_line_are_kept_and_the_line_is_named(copy, go_on, f
     said = go_on().splitlines()
     assert [line.partition(": line ")[2].split()[0] for line in said] == ["4", str(len(lines) + 1)]
     assert path.read_text().splitlines()[1:] == [line.rstrip("\n") for line in (*lines[1:3], *lines[4:])]
+
+
+def test_records_that_are_none_are_told(copy, go_on):
+    records = copy.folder / "done/metrics.jsonl"
+    records.write_text(records.read_text() + '"config"\n')
+    assert "metrics.jsonl: line " in go_on()
+    records.unlink()
+    records.mkdir()
+    with pytest.raises(ValueError, match=r"could not write .*metrics.jsonl: Is a directory"):
+        go_on()
 
 
 def test_torn_header_costs_no_record(copy, go_on):

@@ -29,10 +29,11 @@ LONG = ("--stages.0.tokens", "2560000")
         (WHOLE | {"RANK": "-1"}, "RANK -1 is not one of"),
         (WHOLE | {"WORLD_SIZE": ""}, "WORLD_SIZE is '', which is no whole number"),
         (WHOLE | {"LOCAL_RANK": "2"}, "LOCAL_RANK 2 cannot be"),
+        (WHOLE | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc', which is no whole number"),
         (WHOLE | {"MASTER_PORT": "70000"}, "MASTER_PORT 70000 is no port"),
         ({k: v for k, v in WHOLE.items() if not k.startswith("MASTER")}, "but MASTER_ADDR and MASTER_PORT not set"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but RANK is not set: every task would train alone"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "every task would train alone"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but RANK is not set: every task would work alone"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "every task would work alone"),
     ],
 )
 def test_variables_that_cannot_be_are_told(monkeypatch, variables, message):
@@ -55,6 +56,12 @@ def test_variables_that_can_be_pass(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     launch.check_environment()
+
+
+@pytest.mark.parametrize("command", [("grow.py", "ckpt.pt"), ("-m", "nanostack", "consolidate", "ckpt.pt", "whole.pt")])
+def test_tasks_of_srun_do_not_all_write_the_same_file(command):
+    done = start_python(*command, env={"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}).done()
+    assert done.returncode == 2 and "SLURM_NTASKS is 3, but RANK is not set: every task would work alone" in done.stderr
 
 
 def test_launch_knows_its_run_and_its_stop_by_its_own_attempts_only(tmp_path):

@@ -1,11 +1,13 @@
 """Two runs never share a folder; a process or a machine that died leaves it free."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -59,6 +61,17 @@ def test_folder_that_is_moved_away_is_told_once(tmp_path, quick, capfd):
     time.sleep(1)
     held.release()
     assert capfd.readouterr().err.count("was moved or deleted") == 1
+
+
+def test_file_system_that_is_away_for_a_while_ends_no_heartbeat(tmp_path, quick, monkeypatch):
+    held = lock.take(tmp_path, None)
+    with monkeypatch.context() as away:
+        away.setattr(type(tmp_path), "exists", Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE))))
+        time.sleep(0.5)
+    os.utime(tmp_path / lock.NAME, (0, 0))
+    time.sleep(0.5)
+    assert (tmp_path / lock.NAME).stat().st_mtime > 0
+    held.release()
 
 
 def test_machine_that_beats_is_refused(tmp_path, quick, capfd):

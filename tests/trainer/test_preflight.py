@@ -33,6 +33,14 @@ def test_kernels_that_were_chosen_are_those_that_run(name, monkeypatch):
         assert preflight.choose_kernels(name, CPU) == "torch"
 
 
+def test_each_host_needs_room_for_the_shards_of_its_own_ranks():
+    """docs/scale.md: 847 GB for the 70B in one file, 13.2 GB for each of 64 ranks that write shards."""
+    config = load("70b", ["--data.path", "data/none", "--model.vocab_size", "128256"])
+    assert preflight.copy_bytes(config, 64, 64, here=8) == pytest.approx(8 * 13.2e9, rel=0.01)
+    one_file = dataclasses.replace(config, checkpoint="file")
+    assert preflight.copy_bytes(one_file, 64, 64, here=8) == pytest.approx(847e9, rel=0.01)
+
+
 def test_interpreter_refuses_bfloat16_in_which_it_is_silently_wrong(monkeypatch):
     monkeypatch.setattr(kernels.dispatch, "INTERPRETED", True)
     assert preflight.choose_kernels("triton", CPU) == "triton"

@@ -40,7 +40,7 @@ class Run:
         """Make the parts."""
         # Device: the process group, the mesh, what computes; and all that can be known to be wrong.
         how = (requested.parallel, requested.dtype, requested.compile, requested.cuda_graph, requested.hang_timeout)
-        self.placement = parallel.start(*how)
+        self.placement = parallel.start(*how, requested.out)
         checked = preflight.check(requested, self.placement)
         self.config, self.kernels, config = checked.config, checked.kernels, checked.config
 

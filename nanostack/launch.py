@@ -2,9 +2,11 @@
 
 torchrun has an agent on every machine, which starts all ranks anew when one has died: a launch has several attempts. Agents
 count restarts apart, and their store keeps what dead ranks wrote. So ranks find each other by greetings that no earlier attempt
-can have answered, and a launch knows its run by a key that only a claim of the run's folder puts into the store.
+can have answered, and a launch knows its run by a mark in the run's folder: it has the key of the launch, which only a claim
+puts into the store, and the agents, which are left where the store is lost or ends with an attempt.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -17,8 +19,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nanostack.errors import UserError
+from nanostack.files import replacing
 
-KEY, STOPPED = "nanostack/launch", "nanostack/stopped"
+KEY, MARK = "nanostack/launch", ".torchrun"  # in torchrun's store, and in the folder of the run
 OTHERS = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE", "PMI_RANK": "PMI_SIZE"}
 HOW = "start ranks with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (docs/slurm.sh)"
 
@@ -30,36 +33,53 @@ class Launch:
     store: dist.Store
     attempt: str = ""
     agents: list[str] = field(default_factory=list)  # on rank 0: of all ranks. Empty without torchrun
+    folder: Path | None = field(default=None, init=False)  # of the run, once it has the mark
 
     def __post_init__(self):
         claimed = self.store.check([KEY])
         self.key = self.store.get(KEY).decode() if claimed else uuid.uuid4().hex
 
-    def claimed(self, mark: str) -> bool:
-        """Whether an attempt of this launch left this mark in the folder of its run."""
-        try:
-            found = json.loads(mark)
-            # Where the machine with torchrun's store is lost, an agent that is left remembers.
-            return found["key"] == self.key or bool(set(found["agents"]) & set(self.agents))
-        except (ValueError, KeyError, TypeError):
-            return False
+    def claimed(self, folder: Path) -> bool:
+        """Whether an attempt of this launch left its mark in the folder of its run. Its key then is that of the launch."""
+        found = self._found(folder)
+        ours = found.get("key") == self.key or bool(set(found.get("agents", ())) & set(self.agents))
+        if ours:
+            self.key = found["key"]
+        return ours
 
-    def mark(self) -> str:
-        """What a claim that succeeds leaves in the folder of the run. Later attempts know it from now on."""
+    def mark(self, folder: Path, stopped: int = 0) -> None:
+        """Leave a claim that succeeds in the folder of the run. Later attempts know it from now on."""
         self.store.set(KEY, self.key)
-        return json.dumps({"key": self.key, "agents": self.agents})
+        with replacing(folder / MARK) as file:
+            json.dump({"key": self.key, "agents": self.agents, "stopped": stopped}, file)
+        self.folder = folder
 
     def note_stop(self, code: int) -> None:
         """The run was stopped by a signal: the same agents shall not start it anew."""
-        self.store.set(STOPPED, json.dumps({"code": code, "agents": sorted(self.agents)}))
+        if self.folder is not None:
+            with contextlib.suppress(OSError):  # of a full disk: torchrun then starts the run anew
+                self.mark(self.folder, code)
 
-    def stop_noted(self) -> int:
+    def stop_noted(self, folder: Path) -> int:
         """The exit code of an earlier attempt that a signal stopped, with the same agents; 0 where there is none.
 
-        An agent also stops its ranks by a signal when a machine joins or leaves. The agents then are others: the run goes on.
+        An agent also stops its ranks by a signal when a machine joins or leaves. The agents then are others: the run goes on,
+        without the note, as the next agents may be those of the note again.
         """
-        noted = json.loads(self.store.get(STOPPED)) if self.store.check([STOPPED]) else {}
-        return noted["code"] if self.agents and noted.get("agents") == sorted(self.agents) else 0
+        found = self._found(folder) if self.claimed(folder) else {}
+        if found.get("stopped") and set(found["agents"]) != set(self.agents):
+            with contextlib.suppress(OSError):  # the claim will tell it
+                self.mark(folder)
+            return 0
+        return found.get("stopped", 0)
+
+    def _found(self, folder: Path) -> dict:
+        """The mark in a folder; empty where there is none that can be read."""
+        try:
+            found = json.loads((folder / MARK).read_bytes())
+            return found if found.keys() >= {"key", "agents"} else {}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
 
 def check_environment() -> None:

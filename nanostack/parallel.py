@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -214,10 +215,13 @@ _patient: "dist.ProcessGroup | None" = None  # waits so long
 _patience = timedelta(hours=1)  # that time
 
 
-def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False, hang_timeout: float = 900.0) -> Placement:
+def start(
+    parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = False, hang_timeout: float = 900.0, out: str | None = None
+) -> Placement:
     """Join the process group that torchrun describes, if any, and choose device, dtype and mesh.
 
-    Messages between ranks fail a minute after hang_timeout, when the watchdog has told where each rank is.
+    Messages between ranks fail a minute after hang_timeout, when the watchdog has told where each rank is. `out` is the folder
+    of the run: where a signal has stopped an earlier attempt of this launch, this one ends.
     """
     check_environment()
     world = world_size()
@@ -236,7 +240,7 @@ def start(parallel: Parallel, dtype: str, compile: bool, cuda_graph: bool = Fals
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         for dimension in ("replicate", "shard"):
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(dimension))
-    if launch is not None and (code := on_rank_0(launch.stop_noted)):
+    if launch is not None and out is not None and (code := on_rank_0(launch.stop_noted, Path(out))):
         if is_main_rank():
             print("note: a signal has stopped this run, so it ends when torchrun starts it anew; use --resume", file=sys.stderr)
         leave(code)

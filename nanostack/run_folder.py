@@ -11,7 +11,6 @@ from nanostack.config import Train
 from nanostack.errors import UserError
 from nanostack.launch import Launch
 
-MARK = ".torchrun"  # names the launch whose run is in a folder
 PARTIAL = r"ckpt(-\d+)?\.(.*\.)?partial"  # half a checkpoint of a run: not one that grow.py is writing beside it
 
 
@@ -66,7 +65,7 @@ class RunFolder:
             if resuming:
                 self._set_aside(samples)
             if self.launch is not None:  # last: the next attempt of the launch takes what it finds, and no resume_from any more
-                (out / MARK).write_text(self.launch.mark())
+                self.launch.mark(out)
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -105,8 +104,7 @@ class RunFolder:
 
     def _restarted(self) -> bool:
         """Whether the run in the folder is that of an earlier attempt of this launch."""
-        mark = self.out / MARK
-        return self.launch is not None and mark.exists() and self.launch.claimed(mark.read_text(errors="replace"))
+        return self.launch is not None and self.launch.claimed(self.out)
 
     def _set_aside(self, samples: int) -> None:
         """Rename what the run leaves behind where it goes back to an earlier checkpoint: nothing of it is deleted."""

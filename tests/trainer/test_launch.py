@@ -65,20 +65,29 @@ def test_tasks_of_srun_do_not_all_write_the_same_file(command):
 
 
 def test_launch_knows_its_run_and_its_stop_by_its_own_attempts_only(tmp_path):
-    """Also where the store is lost with its machine and an agent is left; and other agents, as after one has joined, go on."""
-    store = HashStore()
-    mark = Launch(store, agents=["a", "b"]).mark()
-    assert Launch(store, agents=["c"]).claimed(mark) and Launch(HashStore(), agents=["b"]).claimed(mark)
-    other = Launch(HashStore(), agents=["c"])
-    assert not other.claimed(mark) and not other.claimed("torn") and not other.claimed(Launch(HashStore()).mark())
-    Launch(store, agents=["b", "a"]).note_stop(143)
-    assert Launch(store, agents=["a", "b"]).stop_noted() == 143
-    assert (
-        Launch(store, agents=["a"]).stop_noted()
-        == Launch(store, agents=["a", "b", "c"]).stop_noted()
-        == other.stop_noted()
-        == 0
-    )
+    """Also where the store is lost with its machine, or ends with each attempt, and an agent is left."""
+    store, other = HashStore(), Launch(HashStore(), agents=["c"])
+    assert not other.claimed(tmp_path)
+    first = Launch(store, agents=["a", "b"])
+    first.mark(tmp_path)
+    later = Launch(HashStore(), agents=["b"])
+    assert Launch(store, agents=["c"]).claimed(tmp_path) and later.claimed(tmp_path) and later.key == first.key
+    assert not other.claimed(tmp_path) and not Launch(HashStore()).claimed(tmp_path)
+    first.note_stop(143)
+    assert Launch(HashStore(), agents=["b", "a"]).stop_noted(tmp_path) == 143
+    assert other.stop_noted(tmp_path) == 0
+    assert Launch(HashStore(), agents=["a", "b"]).stop_noted(tmp_path) == 143
+    (tmp_path / launch.MARK).write_text("torn")
+    assert not first.claimed(tmp_path)
+
+
+def test_hosts_that_come_and_go_clear_the_note_of_the_stop_that_they_make(tmp_path):
+    """An agent stops its ranks when another joins. When that one is lost the agents are those of the note again."""
+    alone, both = Launch(HashStore(), agents=["a"]), Launch(HashStore(), agents=["a", "b"])
+    alone.mark(tmp_path)
+    alone.note_stop(143)
+    assert both.stop_noted(tmp_path) == 0
+    assert Launch(HashStore(), agents=["a"]).stop_noted(tmp_path) == 0 and Launch(HashStore(), agents=["b"]).claimed(tmp_path)
 
 
 def test_tasks_that_all_think_they_are_alone_get_one_run_between_them(trainer):
@@ -200,11 +209,11 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def torchrun(
-    trainer: Trainer, *options: str, out: str = "run", overrides: tuple = LONG, processes: int = 1
+    trainer: Trainer, *options: str, out: str = "run", overrides: tuple = LONG, processes: int = 1, env: dict | None = None
 ) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *options]
     command += trainer.command(out, *overrides)[1:]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -251,7 +260,8 @@ def test_restart_on_one_of_two_agents_finds_the_run(trainer):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_worker_that_was_told_to_stop_is_not_started_anew(trainer):
-    process = torchrun(trainer, "--standalone", "--max-restarts", "1")
+    """Nor where the ranks' store ends with each attempt, as hosts that come and go need it."""
+    process = torchrun(trainer, "--standalone", "--max-restarts", "1", env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     wait_for(trainer.folder / "run/metrics.jsonl", process)
     time.sleep(1)
     os.kill(children(process)[0], signal.SIGTERM)

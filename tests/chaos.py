@@ -79,13 +79,20 @@ class Launch:
             time.sleep(0.5)
 
 
-def reached(moment: str, out: Path, began: float, wait: float) -> bool:
-    """Whether the run is where it is to be killed."""
+def changed(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def reached(moment: str, out: Path, began: float, wait: float, before: int | None) -> bool:
+    """Whether the run is where it is to be killed: in train at a moment of the clock, which may be one of its start; in growth
+    and evaluation once it has come so far itself, and its records are no longer those of `before`."""
     records = out / "metrics.jsonl"
     if time.monotonic() - began < 1.0:
         return False
     if moment == "save":
         return any(out.glob("*.partial")) and time.monotonic() - began > wait
+    if moment in ("growth", "evaluation") and changed(records) == before:
+        return False
     if moment == "growth":  # the last step before it has been recorded
         return records.exists() and '"step": 24,' in (text := records.read_text()) and "n_layer" not in text[-4000:]
     if moment == "evaluation":
@@ -120,10 +127,10 @@ def chaos(kind: str, data: Path, folder: Path, planned: list[tuple[str, str]], s
     while done < kills:
         out, launch, resume = folder / f"run{number}", None, False
         while True:
-            launch = Launch(kind, words(out.name), resume)
+            before, launch = changed(out / "metrics.jsonl"), Launch(kind, words(out.name), resume)
             began, wait = time.monotonic(), draw.uniform(0.3, 1.1) * took
             moment, whom = planned[min(done, kills - 1)]
-            while launch.runs() and not (done < kills and reached(moment, out, began, wait)):
+            while launch.runs() and not (done < kills and reached(moment, out, began, wait, before)):
                 time.sleep(0.003)
             if not launch.runs():
                 break

@@ -142,6 +142,7 @@ def test_slurm_script_saves_requeues_and_goes_on(corpus, tmp_path):
     slurm |= {"REQUEUED": str(requeued), "STEP": str(tmp_path / "step")}
     environment = os.environ | slurm | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     options = ["--data.path", corpus, "--out", out, "--stages.0.tokens", 400000, "--log_interval", 256]
+    options += ["--eval_interval", 400000]  # a record that waits for its evaluation would be written anew
     command = ["bash", "docs/slurm.sh", TINY, *map(str, options)]
     before: list[str] = []
     for number in (1, 2):
